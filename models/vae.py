@@ -1,0 +1,109 @@
+"""The latent codec: pixels -> moments -> latents -> pixels, around diffusers' AutoencoderKL.
+
+Conventions are diffusers': latents = (raw - shift) * scale, and a VAE without a shift has shift 0.
+Shape letters: B batch, C latent channels, H W latent size, R image size; R = H * downsampling.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from models.errors import UserError
+
+SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+# The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.
+DECODERS = {SHORTHANDS["mse"]: SHORTHANDS["ema"]}
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What latents mean: four numbers that data set, checkpoint and decoder must share, and the VAE they came from.
+
+    The name may differ (two fine-tunes of one VAE share a latent space), the numbers may not.
+    """
+
+    vae: str = SHORTHANDS["mse"]
+    scale: float = 0.18215
+    shift: float = 0.0
+    channels: int = 4
+    downsampling: int = 8
+
+    @classmethod
+    def from_record(cls, record: dict) -> "LatentSpace":
+        """The inverse of `to_record`; raises UserError when a number is missing."""
+        missing = [field.name for field in fields(cls) if field.name not in record]
+        if missing:
+            raise UserError(f"the VAE record {record} lacks {', '.join(missing)}: encode the data set again to write it")
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+    def to_record(self) -> dict:
+        """A plain dict, for dataset.json and for checkpoints."""
+        return asdict(self)
+
+    def require_same(self, other: "LatentSpace", mine: str, theirs: str) -> None:
+        """Raise UserError when a number differs between `mine` (self) and `theirs` (other); the VAE's name may."""
+        for name in ("scale", "shift", "channels", "downsampling"):
+            a, b = getattr(self, name), getattr(other, name)
+            if a != b:
+                raise UserError(f"{mine} has latent {name} {a} ({self.vae}) and {theirs} has {b} ({other.vae}): "
+                                "use the VAE that the data set was encoded with")
+
+    def latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Sample the posterior and normalise it: moments (B, 2C, H, W), noise (B, C, H, W) -> latents (B, C, H, W)."""
+        mean, std = moments.float().chunk(2, dim=1)                               # (B, C, H, W) each
+        raw = mean + std * noise
+        return (raw - self.shift) * self.scale
+
+    @property
+    def decoder(self) -> str:
+        """The VAE that decodes these latents unless the user names another."""
+        return DECODERS.get(self.vae, self.vae)
+
+
+class Codec:
+    """A frozen AutoencoderKL with its latent space. `space.vae` is the name it was asked for (shorthands spelled out)."""
+
+    def __init__(self, vae: torch.nn.Module, name: str):
+        config = vae.config
+        self.vae = vae
+        self.space = LatentSpace(
+            vae=name,
+            scale=float(config.scaling_factor),
+            shift=float(config.shift_factor or 0.0),
+            channels=int(config.latent_channels),
+            downsampling=2 ** (len(config.block_out_channels) - 1),
+        )
+
+    @torch.inference_mode()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, R, R) -> moments (B, 2C, H, W), float32: the posterior's mean, then its std."""
+        x = images.to(device=self.vae.device, dtype=self.vae.dtype) / 127.5 - 1
+        posterior = self.vae.encode(x).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """final latents (B, C, H, W) => raw pixels: uint8 (B, 3, R, R), truncated as the published numbers were."""
+        raw = latents.to(device=self.vae.device, dtype=torch.float32) / self.space.scale + self.space.shift
+        pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
+        return (127.5 * pixels + 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
+    """Load a VAE by hub id, local folder or shorthand (`ema`, `mse`), frozen, float32.
+
+    Raises UserError when it is neither a folder with an AutoencoderKL nor reachable on the hub or in its cache.
+    """
+    from diffusers import AutoencoderKL  # slow to import, and training without pictures does not need it
+
+    name = SHORTHANDS.get(name, name)
+    folder = Path(name).is_dir()
+    try:
+        vae = AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        where = (f"the folder {name} holds no readable AutoencoderKL (config.json and diffusion_pytorch_model.safetensors)" if folder else
+                 f"the VAE {name!r} is neither a folder nor reachable on the hub or in its cache")
+        raise UserError(f"{where}: download config.json and diffusion_pytorch_model.safetensors of it into a folder "
+                        "and name that folder instead") from error
+    return Codec(vae.to(device).eval().requires_grad_(False), name)
