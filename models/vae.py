@@ -99,6 +99,8 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
 
     name = SHORTHANDS.get(name, name)
     folder = Path(name).is_dir()
+    if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"no VAE at {name}: use an existing folder, a hub id like {SHORTHANDS['ema']}, or {' or '.join(SHORTHANDS)}")
     try:
         vae = AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -1,0 +1,82 @@
+"""REG's objective (arXiv 2507.01467, §3): velocity of the latents, velocity of the class token, alignment with the encoder.
+
+total = denoising + beta * cls + lambda * proj, with beta = `--cls` and lambda = `--proj-coeff`; the caller weighs, here
+each term stands unweighted and in float32.
+Shape letters: B batch, C latent channels, H W latent size, T tokens (1+N with a class-token slot, else N), E encoder width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from models.interpolant import draw_t, get_path
+
+# Which tokens are aligned: those of [class token; patches], or one of the two parts.
+ALIGNED_TOKENS = {"all": slice(None), "patches": slice(1, None), "class": slice(0, 1)}
+
+
+class Terms(NamedTuple):
+    """The unweighted terms; None where the model has no such part."""
+
+    denoising: torch.Tensor            # (B,)
+    proj: torch.Tensor | None          # scalar, in [-1, 1]: minus the mean cosine
+    cls: torch.Tensor | None           # (B,)
+    t: torch.Tensor                    # (B,)
+
+
+def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
+    """Minus the cosine between projected tokens and encoder features, each (B, T, E): mean over tokens, batch and encoders.
+
+    REPA (arXiv 2410.06940), eq. 6, as one product per encoder. Raises ValueError when numbers of encoders or shapes differ.
+    """
+    if [p.shape for p in projected] != [z.shape for z in targets]:
+        raise ValueError(f"projected tokens {[tuple(p.shape) for p in projected]} do not match "
+                         f"the encoders' features {[tuple(z.shape) for z in targets]}")
+    cosines = [F.cosine_similarity(p.float(), z.float(), dim=-1).mean() for p, z in zip(projected, targets, strict=True)]
+    return -torch.stack(cosines).mean()
+
+
+class SILoss:
+    """Flow matching on the pair (latents, class token), plus alignment.
+
+    Args:
+        prediction: only "v", the velocity.      path_type: "linear" or "cosine".
+        weighting: law of t, "uniform" or "lognormal".
+        align: tokens that are aligned, "all", "patches" or "class"; the last two need a model with a class-token slot.
+    """
+
+    def __init__(self, prediction: str = "v", path_type: str = "linear", weighting: str = "uniform", align: str = "all"):
+        if prediction != "v":
+            raise ValueError(f"unknown prediction {prediction!r}: SiT predicts the velocity, 'v'")
+        if weighting not in ("uniform", "lognormal"):
+            raise ValueError(f"unknown weighting {weighting!r}: use 'uniform' or 'lognormal'")
+        if align not in ALIGNED_TOKENS:
+            raise ValueError(f"unknown align {align!r}: use one of {', '.join(ALIGNED_TOKENS)}")
+        self.path = get_path(path_type)
+        self.path_type, self.weighting = path_type, weighting
+        self.tokens = ALIGNED_TOKENS[align]
+
+    def __call__(self, model, images, model_kwargs, zs=None, cls_token=None, time_input=None, noises=None, cls_noises=None) -> Terms:
+        """One evaluation of the model at random times.
+
+        Args:
+            images: latents (B, C, H, W).        cls_token: the encoder's class token (B, E), for a model with a slot.
+            model_kwargs: dict(y=labels (B,)).   zs: encoder features (B, T, E) per projector; None or empty: no alignment.
+            time_input (B,), noises (like images), cls_noises (like cls_token): drawn where None.
+        """
+        images = images.float()
+        t = draw_t(self.weighting, self.path_type, len(images), images.device) if time_input is None else time_input.float()  # (B,)
+        pair = [(images, torch.randn_like(images) if noises is None else noises.float())]
+        if cls_token is not None:
+            cls_token = cls_token.float()
+            pair.append((cls_token, torch.randn_like(cls_token) if cls_noises is None else cls_noises.float()))
+
+        corrupted = [self.path.corrupt(x, eps, t) for x, eps in pair]                     # (B, C, H, W) and (B, E)
+        velocity, projected, cls_velocity = model(corrupted[0], t, **model_kwargs, cls_token=corrupted[1] if cls_token is not None else None)
+        errors = [(v.float() - self.path.velocity(x, eps, t)) ** 2
+                  for v, (x, eps) in zip((velocity, cls_velocity), pair, strict=False)]
+        denoising, cls = [*(error.flatten(1).mean(dim=1) for error in errors), None][:2]  # (B,) each
+
+        proj = alignment_loss([p[:, self.tokens] for p in projected], [z[:, self.tokens] for z in zs]) if zs else None
+        return Terms(denoising, proj, cls, t)

@@ -1,0 +1,203 @@
+"""Frozen image encoders from timm: uint8 images -> class token and patch tokens on SiT's token grid.
+
+Shape letters: B batch, R image size, E encoder width, N = grid^2 patch tokens.
+"""
+
+import json
+import pickle
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.errors import UserError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one encoder is built and read."""
+
+    timm_name: str
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET    # mean, std of pixels in [0, 1]
+    patches_before_norm: bool = False         # REPA takes CLIP's and MAE's patch tokens before the last norm
+    on_hub: bool = True
+    model_args: tuple[tuple[str, int], ...] = ()
+
+
+def _family(prefix: str, sizes: dict[str, str], **settings) -> dict[str, Spec]:
+    return {f"{prefix}-vit-{size}": Spec(timm_name, **settings) for size, timm_name in sizes.items()}
+
+
+LONG = {"s": "small", "b": "base", "l": "large", "g": "giant", "h": "huge"}
+ENCODERS = {
+    **_family("dinov2", {s: f"vit_{LONG[s]}_patch14_dinov2.lvd142m" for s in "sblg"}),
+    **_family("dinov2reg", {s: f"vit_{LONG[s]}_patch14_reg4_dinov2.lvd142m" for s in "sblg"}),
+    **_family("dinov3", {s: f"vit_{LONG[s]}_patch16_dinov3.lvd1689m" for s in "sbl"}),
+    **_family("dinov1", {"b": "vit_base_patch16_224.dino"}),
+    **_family("mae", {"b": "vit_base_patch16_224.mae", "l": "vit_large_patch16_224.mae", "h": "vit_huge_patch14_224.mae"},
+              patches_before_norm=True),
+    # timm's names without `quickgelu` load the same weights with the wrong activation.
+    **_family("clip", {"b": "vit_base_patch16_clip_quickgelu_224.openai", "L": "vit_large_patch14_clip_quickgelu_224.openai"},
+              normalisation=CLIP, patches_before_norm=True),
+    **_family("jepa", {"h": "vit_huge_patch14_gap_224.in1k_ijepa"}),
+    **_family("siglip2", {"b": "vit_base_patch16_siglip_256.v2_webli"}, normalisation=HALF),
+    # MoCo v3's small model has 12 heads, timm's 6: the shapes would load all the same.
+    "mocov3-vit-s": Spec("vit_small_patch16_224", on_hub=False, model_args=(("num_heads", 12),)),
+    "mocov3-vit-b": Spec("vit_base_patch16_224", on_hub=False),
+    "mocov3-vit-l": Spec("vit_large_patch16_224", on_hub=False),
+}
+LOCAL = "local-dir:"
+
+
+class Encoder(nn.Module):
+    """A frozen timm vision transformer behind one interface.
+
+    `embed_dim` is E; `has_class_token` says whether the class token exists. The pixels' route: / 255, normalise, bicubic
+    resize to the encoder's input, tokens, then (where the grids differ) pooling or upsampling to `grid` x `grid`.
+    """
+
+    def __init__(self, name: str, model: nn.Module, spec: Spec, input_size: int, grid: int):
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.embed_dim = model.num_features
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.prefix_tokens = model.num_prefix_tokens              # class token and registers
+        self.patches_before_norm = spec.patches_before_norm
+        self.input_size, self.grid = input_size, grid
+        mean, std = spec.normalisation
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, R, R) -> the network's input (B, 3, input_size, input_size), float32."""
+        x = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        return x if x.shape[-1] == self.input_size else F.interpolate(x, self.input_size, mode="bicubic")
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """uint8 images (B, 3, R, R) -> class token (B, E), raw after the final norm, or None; patch tokens (B, N, E); float32."""
+        x = self.preprocess(images)
+        if self.patches_before_norm:
+            tokens, ((patches, _),) = self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=True)
+        else:
+            tokens = self.model.forward_features(x)               # (B, prefix + N', E)
+            patches = tokens[:, self.prefix_tokens:]              # (B, N', E)
+        return (tokens[:, 0].float() if self.has_class_token else None), to_grid(patches.float(), self.grid)
+
+    def features(self, images: torch.Tensor, with_class_token: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """uint8 images (B, 3, R, R) -> class token or None, and the alignment target: (B, 1+N, E) with it in front, or (B, N, E)."""
+        class_token, patches = self(images)
+        return class_token, torch.cat([class_token.unsqueeze(1), patches], dim=1) if with_class_token else patches
+
+
+def to_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
+    """Patch tokens (B, N', E) on a square grid -> (B, grid^2, E): adaptive average pooling down, bilinear up."""
+    side = round(patches.shape[1] ** 0.5)
+    assert side * side == patches.shape[1], "patch tokens do not form a square"
+    if side == grid:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, (side, side))     # (B, E, side, side)
+    maps = F.adaptive_avg_pool2d(maps, grid) if grid < side else F.interpolate(maps, grid, mode="bilinear")
+    return maps.flatten(2).transpose(1, 2)                        # (B, N, E)
+
+
+def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights from a file of timm or of the encoder's original program, under timm's names, resampled to the model's input."""
+    state = timm.models.load_state_dict(str(file))
+    momentum_contrast = "module.base_encoder."                    # MoCo v3 keeps the encoder under this name
+    if any(name.startswith(momentum_contrast) for name in state):
+        state = {name.removeprefix(momentum_contrast): value for name, value in state.items() if name.startswith(momentum_contrast)}
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    state = filter_fn(state, model) if filter_fn else state
+    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
+
+
+def _local_spec(name: str) -> tuple[Spec, int, int | None]:
+    """Spec, patch size and configured input size of `local-dir:FOLDER`, from the folder's config.json (timm's form)."""
+    config_file = Path(name.removeprefix(LOCAL)) / "config.json"
+    try:
+        config = json.loads(config_file.read_text())
+        architecture = config["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the encoder {name!r} needs a folder in timm's form, but {config_file} is missing or lacks 'architecture': "
+                        "name a folder with config.json and model.safetensors") from error
+    cfg, model_args = config.get("pretrained_cfg", {}), config.get("model_args", {})
+    native = model_args.get("img_size") or (cfg["input_size"][-1] if "input_size" in cfg else None)
+    spec = Spec(name, normalisation=(tuple(cfg.get("mean", IMAGENET[0])), tuple(cfg.get("std", IMAGENET[1]))))
+    return spec, model_args.get("patch_size") or _patch_size(architecture), native
+
+
+def _patch_size(timm_name: str) -> int:
+    found = re.search(r"patch(\d+)", timm_name)
+    if not found:
+        raise UserError(f"{timm_name!r} is no vision transformer with a patch size: an encoder needs patch tokens")
+    return int(found.group(1))
+
+
+def load_encoder(name: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True, grid: int | None = None,
+                 weights: str | Path | None = None) -> Encoder:
+    """Build one frozen encoder; see `load_encoders`."""
+    if name.startswith(LOCAL):
+        spec, patch, native = _local_spec(name)
+    elif name in ENCODERS:
+        spec, native = ENCODERS[name], None
+        patch = _patch_size(spec.timm_name)
+    else:
+        raise UserError(f"unknown encoder {name!r}: use {', '.join(ENCODERS)} or {LOCAL}FOLDER")
+    if pretrained and weights is None and not spec.on_hub:
+        raise UserError(f"{name} has no weights on the hub: give its file with --encoder-weights")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"no encoder weights at {weights}: --encoder-weights takes one file per encoder, in the order of --enc-type")
+
+    # Patches of 14 and 16 see 16 pixels of the image each (224 px for a 256 px image and patch 14); others keep their own input size.
+    input_size = patch * (resolution // 16) if native is None or patch in (14, 16) else native
+    try:
+        model = timm.create_model(spec.timm_name, pretrained=pretrained and weights is None, num_classes=0, img_size=input_size,
+                                  **dict(spec.model_args))
+    except (OSError, RuntimeError) as error:                      # hub and cache both without it, or a damaged file
+        raise UserError(f"the weights of {name} ({spec.timm_name}) could not be loaded ({type(error).__name__}): download the file "
+                        "model.safetensors of that timm model and name it with --encoder-weights FILE") from error
+    except TypeError as error:
+        raise UserError(f"{name!r} is no vision transformer whose input size can be set: an encoder needs patch tokens") from error
+    if weights is not None:
+        try:
+            model.load_state_dict(read_weights(Path(weights), model))
+        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{weights} does not hold the weights of {name} ({reason}): give the files in the order of --enc-type") from error
+    encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True, grid: int | None = None,
+                  weights: str | list[str | Path] | None = None) -> list[Encoder]:
+    """Build the frozen encoders of a comma-separated list.
+
+    Args:
+        enc_type: names of `ENCODERS` or `local-dir:FOLDER` (timm's own form).
+        resolution: side of the images, pixels.         grid: side of SiT's token grid; default resolution // 16.
+        pretrained: load weights, from `weights` (one file per encoder), or else from the hub, its cache, or the local folder.
+    Raises UserError for an unknown name, weights that are missing, unreachable or do not fit, or a list of another length.
+    """
+    names = [name.strip() for name in enc_type.split(",")]
+    files = weights.split(",") if isinstance(weights, str) else list(weights or [None] * len(names))
+    if len(files) != len(names):
+        raise UserError(f"{len(files)} files of encoder weights came for {len(names)} encoders: give one per encoder, in the same order")
+    return [load_encoder(name, device, resolution, pretrained, grid, file or None) for name, file in zip(names, files, strict=True)]
+
+
+def require_class_tokens(encoders: list[Encoder]) -> None:
+    """REG aligns token 0 with every encoder's class token: raise UserError when one has none."""
+    for encoder in encoders:
+        if not encoder.has_class_token:
+            raise UserError(f"{encoder.name} has no class token, which REG noises and aligns: choose another encoder, or --method repa")
