@@ -66,14 +66,16 @@ class SILoss:
             time_input (B,), noises (like images), cls_noises (like cls_token): drawn where None.
         """
         images = images.float()
-        t = draw_t(self.weighting, self.path_type, len(images), images.device) if time_input is None else time_input.float()  # (B,)
+        drawn = draw_t(self.weighting, self.path_type, len(images), images.device) if time_input is None else time_input
+        t = drawn.float()                                                                 # (B,)
         pair = [(images, torch.randn_like(images) if noises is None else noises.float())]
         if cls_token is not None:
             cls_token = cls_token.float()
             pair.append((cls_token, torch.randn_like(cls_token) if cls_noises is None else cls_noises.float()))
 
         corrupted = [self.path.corrupt(x, eps, t) for x, eps in pair]                     # (B, C, H, W) and (B, E)
-        velocity, projected, cls_velocity = model(corrupted[0], t, **model_kwargs, cls_token=corrupted[1] if cls_token is not None else None)
+        noised, noised_cls = [*corrupted, None][:2]
+        velocity, projected, cls_velocity = model(noised, t, **model_kwargs, cls_token=noised_cls)
         errors = [(v.float() - self.path.velocity(x, eps, t)) ** 2
                   for v, (x, eps) in zip((velocity, cls_velocity), pair, strict=False)]
         denoising, cls = [*(error.flatten(1).mean(dim=1) for error in errors), None][:2]  # (B,) each

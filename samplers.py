@@ -145,6 +145,14 @@ class Sampling:
     precision: str = "fp32"                       # of the network: fp32 · tf32 · bf16
 
 
+def image_rng(seed: int, index: int) -> np.random.Generator:
+    """The source of everything random in image `index`.
+
+    NumPy's, since PyTorch's on the CPU keeps only 32 bits of a seed: two of 50,000 images would likely share their noise.
+    """
+    return np.random.default_rng((seed, index))
+
+
 def image_label(index: int, rng: np.random.Generator, num_classes: int, how: Sampling) -> int:
     """The label of image `index`; a random one is the first draw of its generator."""
     drawn = int(rng.integers(num_classes))        # drawn in every mode, so that image i's noise does not depend on the mode
@@ -156,8 +164,7 @@ def image_label(index: int, rng: np.random.Generator, num_classes: int, how: Sam
 def sample_images(model, codec, indices: Iterable[int], how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Turn image numbers into images, with label and noise of image i from (seed, i) alone.
 
-    One NumPy generator an image, since PyTorch's on the CPU keeps only 32 bits of a seed, and two of 50,000 images would likely share
-    their noise. It gives the label, the starting latents and class token, then each step's noise in the sampler's order.
+    Each image's generator gives the label, the starting latents and class token, then each step's noise in the sampler's order.
 
     Args:
         model: SiT in evaluation mode, on its device.       codec: `decode`s latents (B, C, H, W) to images, as models.vae.Codec does.
@@ -166,7 +173,7 @@ def sample_images(model, codec, indices: Iterable[int], how: Sampling) -> tuple[
     """
     indices = list(indices)
     device = model.pos_embed.device
-    rngs = [np.random.default_rng((how.seed, index)) for index in indices]
+    rngs = [image_rng(how.seed, index) for index in indices]
     labels = torch.tensor([image_label(i, rng, model.num_classes, how) for i, rng in zip(indices, rngs, strict=True)])
 
     def noise(shape) -> torch.Tensor:

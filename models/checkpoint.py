@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from models.errors import UserError
-from models.sit import SIZES, SiT, SiT_models
+from models.sit import SiT, SiT_models
 
 CHECKPOINTS = "checkpoints"
 # Names of the released REG program -> ours; every other name is the same in REG, REPA and here.
@@ -172,7 +172,7 @@ def architecture_of(state: dict, model_name: str | None) -> dict:
                 raise UserError(f"--model {model_name} contradicts the checkpoint, which describes another architecture: leave --model out")
         return dict(state["architecture"])
     if model_name is None:
-        raise UserError("this checkpoint does not describe its architecture (a released REG or REPA file): add --model, e.g. --model SiT-XL/2")
+        raise UserError("this checkpoint does not describe its architecture, as released REG and REPA files: add --model, e.g. SiT-XL/2")
     weights = _weights(state, "ema")
     size = SiT_models[model_name].keywords
     try:
@@ -184,7 +184,7 @@ def architecture_of(state: dict, model_name: str | None) -> dict:
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     if (width, depth, patch) != (size["hidden_size"], size["depth"], size["patch_size"]):
         raise UserError(f"--model {model_name} has width {size['hidden_size']}, depth {size['depth']}, patch {size['patch_size']}, but the "
-                        f"checkpoint {width}, {depth}, {patch}: choose the size among {', '.join(SIZES)} and the patch that it was trained with")
+                        f"checkpoint has {width}, {depth}, {patch}: name the model that it was trained as")
     slot = weights.get("cls_embedder.weight")
     side = int((tokens - (slot is not None)) ** 0.5)
     return dict(size, input_size=side * patch, in_channels=channels, num_classes=classes, qk_norm="blocks.0.attn.q_norm.weight" in weights,

@@ -88,7 +88,8 @@ class Encoder(nn.Module):
         """uint8 images (B, 3, R, R) -> class token (B, E), raw after the final norm, or None; patch tokens (B, N, E); float32."""
         x = self.preprocess(images)
         if self.patches_before_norm:
-            tokens, ((patches, _),) = self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=True)
+            tokens, ((patches, _),) = self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC",
+                                                                       return_prefix_tokens=True)
         else:
             tokens = self.model.forward_features(x)               # (B, prefix + N', E)
             patches = tokens[:, self.prefix_tokens:]              # (B, N', E)
@@ -174,7 +175,7 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
             model.load_state_dict(read_weights(Path(weights), model))
         except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{weights} does not hold the weights of {name} ({reason}): give the files in the order of --enc-type") from error
+            raise UserError(f"{weights} does not hold the weights of {name} ({reason}): give files in the order of --enc-type") from error
     encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
     return encoder.to(device).eval().requires_grad_(False)
 

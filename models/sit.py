@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.errors import UserError
+
 FREQUENCIES = 256            # width of the timestep sinusoid: 128 cosines, then 128 sines
 MAX_PERIOD = 10_000
 
@@ -168,9 +170,9 @@ class SiT(nn.Module):
                  qk_norm: bool = False, fused_attn: bool = True):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}: use a smaller patch")
+            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}: use a smaller patch")
         if z_dims and not 1 <= encoder_depth <= depth:
-            raise ValueError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
+            raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
         # What rebuilds this model: travels in the checkpoint.
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
                            num_heads=num_heads, mlp_ratio=mlp_ratio, encoder_depth=encoder_depth, class_dropout_prob=class_dropout_prob,

@@ -64,7 +64,8 @@ def released_model(v: dict) -> SiT:
 def test_forward(name):
     v = vectors(name)
     model = released_model(v)
-    velocity, projected, cls_velocity = model(tensor(v["x"]), tensor(v["t"]), tensor(v["y"]), tensor(v["cls_token"]) if "cls_token" in v else None)
+    cls_token = tensor(v["cls_token"]) if "cls_token" in v else None
+    velocity, projected, cls_velocity = model(tensor(v["x"]), tensor(v["t"]), tensor(v["y"]), cls_token)
     assert distance(model.pos_embed, v["pos_embed"]) < 1e-7
     assert distance(velocity, v["out"]) < FORWARD
     assert distance(projected[0], v["zs0"]) < FORWARD
@@ -97,8 +98,8 @@ ODE = ["repa_ode_euler_nocfg", "repa_ode_euler_cfg", "repa_ode_heun_nocfg", "rep
 @pytest.mark.parametrize("name", SDE + ODE)
 def test_samples(name):
     v = vectors(name)
-    settings = {key: v[key].item() for key in ("num_steps", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high", "path_type", "heun")
-                if key in v}
+    names = ("num_steps", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high", "path_type", "heun")
+    settings = {name: v[name].item() for name in names if name in v}
     if "cls_latents" in v:
         settings["cls_latents"] = tensor(v["cls_latents"])
     if name in SDE:

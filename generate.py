@@ -1,0 +1,205 @@
+"""Sample a checkpoint: images as PNG, an .npz for scoring, a grid for people, class tokens on request; `bash eval.sh` also scores.
+
+Image i depends on (seed, i) alone. Work is cut into fixed blocks of consecutive indices, dealt whole to the processes, so the
+images are bit-equal for any number of processes.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import zipfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from models import checkpoint
+from models.errors import UserError, require_joined, without_traceback
+from models.sit import SiT, SiT_models
+from models.vae import LatentSpace, load_codec
+from samplers import Sampling, image_label, image_rng, sample_images
+
+GRID_IMAGES, GRID_COLUMNS = 64, 8
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample a REG, REPA or SiT checkpoint; the last line printed is the .npz file.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = parser.add_argument_group("what")
+    what.add_argument("--ckpt", type=str, required=True, metavar="PATH", help="checkpoint file, or experiment folder: its newest")
+    what.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME", help="for released files, which do not say it")
+    what.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
+    what.add_argument("--vae", type=str, default=None, metavar="VAE", help="decoder: hub id, folder, ema or mse; None: the checkpoint's")
+    what.add_argument("--sample-dir", type=str, default=None, metavar="DIR", help="None: samples/ in the experiment, else ./samples")
+    what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="number of images")
+    what.add_argument("--save-cls-tokens", action="store_true", help="also write the generated class tokens (REG)")
+
+    how = parser.add_argument_group("how (the defaults are the published guided setting)")
+    how.add_argument("--mode", choices=("sde", "ode"), default=Sampling.mode, help="Euler-Maruyama, or Euler")
+    how.add_argument("--heun", action="store_true", help="Heun instead of Euler, for ode")
+    how.add_argument("--num-steps", type=int, default=Sampling.num_steps, metavar="STEPS", help="solver steps")
+    how.add_argument("--cfg-scale", type=float, default=Sampling.cfg_scale, metavar="S", help="guidance of the latents; 1: none")
+    how.add_argument("--cls-cfg-scale", type=float, default=None, metavar="S",
+                     help="guidance of the class token; None: as --cfg-scale; 0: conditional only")
+    how.add_argument("--guidance-low", type=float, default=Sampling.guidance_low, metavar="T", help="guided from this t on, in [0, 1]")
+    how.add_argument("--guidance-high", type=float, default=Sampling.guidance_high, metavar="T", help="guided up to this t, inclusive")
+    how.add_argument("--labels", choices=("random", "balanced"), default=Sampling.labels, help="uniformly random, or every class in turn")
+    how.add_argument("--classes", type=str, default=None, metavar="LIST", help="comma-separated classes to take in turn, e.g. 207,360")
+    how.add_argument("--global-seed", type=int, default=Sampling.seed, metavar="SEED", help="image i depends on (seed, i) alone")
+
+    run = parser.add_argument_group("machine")
+    run.add_argument("--per-proc-batch-size", type=int, default=64, metavar="IMAGES",
+                     help="images per block; another size may move a few pixel values by one level")
+    run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=Sampling.precision,
+                     help="of the network; the solver's state is float64")
+    return parser.parse_args(argv)
+
+
+def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Sampling:
+    """The sampling settings. Raises UserError for what would be ignored, or cannot be."""
+    if args.cfg_scale < 1:
+        raise UserError(f"--cfg-scale is {args.cfg_scale}, and guidance below 1 would be ignored: give 1 for none, or more")
+    if args.cls_cfg_scale is not None and (model.cls_token_dim is None or args.cfg_scale == 1):
+        why = "the model has no class token" if model.cls_token_dim is None else "with --cfg-scale 1 nothing is guided"
+        raise UserError(f"--cls-cfg-scale {args.cls_cfg_scale} would be ignored, since {why}: leave it out")
+    if not 0 <= args.guidance_low <= args.guidance_high <= 1:
+        raise UserError(f"the guidance interval is [{args.guidance_low}, {args.guidance_high}]: give 0 <= low <= high <= 1")
+    if args.heun and args.mode != "ode":
+        raise UserError("--heun came with --mode sde, which has no Heun step: add --mode ode")
+    if args.save_cls_tokens and model.cls_token_dim is None:
+        raise UserError("--save-cls-tokens came, but the checkpoint has no class-token slot: leave it out")
+    for name in ("num_steps", "num_fid_samples", "per_proc_batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    if args.precision == "tf32" and not torch.cuda.is_available():
+        raise UserError("--precision tf32 needs a CUDA device, and there is none: use fp32 or bf16")
+    classes = None
+    if args.classes is not None:
+        try:
+            classes = tuple(int(c) for c in args.classes.split(","))
+        except ValueError:
+            raise UserError(f"--classes is {args.classes!r}: give whole numbers with commas, e.g. 207,360") from None
+        if not all(0 <= c < model.num_classes for c in classes):
+            raise UserError(f"--classes is {args.classes}, but the checkpoint knows classes 0 to {model.num_classes - 1}: choose among them")
+    return Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cfg_scale=args.cfg_scale, cls_cfg_scale=args.cls_cfg_scale,
+                    guidance_low=args.guidance_low, guidance_high=args.guidance_high, seed=args.global_seed, labels=args.labels,
+                    classes=classes, path_type=path_type, precision=args.precision)
+
+
+def folder_name(path: Path, how: Sampling, args: argparse.Namespace, vae: str) -> str:
+    """A name that carries every setting that changes an image."""
+    experiment = f"{path.parent.parent.name}-" if path.parent.name == checkpoint.CHECKPOINTS else ""
+    parts = [f"{experiment}{path.stem}", *(["model"] if args.weights == "model" else []),
+             how.mode + ("-heun" if how.heun else ""), f"steps{how.num_steps}", f"cfg{how.cfg_scale:g}"]
+    if how.cfg_scale > 1:
+        if how.cls_cfg_scale is not None:
+            parts.append(f"cls{how.cls_cfg_scale:g}")
+        parts.append(f"t{how.guidance_low:g}-{how.guidance_high:g}")
+    parts += [how.labels if how.classes is None else "classes" + "+".join(map(str, how.classes)), f"seed{how.seed}",
+              how.precision, f"vae-{Path(vae).name}", f"batch{args.per_proc_batch_size}", f"n{args.num_fid_samples}"]
+    return "-".join(parts)
+
+
+def describe(path: Path, state: dict, how: Sampling, args: argparse.Namespace, vae: str, device: torch.device) -> dict:
+    """Everything that made the images, for settings.json and from there for metrics.json."""
+    return {
+        "checkpoint": str(path),
+        "checkpoint_sha256": checkpoint.sha256(path),
+        "step": state.get("steps"),
+        "weights": args.weights,
+        "vae": vae,
+        "sampling": asdict(how),
+        "num_images": args.num_fid_samples,
+        "per_proc_batch_size": args.per_proc_batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "diffusers", "timm")}},
+        "training": state.get("args"),
+    }
+
+
+def write_npz(path: Path, images: Path, labels: np.ndarray) -> None:
+    """ADM's sample file: `arr_0` uint8 (n, R, R, 3) streamed from the PNGs, `arr_1` their labels (n,)."""
+    with Image.open(images / "000000.png") as first:
+        size = first.size[1], first.size[0], 3
+
+    def write(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *size)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for index in tqdm(range(len(labels)), desc="npz", unit="image"):
+                    with Image.open(images / f"{index:06d}.png") as image:
+                        member.write(np.asarray(image.convert("RGB")).tobytes())
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels)
+
+    checkpoint.write_whole(path, write)
+
+
+def write_outputs(folder: Path, how: Sampling, num_images: int, num_classes: int, save_cls_tokens: bool) -> Path:
+    """Main process, after all blocks: grid.png, class_tokens.npz and, last, samples.npz."""
+    images = folder / "images"
+    labels = np.array([image_label(i, image_rng(how.seed, i), num_classes, how) for i in range(num_images)])
+    shown = [pil_to_tensor(Image.open(images / f"{i:06d}.png")) for i in range(min(GRID_IMAGES, num_images))]
+    to_pil_image(make_grid(shown, nrow=GRID_COLUMNS)).save(folder / "grid.png")
+    if save_cls_tokens:
+        blocks = sorted((folder / "class_tokens").glob("*.npy"))
+        np.savez(folder / "class_tokens.npz", class_tokens=np.concatenate([np.load(block) for block in blocks]), labels=labels)
+        shutil.rmtree(folder / "class_tokens")
+    write_npz(folder / "samples.npz", images, labels)
+    return folder / "samples.npz"
+
+
+@without_traceback
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    path = checkpoint.find(args.ckpt)
+    state = checkpoint.read(path)
+    model = checkpoint.build_for_sampling(state, args.model, args.weights)
+    space = LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
+    how = sampling_of(args, model, (state.get("args") or {}).get("path_type", "linear"))
+
+    world = PartialState()
+    require_joined(world.num_processes)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    codec = load_codec(args.vae or space.decoder, world.device)
+    space.require_same(codec.space, "the checkpoint", "the decoder")
+    model = model.to(world.device)
+
+    ours = path.parent.name == checkpoint.CHECKPOINTS
+    sample_dir = Path(args.sample_dir or (path.parent.parent / "samples" if ours else "samples"))
+    folder = sample_dir / folder_name(path, how, args, codec.space.vae)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    if args.save_cls_tokens:
+        (folder / "class_tokens").mkdir(exist_ok=True)
+    if world.is_main_process:
+        settings = describe(path, state, how, args, codec.space.vae, world.device)
+        checkpoint.write_whole(folder / "settings.json", lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
+
+    size = args.per_proc_batch_size
+    starts = range(0, args.num_fid_samples, size)[world.process_index::world.num_processes]
+    for start in tqdm(starts, desc="sampling", unit="block", disable=not world.is_main_process):
+        indices = range(start, min(start + size, args.num_fid_samples))
+        images, _, cls_tokens = sample_images(model, codec, indices, how)
+        for index, image in zip(indices, images, strict=True):
+            to_pil_image(image).save(folder / "images" / f"{index:06d}.png")
+        if args.save_cls_tokens:
+            np.save(folder / "class_tokens" / f"{start:08d}.npy", cls_tokens.numpy())
+    world.wait_for_everyone()
+    if world.is_main_process:
+        npz = write_outputs(folder, how, args.num_fid_samples, model.num_classes, args.save_cls_tokens)
+        print(f"{args.num_fid_samples} images in {folder / 'images'}, a grid in {folder / 'grid.png'}", file=sys.stderr)
+        print(npz)
+
+
+if __name__ == "__main__":
+    main()

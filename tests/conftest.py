@@ -1,0 +1,76 @@
+"""Small frozen networks with random weights and a small prepared data set, so that nothing is downloaded."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.vae import Codec
+
+os.environ["HF_HUB_OFFLINE"] = "1"       # a name that is not there fails at once instead of asking the network
+SIDE, CLASSES, IMAGES = 32, 3, 12
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A diffusers AutoencoderKL with random weights: 32 px -> latents (4, 8, 8)."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                        layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=SIDE, scaling_factor=0.5, shift_factor=0.1)
+    folder = tmp_path_factory.mktemp("networks") / "vae"
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small vision transformer with random weights in timm's folder form: 32 px, 4x4 patches, width 32."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model_args = dict(img_size=SIDE, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **model_args)
+    folder = tmp_path_factory.mktemp("networks") / "encoder"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "num_features": 32, "model_args": model_args,
+              "pretrained_cfg": {"input_size": [3, SIDE, SIDE], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "num_classes": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, vae_folder):
+    """Twelve images of noise in three classes with their moments, as `convert` and `encode` write them."""
+    from models.vae import load_codec
+
+    codec: Codec = load_codec(str(vae_folder))
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    moments = codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    labels = {"images": [], "vae-sd": []}
+    for i in range(IMAGES):
+        names = {"images": f"00000/img{i:08d}.png", "vae-sd": f"00000/img-mean-std-{i:08d}.npy"}
+        for kind, name in names.items():
+            (folder / kind / "00000").mkdir(parents=True, exist_ok=True)
+            labels[kind].append([name, i % CLASSES])
+        Image.fromarray(images[i]).save(folder / "images" / names["images"])
+        np.save(folder / "vae-sd" / names["vae-sd"], moments[i])
+    (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels["images"]}))
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels["vae-sd"], "vae": codec.space.to_record()}))
+    return folder
+
+
+@pytest.fixture
+def train_flags(data_dir, encoder_folder, vae_folder, tmp_path):
+    """Flags of a training run that takes seconds: SiT-T/2 on 17 tokens."""
+    return ["--data-dir", str(data_dir), "--enc-type", f"local-dir:{encoder_folder}", "--vae", str(vae_folder), "--output-dir", str(tmp_path),
+            "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--num-workers", "0",
+            "--sampling-steps", "0", "--logging-steps", "1"]

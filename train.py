@@ -1,0 +1,443 @@
+"""Train REG (arXiv 2507.01467), REPA or SiT on prepared latents: `bash train.sh`, or `python train.py --help`.
+
+One step: image -> frozen encoder -> class token and features; moments -> latents; loss.py on the pair; clip, AdamW, EMA.
+Two counters: `step` counts optimiser updates, `draws` global batches taken. Data position and randomness follow from `draws`.
+"""
+
+import argparse
+import json
+import math
+import netrc
+import os
+import sys
+import time
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from dataset import GlobalBatchSampler, LatentDataset
+from loss import ALIGNED_TOKENS, SILoss, Terms
+from models import checkpoint
+from models.encoders import Encoder, load_encoders, require_class_tokens
+from models.errors import UserError, require_joined, without_traceback
+from models.interpolant import PATHS
+from models.sit import SiT, SiT_models
+from models.vae import Codec, LatentSpace, load_codec
+from samplers import Sampling, sample_images
+
+GRID_IMAGES = 16             # a training grid: so many EMA samples, with this setting
+GRID = Sampling(mode="ode", num_steps=50)
+
+
+# ------------------------------------------------------------------------------------------------------------------ arguments
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train REG, REPA or SiT; the same command resumes.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", type=str, default="data/imagenet256", metavar="DIR", help="folder with images/ and vae-sd/")
+    data.add_argument("--resolution", type=int, default=None, metavar="PIXELS", help="side of the images; None: as the data set has it")
+    data.add_argument("--num-classes", type=int, default=None, metavar="N", help="number of classes; None: what the data set says")
+    data.add_argument("--num-workers", type=int, default=4, metavar="N", help="data loader processes per rank")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", type=str, default="exps", metavar="DIR", help="holds one folder per experiment")
+    output.add_argument("--exp-name", type=str, default=None, metavar="NAME", help="name of the experiment; None: from method and model")
+    output.add_argument("--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker beside metrics.jsonl")
+    output.add_argument("--logging-steps", type=int, default=100, metavar="STEPS", help="steps between log lines")
+    output.add_argument("--checkpointing-steps", type=int, default=50_000, metavar="STEPS", help="steps between checkpoints")
+    output.add_argument("--sampling-steps", type=int, default=10_000, metavar="STEPS",
+                        help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, scale {GRID.cfg_scale} "
+                             f"in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
+    output.add_argument("--vae", type=str, default=None, metavar="VAE",
+                        help="VAE that decodes the grids: hub id, folder, ema or mse; None: the data set's, or its recipe's decoder")
+    output.add_argument("--dry-run", action="store_true", help="print configuration, parameters and GFLOPs, and stop")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=("reg", "repa", "sit"), default="reg",
+                        help="reg: class-token slot and alignment; repa: alignment of patches; sit: neither")
+    method.add_argument("--align", choices=tuple(ALIGNED_TOKENS), default=None, help="aligned tokens; None: all for reg, patches for repa")
+    method.add_argument("--proj-coeff", type=float, default=0.5, metavar="LAMBDA", help="weight of the alignment; 0: no projector is built")
+    method.add_argument("--cls", type=float, default=0.03, metavar="BETA", help="weight of the class token's velocity loss")
+    method.add_argument("--enc-type", type=str, default="dinov2-vit-b", metavar="NAMES",
+                        help="encoders, comma-separated, the first gives the class token; local-dir:FOLDER for a timm folder")
+    method.add_argument("--encoder-weights", type=str, default=None, metavar="FILES", help="one file per encoder, instead of the hub")
+    method.add_argument("--encoder-depth", type=int, default=None, metavar="BLOCK", help="block that is aligned; None: T/S/B 4, L/XL 8")
+    method.add_argument("--projector-dim", type=int, default=2048, metavar="WIDTH", help="hidden width of the projectors")
+    method.add_argument("--path-type", choices=tuple(PATHS), default="linear", help="interpolant between data and noise")
+    method.add_argument("--weighting", choices=("uniform", "lognormal"), default="uniform", help="law of t")
+    method.add_argument("--cfg-prob", type=float, default=0.1, metavar="P", help="share of labels dropped for guidance, 0 to 1")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=tuple(SiT_models), default="SiT-XL/2", metavar="NAME", help="SiT-{T,S,B,L,XL}/{2,4,8}")
+    model.add_argument("--qk-norm", action=flag, default=False, help="LayerNorm on queries and keys")
+    model.add_argument("--fused-attn", action=flag, default=True, help="the backend's attention kernels")
+    model.add_argument("--init-weights", type=str, default=None, metavar="FILE", help="start a new run from a checkpoint's EMA weights")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--max-train-steps", type=int, default=400_000, metavar="STEPS", help="optimiser updates")
+    optim.add_argument("--batch-size", type=int, default=256, metavar="IMAGES",
+                       help="images per update, over all processes and accumulation")
+    optim.add_argument("--gradient-accumulation-steps", type=int, default=1, metavar="N", help="micro-batches per update")
+    optim.add_argument("--learning-rate", type=float, default=1e-4, metavar="LR", help="constant")
+    optim.add_argument("--adam-beta1", type=float, default=0.9, metavar="BETA1", help="AdamW")
+    optim.add_argument("--adam-beta2", type=float, default=0.999, metavar="BETA2", help="AdamW")
+    optim.add_argument("--adam-epsilon", type=float, default=1e-8, metavar="EPS", help="AdamW")
+    optim.add_argument("--adam-weight-decay", type=float, default=0.0, metavar="WD", help="AdamW")
+    optim.add_argument("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="gradients are clipped to this norm")
+    optim.add_argument("--ema-decay", type=float, default=0.9999, metavar="DECAY", help="of the averaged weights, per update")
+    optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default=None,
+                       help="autocast; None: bf16 where CUDA has it, else no")
+    optim.add_argument("--allow-tf32", action=flag, default=True, help="TF32 for what stays in float32 on CUDA")
+    optim.add_argument("--seed", type=int, default=0, metavar="SEED", help="of initialisation, data order and all noise")
+    return parser.parse_args(argv)
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the defaults that depend on other flags. Raises UserError where flags contradict each other or the machine."""
+    aligned = {"reg": "all", "repa": "patches", "sit": None}[args.method]
+    if args.align is not None and args.method != "reg" and args.align != aligned:
+        raise UserError(f"--align {args.align} came with --method {args.method}, which has no class token to align: leave --align out")
+    if args.method == "sit":
+        args.proj_coeff, args.enc_type = 0.0, None
+    args.align = (args.align or aligned) if args.proj_coeff > 0 else None
+    size = SiT_models[args.model].keywords
+    args.encoder_depth = args.encoder_depth or size["encoder_depth"]
+    if args.encoder_depth > size["depth"]:
+        raise UserError(f"--encoder-depth {args.encoder_depth} came, but {args.model} has {size['depth']} blocks: use 1 to {size['depth']}")
+    args.exp_name = args.exp_name or f"{args.method}-{args.model.lower().replace('/', '-')}"
+    if args.mixed_precision is None:
+        args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16 needs a CUDA device, and there is none: use bf16 or no")
+    for name in ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    if not 0 <= args.cfg_prob <= 1:
+        raise UserError(f"--cfg-prob is {args.cfg_prob}: give a share between 0 and 1")
+    if args.report_to != "none":
+        require_tracker(args.report_to)
+    return args
+
+
+def require_tracker(name: str) -> None:
+    """Raise UserError when the tracker is not installed, or wandb neither logged in nor offline."""
+    if find_spec(name) is None:
+        raise UserError(f"--report-to {name} came, but {name} is not installed: pip install {name}, or use --report-to none")
+    if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and "WANDB_API_KEY" not in os.environ:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        try:
+            known = netrc.netrc().authenticators(host) is not None
+        except OSError:
+            known = False
+        if not known:
+            raise UserError("--report-to wandb came, but nobody is logged in: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
+
+
+# --------------------------------------------------------------------------------------------------------------------- set-up
+
+def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace]:
+    """The data set and what its latents mean."""
+    data = LatentDataset(args.data_dir, args.resolution, args.num_classes, with_images=needs_encoder(args))
+    if data.vae_record is None:
+        space = LatentSpace()
+        print(f"{args.data_dir} does not say which VAE wrote it: taken as {space.vae}, scale {space.scale}, shift {space.shift}",
+              file=sys.stderr)
+    else:
+        space = LatentSpace.from_record(data.vae_record)
+    args.num_classes, args.resolution = data.num_classes, data.resolution
+    return data, space
+
+
+def needs_encoder(args: argparse.Namespace) -> bool:
+    """REG takes the class token from an encoder, REPA only its alignment target."""
+    return args.method == "reg" or args.proj_coeff > 0
+
+
+def token_grid(args: argparse.Namespace, space: LatentSpace) -> int:
+    """Side of SiT's token grid."""
+    return args.resolution // space.downsampling // SiT_models[args.model].keywords["patch_size"]
+
+
+def open_encoders(args: argparse.Namespace, space: LatentSpace, device, pretrained: bool = True) -> list[Encoder]:
+    """The frozen encoders that the method needs; REG's must all have a class token."""
+    if not needs_encoder(args):
+        return []
+    encoders = load_encoders(args.enc_type, device, args.resolution, pretrained, token_grid(args, space), args.encoder_weights)
+    if args.method == "reg":
+        require_class_tokens(encoders)
+    return encoders
+
+
+def build_model(args: argparse.Namespace, space: LatentSpace, encoders: list[Encoder]) -> SiT:
+    return SiT_models[args.model](
+        input_size=args.resolution // space.downsampling,
+        in_channels=space.channels,
+        num_classes=args.num_classes,
+        class_dropout_prob=args.cfg_prob,
+        encoder_depth=args.encoder_depth,
+        z_dims=tuple(encoder.embed_dim for encoder in encoders) if args.proj_coeff > 0 else (),
+        projector_dim=args.projector_dim,
+        cls_token_dim=encoders[0].embed_dim if args.method == "reg" else None,
+        qk_norm=args.qk_norm,
+        fused_attn=args.fused_attn,
+    )
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print the resolved configuration, parameter counts and GFLOPs of one forward pass, without touching a weight."""
+    if Path(args.data_dir).exists():
+        _, space = open_data(args)
+    else:
+        space = LatentSpace()
+        args.resolution, args.num_classes = args.resolution or 256, args.num_classes or 1000
+        print(f"{args.data_dir} does not exist: described for ImageNet at {args.resolution} px", file=sys.stderr)
+    with torch.device("meta"):
+        model = build_model(args, space, open_encoders(args, space, "meta", pretrained=False))
+        latents = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
+        cls_token = None if model.cls_token_dim is None else torch.zeros(1, model.cls_token_dim)
+        with FlopCounterMode(display=False) as flops:
+            model(latents, torch.zeros(1), torch.zeros(1, dtype=torch.long), cls_token)
+    parameters = sum(p.numel() for p in model.parameters())
+    at_inference = parameters - sum(p.numel() for p in model.projectors.parameters())
+    print(json.dumps({**vars(args), "latent_space": space.to_record()}, indent=2))
+    print(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without projectors), "
+          f"{flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image ({flops.get_total_flops() / 2e9:.2f} GMAC)")
+
+
+def open_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate's view of this process; refuses a launcher whose processes do not see each other."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=None if args.report_to == "none" else args.report_to,
+                              project_dir=str(Path(args.output_dir) / args.exp_name))
+    require_joined(accelerator.num_processes)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+# ----------------------------------------------------------------------------------------------------------------- one update
+
+def reseed(*key: int) -> None:
+    """Seed all of PyTorch's generators from (seed, draws, micro-batch, rank), so that a resumed run draws what a straight one does."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def total_loss(terms: Terms, args: argparse.Namespace) -> torch.Tensor:
+    """denoising + beta * cls + lambda * proj (REG, §3), a scalar."""
+    total = terms.denoising.mean()
+    if terms.cls is not None:
+        total = total + args.cls * terms.cls.mean()
+    if terms.proj is not None:
+        total = total + args.proj_coeff * terms.proj
+    return total
+
+
+def backward(accelerator: Accelerator, model, objective: SILoss, batch: dict, args, last: bool) -> tuple[Terms, torch.Tensor]:
+    """Add one micro-batch's share to the gradient. `batch` is what SILoss takes; ranks exchange gradients after the last one only."""
+    with nullcontext() if last else accelerator.no_sync(model):
+        terms = objective(model, **batch)
+        total = total_loss(terms, args)
+        accelerator.backward(total / args.gradient_accumulation_steps)
+    return terms, total
+
+
+@torch.no_grad()
+def update_ema(ema: SiT, model: SiT, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, in a few launches for all parameters."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def prepare_batch(images, moments, labels, space: LatentSpace, encoders: list[Encoder], args, accelerator: Accelerator) -> dict:
+    """uint8 images (B, 3, R, R), moments (B, 2C, H, W), labels (B,) -> the arguments of SILoss."""
+    device = accelerator.device
+    moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    mean, _ = moments.chunk(2, dim=1)
+    batch = dict(images=space.latents(moments, torch.randn_like(mean)), model_kwargs=dict(y=labels))
+    if encoders:
+        images = images.to(device, non_blocking=True)
+        with accelerator.autocast():
+            encoded = [encoder.features(images, with_class_token=args.method == "reg") for encoder in encoders]
+        batch["cls_token"] = encoded[0][0] if args.method == "reg" else None              # (B, E)
+        batch["zs"] = [features for _, features in encoded] if args.proj_coeff > 0 else None  # (B, T, E) each
+    return batch
+
+
+# -------------------------------------------------------------------------------------------------------------------- logging
+
+class Meter:
+    """Sums kept on the device between two log lines, so that logging waits for the device only when a line is written."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self) -> None:
+        self.sums, self.counts, self.waited, self.since = {}, {}, 0.0, time.perf_counter()
+
+    def add(self, name: str, values: torch.Tensor, count: torch.Tensor | None = None) -> None:
+        """Add values whose mean is wanted: their sum, over `count` of them (default: as many as there are)."""
+        values = values.detach().float()
+        self.sums[name] = self.sums.get(name, 0) + values.sum()
+        self.counts[name] = self.counts.get(name, 0) + (values.numel() if count is None else count)
+
+    def add_terms(self, terms: Terms, total: torch.Tensor) -> None:
+        self.add("loss", total)
+        self.add("denoising_loss", terms.denoising)
+        for quarter in range(4):                                  # t in [0, 1/4), ..., [3/4, 1]
+            inside = (terms.t * 4).long().clamp(max=3) == quarter
+            self.add(f"denoising_loss_t{quarter + 1}of4", terms.denoising * inside, inside.sum())
+        if terms.cls is not None:
+            self.add("cls_loss", terms.cls)
+        if terms.proj is not None:
+            self.add("proj_loss", terms.proj)
+            self.add("align_cosine", -terms.proj)
+
+    def read(self, accelerator: Accelerator, images: int) -> dict[str, float]:
+        """Means over all ranks since the last reading, images/s and the share of time spent waiting for data."""
+        table = torch.stack([torch.stack([s, torch.as_tensor(self.counts[name]).to(s)]) for name, s in self.sums.items()])
+        sums, counts = accelerator.reduce(table, "sum").T.tolist()                        # the one wait for the device
+        means = {name: s / n if n else math.nan for name, s, n in zip(self.sums, sums, counts, strict=True)}
+        elapsed = time.perf_counter() - self.since
+        means |= {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
+        self.start()
+        return means
+
+
+def log_line(experiment: Path, accelerator: Accelerator, line: dict) -> None:
+    """One line to metrics.jsonl, to the tracker, and in short to the terminal."""
+    accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+    if accelerator.is_main_process:
+        with open(experiment / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({name: value if value == value else None for name, value in line.items()}) + "\n")
+        shown = [f"{name} {line[name]:.4f}" for name in ("loss", "denoising_loss", "cls_loss", "align_cosine", "grad_norm") if name in line]
+        print(f"step {line['step']:7d} · {' · '.join(shown)} · {line['images_per_second']:.1f} images/s", flush=True)
+
+
+def draw_grid(experiment: Path, accelerator: Accelerator, ema: SiT, codec: Codec, how: Sampling, step: int) -> None:
+    """A grid of EMA samples with fixed labels and noise, as PNG and to the tracker."""
+    images, _, _ = sample_images(ema, codec, range(GRID_IMAGES), how)
+    grid = make_grid(images, nrow=round(GRID_IMAGES**0.5))                                # uint8 (3, ., .)
+    path = experiment / "grids" / f"{step:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    to_pil_image(grid).save(path)
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
+
+
+def cut_metrics(experiment: Path, step: int) -> None:
+    """Drop the log lines after `step`: a resumed run writes them again."""
+    path = experiment / "metrics.jsonl"
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        checkpoint.write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+
+
+# ------------------------------------------------------------------------------------------------------------------- the loop
+
+@without_traceback
+def main(argv=None) -> None:
+    args = resolve(parse_args(argv))
+    if args.dry_run:
+        return dry_run(args)
+
+    # The door: everything that can be wrong with the data, the launcher or the weights shows before the first step.
+    data, space = open_data(args)
+    accelerator = open_accelerator(args)
+    batches = GlobalBatchSampler(len(data), args.batch_size, seed=args.seed, accumulation=args.gradient_accumulation_steps,
+                                 rank=accelerator.process_index, world_size=accelerator.num_processes)
+    experiment = Path(args.output_dir) / args.exp_name
+    with accelerator.local_main_process_first():                  # one process downloads, the others find the cache
+        encoders = open_encoders(args, space, accelerator.device)
+        codec = load_codec(args.vae or space.decoder, accelerator.device) if args.sampling_steps and accelerator.is_main_process else None
+    if codec is not None:
+        space.require_same(codec.space, "the data set", "the decoder")
+
+    reseed(args.seed)
+    model = build_model(args, space, encoders).to(accelerator.device)
+    ema = deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, eps=args.adam_epsilon,
+                                  betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay)
+    aligned = args.align if args.method == "reg" and args.align else "all"                # without a slot, all tokens are patches
+    objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned)
+
+    # The same command resumes: the newest checkpoint holds all the state there is.
+    step = draws = 0
+    resumed = checkpoint.newest(experiment)
+    if resumed is not None:
+        state = checkpoint.read(resumed)
+        checkpoint.load_weights(model, state, "model")
+        checkpoint.load_weights(ema, state, "ema")
+        optimizer.load_state_dict(state["opt"])
+        step, draws = state["steps"], state["draws"]
+        accelerator.print(f"resumed {resumed} at step {step}")
+    elif args.init_weights is not None:
+        for network in (model, ema):
+            checkpoint.load_weights(network, args.init_weights)
+    unwrapped = model
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    if resumed is not None and accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    state = None                                                  # a checkpoint is several times the model: let it go
+
+    if accelerator.is_main_process:
+        experiment.mkdir(parents=True, exist_ok=True)
+        cut_metrics(experiment, step)
+        checkpoint.save_args(experiment, vars(args))
+    accelerator.init_trackers("REG", config={name: str(value) for name, value in vars(args).items()},
+                              init_kwargs={"wandb": {"name": args.exp_name}})
+    batches.start = draws
+    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.num_workers, pin_memory=accelerator.device.type == "cuda"))
+    accelerator.print(f"{args.model}, {args.method}: {len(data):,} images, {args.num_classes} classes, {accelerator.num_processes} "
+                      f"process(es), mixed precision {args.mixed_precision}, step {step} of {args.max_train_steps}")
+
+    meter, logged = Meter(), step
+    while step < args.max_train_steps:
+        for micro in range(args.gradient_accumulation_steps):
+            before = time.perf_counter()
+            images, moments, labels = next(loader)
+            meter.waited += time.perf_counter() - before
+            reseed(args.seed, draws, micro, accelerator.process_index)
+            batch = prepare_batch(images, moments, labels, space, encoders, args, accelerator)
+            terms, total = backward(accelerator, model, objective, batch, args, last=micro == args.gradient_accumulation_steps - 1)
+            meter.add_terms(terms, total)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        draws += 1
+        if accelerator.optimizer_step_was_skipped:                # the fp16 scaler backs off: no update, and another batch next
+            continue
+        update_ema(ema, unwrapped, args.ema_decay)
+        meter.add("grad_norm", grad_norm)
+        step += 1
+
+        if step % args.logging_steps == 0 or step == args.max_train_steps:
+            line = {"step": step, "draws": draws, **meter.read(accelerator, (step - logged) * args.batch_size), "lr": args.learning_rate}
+            log_line(experiment, accelerator, line)
+            logged = step
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            if accelerator.is_main_process:
+                saved = checkpoint.save(experiment, model=unwrapped, ema=ema, optimizer=optimizer, scaler=accelerator.scaler,
+                                        args=vars(args), step=step, draws=draws, latent_space=space.to_record())
+                print(f"saved {saved}", flush=True)
+            accelerator.wait_for_everyone()
+        if args.sampling_steps and (step % args.sampling_steps == 0 or step == args.max_train_steps):
+            if accelerator.is_main_process:
+                draw_grid(experiment, accelerator, ema, codec, replace(GRID, seed=args.seed, path_type=args.path_type), step)
+            accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
