@@ -1,0 +1,175 @@
+"""Feature extractors behind one interface: uint8 images (B, 3, H, W) -> float32 features (B, F).
+
+Letters: B batch, H W image size, F feature width.
+"""
+
+import contextlib
+import hashlib
+import pickle
+import urllib.error
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+
+from evaluations.inception import Inception
+from models.errors import UserError
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+LOCAL = "local-dir:"
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network with its identity. Call it with uint8 images (B, 3, H, W) on any device: float32 (B, F) on `device`."""
+
+    network: nn.Module
+    device: torch.device
+    name: str                      # 'inception', or the base name of the folder
+    key: str                       # the Frechet distance's key in JSON: 'fid' for Inception only, else 'fd_<name>'
+    label: str                     # what the distance is called in print
+    weights_sha256: str
+    weights_verified: bool | None  # is it the published file? None where there is none to compare with
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.uint8 and images.shape[1] == 3, f"{images.dtype} {tuple(images.shape)}"
+        with full_precision(self.device):
+            return self.network(images.to(self.device).contiguous()).float()  # NCHW, whatever layout the caller had
+
+
+def load_extractor(spec: str, device: torch.device | str = "cpu", weights: str | Path | None = None) -> Extractor:
+    """The extractor that `spec` names: `inception`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
+
+    `weights` is a file for Inception; without it the torch hub cache is used, else the published file is downloaded into it.
+    Raises UserError for an unknown spec, unreadable or damaged weights, or when they cannot be had.
+    """
+    device = torch.device(device)
+    if spec == "inception":
+        path, digest = _inception_file(weights)
+        network, name, key, label, verified = _load_inception(path), "inception", "fid", "FID", digest == INCEPTION_SHA256
+    elif spec.startswith(LOCAL):
+        if weights is not None:
+            raise UserError(f"weights for Inception ({weights}) came with --features {spec}: give one of the two")
+        folder = Path(spec.removeprefix(LOCAL))
+        name, verified = folder.resolve().name, None
+        key, label = f"fd_{name}", f"Frechet distance ({name})"
+        network, digest = TimmFeatures.load(folder), file_sha256(_timm_weights(folder))
+    else:
+        raise UserError(f"--features is {spec!r}: expected 'inception' or '{LOCAL}FOLDER' with a timm model")
+    network = network.to(device).eval().requires_grad_(False)
+    return Extractor(network, device, name, key, label, digest, verified)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 that is float32: TF32 and autocast off inside, as they were afterwards. (TF32 alone moves features by 0.7 %.)"""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _inception_file(given: str | Path | None) -> tuple[Path, str]:
+    """Where the weights are, and their sha256. Only a file given by the user may differ from the published one."""
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            raise UserError(f"Inception weights {path} not found: expected the file {INCEPTION_FILE} from {INCEPTION_URL}")
+        digest = file_sha256(path)
+        if digest != INCEPTION_SHA256:
+            warnings.warn(f"{path} is not the published Inception (sha256 {digest}, published {INCEPTION_SHA256}): "
+                          "the scores are not comparable to papers'", stacklevel=3)
+        return path, digest
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    remedy = f"download {INCEPTION_URL} (sha256 {INCEPTION_SHA256}) elsewhere and place it at {path}, or name it with --inception-weights"
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
+            raise UserError(f"the Inception weights {INCEPTION_FILE} are not at hand and did not arrive ({error}): {remedy}") from error
+    digest = file_sha256(path)
+    if digest != INCEPTION_SHA256:
+        raise UserError(f"{path} is damaged (its sha256 is {digest}): delete it, then {remedy}")
+    return path, digest
+
+
+def _load_inception(path: Path) -> Inception:
+    network = Inception()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is no state dict that torch.load(weights_only=True) reads: expected {INCEPTION_FILE}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}: expected the state dict {INCEPTION_FILE}")
+    # Converters leave the batch counters out; they mean nothing in inference.
+    shapes, expected = ({k: tuple(getattr(v, "shape", ())) for k, v in d.items() if not k.endswith("num_batches_tracked")}
+                        for d in (state, network.state_dict()))
+    wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
+    if wrong:
+        raise UserError(f"{path} is not the Inception of 2015-12-05: {len(wrong)} entries differ, for example {wrong[0]} is "
+                        f"{shapes.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}")
+    network.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
+    return network
+
+
+class TimmFeatures(nn.Module):
+    """A timm model's features before its classifier: bilinear resize to its input size, its mean and std, then the network."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        config = model.pretrained_cfg
+        self.model = model
+        self.size = tuple(config["input_size"][1:])                               # (height, width)
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+
+    @classmethod
+    def load(cls, folder: Path) -> "TimmFeatures":
+        """Read timm's own folder form. The classifier is loaded as it is, so `num_classes` stays what the file says."""
+        import timm  # slow to import, and Inception does not need it
+
+        _timm_weights(folder)
+        try:
+            return cls(timm.create_model(f"{LOCAL}{folder}", pretrained=True))
+        except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"timm cannot build the model in {folder} ({reason}): "
+                            "expected the folder as timm's save_for_hf writes it") from error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.float()                                                        # (B, 3, H, W)
+        if tuple(x.shape[2:]) != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=False)
+        x = (x / 255 - self.mean) / self.std
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)  # (B, F)
+
+
+def _timm_weights(folder: Path) -> Path:
+    """The file that timm reads the weights from, in timm's order of preference; raises UserError when a file is missing."""
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    found = [path for path in files if path.is_file()]
+    if not found or not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no timm model: expected a folder with config.json and model.safetensors (or pytorch_model.bin)")
+    return found[0]
