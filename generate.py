@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import checkpoint
-from models.errors import UserError, require_joined, without_traceback
+from models.errors import UserError, without_traceback
+from models.processes import join_processes
 from models.sit import SiT, SiT_models
 from models.vae import LatentSpace, load_codec
 from samplers import Sampling, image_label, image_rng, sample_images
@@ -89,7 +89,7 @@ def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Samplin
         except ValueError:
             raise UserError(f"--classes is {args.classes!r}: give whole numbers with commas, e.g. 207,360") from None
         if not all(0 <= c < model.num_classes for c in classes):
-            raise UserError(f"--classes is {args.classes}, but the checkpoint knows classes 0 to {model.num_classes - 1}: choose among them")
+            raise UserError(f"--classes is {args.classes}, but the checkpoint has classes 0 to {model.num_classes - 1}: choose among them")
     return Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cfg_scale=args.cfg_scale, cls_cfg_scale=args.cls_cfg_scale,
                     guidance_low=args.guidance_low, guidance_high=args.guidance_high, seed=args.global_seed, labels=args.labels,
                     classes=classes, path_type=path_type, precision=args.precision)
@@ -168,8 +168,7 @@ def main(argv=None) -> None:
     space = LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
     how = sampling_of(args, model, (state.get("args") or {}).get("path_type", "linear"))
 
-    world = PartialState()
-    require_joined(world.num_processes)
+    world = join_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     codec = load_codec(args.vae or space.decoder, world.device)
     space.require_same(codec.space, "the checkpoint", "the decoder")

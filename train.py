@@ -30,8 +30,9 @@ from dataset import GlobalBatchSampler, LatentDataset
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
 from models.encoders import Encoder, load_encoders, require_class_tokens
-from models.errors import UserError, require_joined, without_traceback
+from models.errors import UserError, without_traceback
 from models.interpolant import PATHS
+from models.processes import require_joined
 from models.sit import SiT, SiT_models
 from models.vae import Codec, LatentSpace, load_codec
 from samplers import Sampling, sample_images
@@ -60,8 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     output.add_argument("--logging-steps", type=int, default=100, metavar="STEPS", help="steps between log lines")
     output.add_argument("--checkpointing-steps", type=int, default=50_000, metavar="STEPS", help="steps between checkpoints")
     output.add_argument("--sampling-steps", type=int, default=10_000, metavar="STEPS",
-                        help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, scale {GRID.cfg_scale} "
-                             f"in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
+                        help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, "
+                             f"scale {GRID.cfg_scale} in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
     output.add_argument("--vae", type=str, default=None, metavar="VAE",
                         help="VAE that decodes the grids: hub id, folder, ema or mse; None: the data set's, or its recipe's decoder")
     output.add_argument("--dry-run", action="store_true", help="print configuration, parameters and GFLOPs, and stop")

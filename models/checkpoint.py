@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def read(path: str | Path) -> dict:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:          # written before 2020 in a format that cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:                    # a file that is no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or holds more than weights; "
                         "use another file") from error
     if not isinstance(state, dict) or not state:

@@ -115,7 +115,7 @@ def to_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights from a file of timm or of the encoder's original program, under timm's names, resampled to the model's input."""
     state = timm.models.load_state_dict(str(file))
-    momentum_contrast = "module.base_encoder."                    # MoCo v3 keeps the encoder under this name
+    momentum_contrast = "base_encoder."                           # MoCo v3 keeps the encoder under this name (timm drops "module.")
     if any(name.startswith(momentum_contrast) for name in state):
         state = {name.removeprefix(momentum_contrast): value for name, value in state.items() if name.startswith(momentum_contrast)}
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -128,11 +128,11 @@ def _local_spec(name: str) -> tuple[Spec, int, int | None]:
     config_file = Path(name.removeprefix(LOCAL)) / "config.json"
     try:
         config = json.loads(config_file.read_text())
-        architecture = config["architecture"]
+        architecture, cfg = config["architecture"], config["pretrained_cfg"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the encoder {name!r} needs a folder in timm's form, but {config_file} is missing or lacks 'architecture': "
-                        "name a folder with config.json and model.safetensors") from error
-    cfg, model_args = config.get("pretrained_cfg", {}), config.get("model_args", {})
+        raise UserError(f"the encoder {name!r} needs a folder in timm's form, but {config_file} is missing or lacks 'architecture' or "
+                        "'pretrained_cfg': name a folder with config.json and model.safetensors") from error
+    model_args = config.get("model_args", {})
     native = model_args.get("img_size") or (cfg["input_size"][-1] if "input_size" in cfg else None)
     spec = Spec(name, normalisation=(tuple(cfg.get("mean", IMAGENET[0])), tuple(cfg.get("std", IMAGENET[1]))))
     return spec, model_args.get("patch_size") or _patch_size(architecture), native
@@ -169,6 +169,8 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
         raise UserError(f"the weights of {name} ({spec.timm_name}) could not be loaded ({type(error).__name__}): download the file "
                         "model.safetensors of that timm model and name it with --encoder-weights FILE") from error
     except TypeError as error:
+        if "img_size" not in str(error):
+            raise
         raise UserError(f"{name!r} is no vision transformer whose input size can be set: an encoder needs patch tokens") from error
     if weights is not None:
         try:

@@ -1,7 +1,6 @@
 """The one exception that means: the user can mend this, and the message says how."""
 
 import functools
-import os
 import sys
 
 
@@ -23,11 +22,3 @@ def without_traceback(main):
             sys.exit(2)
 
     return wrapped
-
-
-def require_joined(num_processes: int) -> None:
-    """Raise UserError when the launcher started more processes than accelerate joined: each would do the whole work alone."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != num_processes:
-        raise UserError(f"the launcher started {launched} processes, but accelerate sees {num_processes}: start through train.sh or "
-                        "eval.sh, or set ACCELERATE_USE_CPU=true for torchrun on a CPU")

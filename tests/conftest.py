@@ -20,8 +20,9 @@ def vae_folder(tmp_path_factory):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=SIDE, scaling_factor=0.5, shift_factor=0.1)
+    vae = AutoencoderKL(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+                        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+                        sample_size=SIDE, scaling_factor=0.5, shift_factor=0.1)
     folder = tmp_path_factory.mktemp("networks") / "vae"
     vae.save_pretrained(folder)
     return folder
@@ -71,6 +72,6 @@ def data_dir(tmp_path_factory, vae_folder):
 @pytest.fixture
 def train_flags(data_dir, encoder_folder, vae_folder, tmp_path):
     """Flags of a training run that takes seconds: SiT-T/2 on 17 tokens."""
-    return ["--data-dir", str(data_dir), "--enc-type", f"local-dir:{encoder_folder}", "--vae", str(vae_folder), "--output-dir", str(tmp_path),
-            "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--num-workers", "0",
-            "--sampling-steps", "0", "--logging-steps", "1"]
+    return ["--data-dir", str(data_dir), "--enc-type", f"local-dir:{encoder_folder}", "--vae", str(vae_folder),
+            "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4",
+            "--num-workers", "0", "--sampling-steps", "0", "--logging-steps", "1"]

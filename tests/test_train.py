@@ -1,8 +1,341 @@
-"""train.py: the loop runs, resumes, and says what a user got wrong."""
+"""train.py: methods and flags do what they say, gradients do not depend on how a batch is cut, runs resume, mistakes get a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import train
+from loss import SILoss
+from models import checkpoint
+from models.errors import UserError
+from tests.test_sit import inputs, randomised, small
+
+ROOT = Path(__file__).parents[1]
 
 
-def test_smoke(train_flags, tmp_path):
-    train.main([*train_flags, "--max-train-steps", "2"])
-    assert (tmp_path / "run" / "checkpoints" / "0000002.pt").is_file()
+def run(flags, *more, steps=2) -> dict:
+    """Train for some steps; returns the last checkpoint's content."""
+    flags = [*flags, "--max-train-steps", str(steps), *map(str, more)]
+    AcceleratorState._reset_state(reset_partial_state=True)            # as in a new process: precision may differ
+    train.main(flags)
+    args = train.parse_args(flags)
+    return checkpoint.read(checkpoint.checkpoint_path(Path(args.output_dir) / args.exp_name, steps))
+
+
+def lines(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- methods
+
+def test_reg_has_a_slot_and_a_projector(train_flags, tmp_path):
+    state = run(train_flags)
+    assert state["architecture"]["cls_token_dim"] == 32 and state["architecture"]["z_dims"] == (32,)
+    assert state["architecture"]["num_classes"] == 3 and state["latent_space"]["scale"] == 0.5
+    assert state["args"]["align"] == "all" and isinstance(state["args"], dict)
+    last = lines(tmp_path)[-1]
+    assert last["loss"] == pytest.approx(last["denoising_loss"] + 0.03 * last["cls_loss"] + 0.5 * last["proj_loss"], rel=1e-5)
+    assert last["align_cosine"] == -last["proj_loss"]
+    assert {"grad_norm", "lr", "images_per_second", "data_wait", "denoising_loss_t1of4", "draws"} <= last.keys()
+    assert json.loads((tmp_path / "run" / "args.json").read_text()) == state["args"]
+
+
+def test_repa_aligns_patches_without_a_slot(train_flags, tmp_path):
+    state = run(train_flags, "--method", "repa")
+    assert state["architecture"]["cls_token_dim"] is None and state["architecture"]["z_dims"] == (32,)
+    assert state["args"]["align"] == "patches" and "cls_loss" not in lines(tmp_path)[-1]
+
+
+def test_sit_loads_no_encoder(train_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_encoders", lambda *_: pytest.fail("an encoder was loaded"))
+    state = run(train_flags, "--method", "sit", "--enc-type", "nothing")
+    assert state["architecture"]["cls_token_dim"] is None and state["architecture"]["z_dims"] == ()
+    assert {"cls_loss", "proj_loss"}.isdisjoint(lines(tmp_path)[-1])
+
+
+def test_without_alignment_no_projector_is_built(train_flags, tmp_path):
+    state = run(train_flags, "--proj-coeff", 0)
+    assert state["architecture"]["z_dims"] == () and state["architecture"]["cls_token_dim"] == 32
+    assert "proj_loss" not in lines(tmp_path)[-1]
+
+
+def test_two_encoders_give_two_targets(train_flags):
+    name = train_flags[train_flags.index("--enc-type") + 1]
+    assert run(train_flags, "--enc-type", f"{name},{name}")["architecture"]["z_dims"] == (32, 32)
+
+
+@pytest.mark.parametrize("change", [
+    ("--cls", "5"), ("--proj-coeff", "5"), ("--align", "patches"), ("--align", "class"), ("--path-type", "cosine"),
+    ("--weighting", "lognormal"),
+    ("--cfg-prob", "1"), ("--learning-rate", "1e-2"), ("--adam-beta1", "0.1"), ("--adam-beta2", "0.1"), ("--adam-epsilon", "1"),
+    ("--adam-weight-decay", "0.5"), ("--max-grad-norm", "0.01"), ("--seed", "1"), ("--encoder-depth", "2"),
+    ("--gradient-accumulation-steps", "2"), ("--mixed-precision", "bf16")])
+def test_every_flag_of_the_objective_and_optimiser_changes_the_weights(train_flags, tmp_path, change):
+    """From weights with open gates, so that every part of the model sees a gradient."""
+    architecture = run(train_flags, steps=1)["architecture"]
+    torch.save(randomised(checkpoint.SiT(**architecture)).state_dict(), tmp_path / "init.pth")
+    flags = [*train_flags, "--init-weights", str(tmp_path / "init.pth")]
+    plain, changed = ({**run([*flags, "--output-dir", str(tmp_path / where)], *more, steps=2)["model"]}
+                      for where, more in (("plain", ()), ("changed", change)))
+    assert not equal(plain, changed)
+
+
+def test_ema_follows_with_its_decay(train_flags, tmp_path):
+    first = run(train_flags, "--ema-decay", 0.75, steps=1)
+    flags = [*train_flags, "--output-dir", str(tmp_path / "b"), "--init-weights", str(tmp_path / "run/checkpoints/0000001.pt")]
+    run(flags, "--ema-decay", 0.75, steps=1)
+    second = checkpoint.read(tmp_path / "b/run/checkpoints/0000001.pt")
+    for name, weight in second["model"].items():
+        torch.testing.assert_close(second["ema"][name], 0.75 * first["ema"][name] + 0.25 * weight)
+
+
+def test_init_weights_start_a_new_run(train_flags, tmp_path):
+    source = run(train_flags, steps=2)
+    state = run([*train_flags, "--output-dir", str(tmp_path / "b")], "--init-weights", tmp_path / "run/checkpoints/0000002.pt",
+                "--learning-rate", 0, steps=1)
+    assert state["steps"] == 1 and equal(state["model"], source["ema"])
+
+
+# ---- cutting a batch
+
+@pytest.fixture
+def objective_and_batch():
+    model = randomised(small(class_dropout_prob=0.0)).train()
+    x, t, y, c = inputs(model, batch=8)
+    g = torch.Generator().manual_seed(5)
+    return model, dict(images=x, time_input=t, model_kwargs=dict(y=y), cls_token=c, noises=torch.randn(x.shape, generator=g),
+                       cls_noises=torch.randn(c.shape, generator=g), zs=[torch.randn(8, 17, 12, generator=g)])
+
+
+def piece(batch: dict, rows: slice) -> dict:
+    return {**{name: value[rows] for name, value in batch.items() if isinstance(value, torch.Tensor)},
+            "model_kwargs": dict(y=batch["model_kwargs"]["y"][rows]), "zs": [batch["zs"][0][rows]]}
+
+
+def gradient(model, batches: list[dict], accelerator) -> torch.Tensor:
+    args = train.parse_args(["--gradient-accumulation-steps", str(len(batches))])
+    for batch in batches:
+        train.backward(accelerator, model, SILoss(), batch, args, last=batch is batches[-1])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_accumulated_gradient_is_the_large_batchs(objective_and_batch):
+    model, batch = objective_and_batch
+    accelerator = Accelerator(cpu=True)
+    whole = gradient(model, [batch], accelerator)
+    model.zero_grad()
+    cut = gradient(model, [piece(batch, slice(i, i + 2)) for i in (0, 2, 4, 6)], accelerator)
+    assert (cut - whole).norm() / whole.norm() < 1e-6
+
+
+def test_gradient_of_two_processes_is_the_large_batchs(objective_and_batch, tmp_path):
+    model, batch = objective_and_batch
+    whole = gradient(model, [batch], Accelerator(cpu=True))
+    torch.save(dict(model=model.state_dict(), batch=batch), tmp_path / "in.pt")
+    program = f"""
+import torch
+from accelerate import Accelerator
+from tests.test_train import gradient, piece
+from tests.test_sit import small
+given = torch.load({str(tmp_path / 'in.pt')!r}, weights_only=True)
+model = small(class_dropout_prob=0.0).train()
+model.load_state_dict(given["model"])
+accelerator = Accelerator()
+rank = accelerator.process_index
+model = accelerator.prepare(model)
+rows = [slice(4 * micro + 2 * rank, 4 * micro + 2 * rank + 2) for micro in (0, 1)]
+torch.save(gradient(model, [piece(given["batch"], r) for r in rows], accelerator), {str(tmp_path)!r} + f"/out{{rank}}.pt")
+accelerator.end_training()
+"""
+    (tmp_path / "program.py").write_text(program)
+    two_processes(str(tmp_path / "program.py"))
+    for rank in (0, 1):
+        cut = torch.load(tmp_path / f"out{rank}.pt")
+        assert (cut - whole).norm() / whole.norm() < 1e-6
+
+
+def two_processes(*command, **environment) -> subprocess.CompletedProcess:
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
+                          cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+
+
+# ---- counters and resuming
+
+def test_the_same_command_resumes(train_flags, tmp_path):
+    straight = run([*train_flags, "--output-dir", str(tmp_path / "straight")], "--gradient-accumulation-steps", 2, steps=4)
+    run(train_flags, "--gradient-accumulation-steps", 2, steps=2)
+    resumed = run(train_flags, "--gradient-accumulation-steps", 2, steps=4)
+    assert (resumed["steps"], resumed["draws"]) == (4, 4)
+    assert equal(straight["model"], resumed["model"]) and equal(straight["ema"], resumed["ema"])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_writes_the_lines_after_its_checkpoint_again(train_flags, tmp_path):
+    run(train_flags, "--checkpointing-steps", 2, steps=3)
+    checkpoint.checkpoint_path(tmp_path / "run", 3).unlink()
+    run(train_flags, steps=4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_randomness_depends_on_every_part_of_its_key():
+    def draw(*key):
+        train.reseed(*key)
+        return torch.randn(3)
+
+    assert torch.equal(draw(0, 1, 2, 3), draw(0, 1, 2, 3))
+    draws = [draw(*key) for key in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))]
+    assert len({tuple(d.tolist()) for d in draws}) == 5
+
+
+def test_logging_reads_no_number_from_the_device_between_lines():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(function), "a number was read from the device"
+            return function(*args, **(kwargs or {}))
+
+    model = randomised(small()).eval()
+    x, t, y, c = inputs(model)
+    terms = SILoss()(model, x, dict(y=y), cls_token=c, time_input=torch.tensor([0.1, 1.0]))
+    meter = train.Meter()
+    with NoReading():
+        for _ in range(3):
+            meter.add_terms(terms, terms.denoising.mean())
+            meter.add("grad_norm", torch.tensor(2.0))
+    read = meter.read(Accelerator(cpu=True), images=6)
+    assert read["denoising_loss"] == pytest.approx(terms.denoising.mean().item())
+    assert read["denoising_loss_t1of4"] == pytest.approx(terms.denoising[0].item())
+    assert read["denoising_loss_t4of4"] == pytest.approx(terms.denoising[1].item())
+    assert read["denoising_loss_t2of4"] != read["denoising_loss_t2of4"] and read["grad_norm"] == 2.0
+
+
+# ---- what else a run writes
+
+def test_grids_and_tensorboard(train_flags, tmp_path):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(train_flags, "--sampling-steps", 2, "--report-to", "tensorboard", steps=2)
+    assert Image.open(tmp_path / "run" / "grids" / "0000002.png").size == (4 * 34 + 2,) * 2
+    events = EventAccumulator(str(tmp_path / "run" / "REG")).Reload()
+    assert "loss" in events.Tags()["scalars"] and "samples" in events.Tags()["images"]
+
+
+def test_dry_run_describes_and_stops(train_flags, tmp_path, capsys):
+    train.main([*train_flags, "--dry-run"])
+    out = capsys.readouterr().out
+    assert '"encoder_depth": 4' in out and '"num_classes": 3' in out and "M parameters" in out and not (tmp_path / "run").exists()
+
+
+def test_dry_run_knows_the_papers_cost(capsys):
+    train.main(["--model", "SiT-B/2", "--data-dir", "nowhere", "--dry-run"])
+    assert "139.028M parameters (131.684M without projectors), 49.97 GFLOPs forward for one image (24.98 GMAC)" in capsys.readouterr().out
+
+
+# ---- mistakes
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (("--data-dir", "nowhere"), "nowhere"),
+    (("--num-classes", "2"), "label"),
+    (("--resolution", "64"), "64"),
+    (("--batch-size", "3", "--gradient-accumulation-steps", "2"), "multiple of 2"),
+    (("--batch-size", "0"), "--batch-size is 0"),
+    (("--encoder-depth", "7"), "SiT-T/2 has 6 blocks"),
+    (("--enc-type", "nothing"), "unknown encoder 'nothing'"),
+    (("--enc-type", "siglip2-vit-b", "--encoder-weights", "nowhere"), "no encoder weights at nowhere"),
+    (("--vae", "nowhere", "--sampling-steps", "1"), "no VAE at nowhere"),
+    (("--method", "repa", "--align", "class"), "--align class"),
+    (("--model", "SiT-T/8", "--mixed-precision", "fp16"), "fp16 needs a CUDA device"),
+    (("--cfg-prob", "1.5"), "--cfg-prob is 1.5"),
+    (("--init-weights", "nowhere.pt"), "no checkpoint at nowhere.pt"),
+])
+def test_mistakes_end_with_one_sentence(train_flags, tmp_path, capsys, flags, sentence):
+    if "fp16" in flags and torch.cuda.is_available():
+        pytest.skip("CUDA has fp16")
+    with pytest.raises(SystemExit) as ended:
+        train.main([*train_flags, "--max-train-steps", "1", *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and error.startswith("error: ") and sentence in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_model(train_flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([*train_flags, "--model", "SiT-M/2"])
+    assert ended.value.code == 2 and "SiT-M/2" in capsys.readouterr().err
+
+
+def test_encoder_without_class_token(train_flags, tmp_path, capsys):
+    """Weights are not looked for: the reason is the same with them."""
+    import timm
+    from safetensors.torch import save_file
+
+    model_args = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, class_token=False, global_pool="avg", fc_norm=False)
+    folder = tmp_path / "pooled"
+    folder.mkdir()
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **model_args).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": model_args, "num_classes": 0,
+                                                   "pretrained_cfg": {}}))
+    flags = [*train_flags, "--enc-type", f"local-dir:{folder}"]
+    with pytest.raises(SystemExit):
+        run(flags, steps=1)
+    assert "has no class token" in capsys.readouterr().err
+    assert run(flags, "--method", "repa", steps=1)["architecture"]["z_dims"] == (32,)
+
+
+def test_a_run_of_another_architecture_is_not_resumed(train_flags, capsys):
+    run(train_flags, steps=1)
+    with pytest.raises(SystemExit):
+        run(train_flags, "--model", "SiT-T/4", steps=2)
+    assert "final_layer.linear.bias is of shape (16,)" in capsys.readouterr().err
+
+
+def test_another_decoder_is_refused(train_flags, vae_folder, tmp_path, capsys):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae.register_to_config(scaling_factor=0.25)
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        run(train_flags, "--vae", tmp_path / "other", "--sampling-steps", 1, steps=1)
+    assert "the data set has latent scale 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("installed", "environment", "sentence"), [
+    (False, {}, "wandb is not installed"),
+    (True, {}, "nobody is logged in"),
+    (True, {"WANDB_MODE": "offline"}, None),
+    (True, {"WANDB_API_KEY": "x"}, None)])
+def test_wandb_is_asked_for(monkeypatch, tmp_path, installed, environment, sentence):
+    monkeypatch.setattr(train, "find_spec", lambda name: object() if installed else None)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if sentence is None:
+        train.require_tracker("wandb")
+    else:
+        with pytest.raises(UserError, match=sentence):
+            train.require_tracker("wandb")
+
+
+def test_processes_that_do_not_see_each_other_are_refused(train_flags, monkeypatch, capsys):
+    """What plain torchrun on a CPU starts: WORLD_SIZE says 2, accelerate sees one process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run(train_flags, steps=1)
+    assert "the launcher started 2 processes, but accelerate sees 1" in capsys.readouterr().err

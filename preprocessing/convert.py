@@ -1,0 +1,124 @@
+"""`convert`: pictures of any size and mode -> square RGB images, numbered in sorted order, with their labels."""
+
+import io
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dataset import IMAGE_EXTENSIONS, Store, decode_image, few, list_names, open_store, read_labels, read_metadata
+from models.errors import UserError
+from preprocessing.crop import center_crop
+from preprocessing.work import Destination, digest, load
+
+TRANSFORMS = ("center-crop-dhariwal", "none")
+CHUNK = 16  # pictures a worker converts at a time
+
+
+def parse_resolution(text: str) -> int:
+    """`256x256` or `256` -> 256; raises UserError."""
+    width, cross, height = text.lower().partition("x")
+    if not (width.isascii() and width.isdigit() and int(width) > 0) or (cross and height != width):
+        raise UserError(f"--resolution {text} is not understood: expected a square like 256x256")
+    return int(width)
+
+
+def to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Any picture -> RGB. Transparency is dropped and EXIF orientation not applied, as in ADM; 16-bit greys keep their upper 8 bits.
+
+    Raises UserError for floating-point pictures, whose range is unknown.
+    """
+    if image.mode == "F":
+        raise UserError(f"{where} is a floating-point picture: expected 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # PIL would clip 16 bits at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def source_labels(store: Store, names: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """Labels (n,) int64 of the pictures, or None, and where they come from.
+
+    They are those of the source's dataset.json; without one, the rank of a picture's top-level folder among the sorted ones.
+    Raises UserError when some pictures have a label and others none.
+    """
+    if "labels" in read_metadata(store):
+        return read_labels(store, names, key=lambda name: name), "its dataset.json"
+    folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
+    loose = folders == b""
+    if loose.all():
+        return None, "nowhere: a flat folder has none"
+    if loose.any():
+        raise UserError(f"{store.path} holds {loose.sum()} pictures beside its class folders ({few(names[loose])}): "
+                        "move them into folders, or list all labels in dataset.json")
+    classes, labels = np.unique(folders, return_inverse=True)
+    return labels.astype(np.int64), f"{len(classes)} sorted folders ({few(classes)})"
+
+
+def image_name(i: int) -> str:
+    """The name of picture i, REPA's: a thousand to a folder."""
+    return f"{i // 1000:05d}/img{i:08d}.png"
+
+
+class _Conversion(torch.utils.data.Dataset):
+    """Item k converts and writes the k-th chunk of pictures and tells how many they are."""
+
+    def __init__(self, store: Store, names: np.ndarray, indices: np.ndarray, destination: Destination, resolution: int, transform: str):
+        self.store, self.names, self.indices, self.destination = store, names, indices, destination
+        self.resolution, self.transform = resolution, transform
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // CHUNK)
+
+    def __getitem__(self, k: int) -> int:
+        chunk = self.indices[k * CHUNK:(k + 1) * CHUNK].tolist()
+        for i in chunk:
+            self.destination.write(image_name(i), self._convert(self.names[i]))
+        return len(chunk)
+
+    def _convert(self, name: bytes) -> bytes:
+        where = self.store.where(name)
+        image = to_rgb(decode_image(self.store.read(name), where), where)
+        if self.transform != "none":
+            image = center_crop(image, self.resolution)
+        if image.size != (self.resolution, self.resolution):
+            raise UserError(f"{where} is {image.width}x{image.height} px, expected {self.resolution}x{self.resolution}: "
+                            "use --transform=center-crop-dhariwal")
+        png = io.BytesIO()
+        image.save(png, "png", compress_level=1)  # half the size of level 0, and read three times as fast as level 6 is written
+        return png.getvalue()
+
+
+def convert(source: str, dest: str, resolution: str, transform: str, workers: int, max_images: int | None = None) -> None:
+    """Write the pictures of `source` (folder or zip) to `dest` (folder or .zip) as `00000/img00000000.png`, ... and dataset.json.
+
+    Raises UserError when source or settings are wrong, when `dest` holds something else, or naming a picture that cannot be read.
+    """
+    side = parse_resolution(resolution)
+    store = open_store(source)
+    names = list_names(store, IMAGE_EXTENSIONS)
+    if not len(names):
+        raise UserError(f"the source {source} holds no pictures: expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max-images {max_images}: expected at least 1")
+    labels, origin = source_labels(store, names)
+    names = names[:max_images]
+    settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(store, names), "images": len(names),
+                "transform": transform, "resolution": side}
+    destination = Destination(dest, settings, source)
+    if destination.finished:
+        print(f"{dest} is finished already ({len(names)} images): nothing to do")
+        return
+    destination.begin()
+
+    outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
+    missing = np.flatnonzero(destination.is_missing(outputs))
+    work = _Conversion(store, names, missing, destination, side, transform)
+    with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
+        for count in load(work, workers):
+            bar.update(count)
+
+    listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels[:max_images], strict=True)]
+    destination.finish(outputs, {"labels": listed, "transform": {"name": transform, "resolution": side}})
+    print(f"{dest}: {len(names)} images of {side}x{side}, labels from {origin}")

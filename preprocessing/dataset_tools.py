@@ -1,0 +1,70 @@
+"""Prepare a data set: `convert` pictures to images, `encode` images to moments, `check` both.
+
+    python -m preprocessing.dataset_tools convert --source=PHOTOS --dest=DATA/images --resolution=256x256
+    python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/vae-sd
+    python -m preprocessing.dataset_tools check --source=DATA
+
+Given again, a command continues where it was interrupted. Source and destination are folders or zip files.
+Several GPUs: `accelerate launch -m preprocessing.dataset_tools encode ...`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # called as a script: the repository is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from models.errors import without_traceback
+from models.vae import SHORTHANDS
+from preprocessing.check import check
+from preprocessing.convert import TRANSFORMS, convert
+from preprocessing.encode import encode
+from preprocessing.work import all_cores
+
+
+def build_parser() -> argparse.ArgumentParser:
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="convert | encode | check")
+
+    def command(function, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(function.__name__, help=text, description=text, formatter_class=form)
+        added.set_defaults(function=function)
+        return added
+
+    # SUPPRESS keeps "(default: None)" out of the help: the functions themselves have the default.
+    optional = {"default": argparse.SUPPRESS}
+    required = {**optional, "required": True}
+    one = command(convert, "crop and resize pictures to square RGB images")
+    one.add_argument("--source", **required, help="pictures: a folder or a zip; labels from its dataset.json or its top-level folders")
+    one.add_argument("--dest", **required, help="images: a folder or a name ending in .zip")
+    one.add_argument("--resolution", default="256x256", help="size of the images in pixels, WIDTHxHEIGHT, square")
+    one.add_argument("--transform", default=TRANSFORMS[0], choices=TRANSFORMS, help="ADM's centre crop, or none: the pictures must fit")
+    one.add_argument("--max-images", type=int, **optional, help="take only the first pictures, in sorted order (default: all)")
+    one.add_argument("--workers", type=int, default=all_cores(), help="processes that convert; 0: none but this one")
+
+    two = command(encode, "encode images to VAE moments")
+    two.add_argument("--source", **required, help="images, as written by convert: a folder or a zip")
+    two.add_argument("--dest", **required, help="moments: a folder or a name ending in .zip")
+    two.add_argument("--model-url", default=SHORTHANDS["mse"], help="VAE: a hub id, a local folder, ema or mse")
+    two.add_argument("--batch-size", type=int, default=32, help="images encoded at a time, per process")
+    two.add_argument("--dtype", default="float32", choices=("float16", "float32"), help="how moments are stored")
+    two.add_argument("--workers", type=int, default=min(all_cores(), 8), help="processes that read, for each that encodes; 0: none")
+
+    three = command(check, "verify a prepared data set and draw a picture to look at")
+    three.add_argument("--source", **required, help="the data folder that holds images and vae-sd, folders or zips")
+    three.add_argument("--output", default="check.png", help="the picture: images above their decoded latents")
+    three.add_argument("--model-url", **optional, help="VAE that decodes (default: the decoder of the one that encoded)")
+    three.add_argument("--workers", type=int, default=all_cores(), help="processes that read; 0: none but this one")
+    return parser
+
+
+@without_traceback
+def main(argv: list[str] | None = None) -> None:
+    arguments = vars(build_parser().parse_args(argv))
+    arguments.pop("function")(**arguments)
+
+
+if __name__ == "__main__":
+    main()

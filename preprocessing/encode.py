@@ -1,0 +1,97 @@
+"""`encode`: images -> VAE moments (mean and std of the posterior) under the same keys."""
+
+import io
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset import IMAGE_EXTENSIONS, Store, list_keyed, open_store, read_image, read_labels
+from models.errors import UserError
+from models.processes import join_processes
+from models.vae import SHORTHANDS, load_codec
+from preprocessing.work import Destination, digest, load
+
+
+def moments_name(key: bytes) -> bytes:
+    """The name of a key's moments, REPA's: `00000/00000007` -> `00000/img-mean-std-00000007.npy`."""
+    folder, slash, stem = key.rpartition(b"/")
+    return folder + slash + b"img-mean-std-" + stem + b".npy"
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Item k is the k-th listed batch: its first index, and uint8 images (B, 3, R, R).
+
+    They stay numpy arrays, which travel by pipe: tensors would need shared memory, of which containers have little.
+    """
+
+    def __init__(self, store: Store, names: np.ndarray, starts: list[int], batch_size: int, resolution: int):
+        self.store, self.names, self.starts, self.batch_size, self.resolution = store, names, starts, batch_size, resolution
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, k: int) -> tuple[int, np.ndarray]:
+        start = self.starts[k]
+        names = self.names[start:start + self.batch_size]
+        return start, np.stack([read_image(self.store, name, self.resolution) for name in names])
+
+
+def _to_npy(array: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, workers: int) -> None:
+    """Encode the images of `source` (folder or zip, all RGB of one size) into `dest` (folder or .zip), with one process or many.
+
+    Writes `00000/img-mean-std-00000000.npy`, ... of shape (2C, H, W) and `dtype`, and dataset.json with the labels of the source and
+    the latent space. Batches are the same consecutive images however the work is divided or interrupted, since an image's moments
+    may differ by float noise between batch sizes. Raises UserError as `convert` does, and when the VAE does not load.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: expected at least 1")
+    store = open_store(source)
+    keys, names = list_keyed(store, IMAGE_EXTENSIONS)
+    if not len(keys):
+        raise UserError(f"the source {source} holds no images: expected what `convert` writes")
+    labels = read_labels(store, keys)
+    resolution = read_image(store, names[0]).shape[-1]
+    # Not where the images are: a data folder may move while it is being encoded.
+    settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names),
+                "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype}
+    destination = Destination(dest, settings, source)
+    state = join_processes()
+    if destination.finished:
+        if state.is_main_process:
+            print(f"{dest} is finished already ({len(names)} images): nothing to do")
+        return
+    codec = load_codec(model_url, state.device)
+    if resolution % codec.space.downsampling:
+        raise UserError(f"images of {resolution} px cannot be encoded by {codec.space.vae}: "
+                        f"expected a multiple of {codec.space.downsampling} px")
+    destination.begin()
+    state.wait_for_everyone()
+
+    outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
+    missing = destination.is_missing(outputs)
+    mine = range(state.process_index * batch_size, len(names), state.num_processes * batch_size)
+    starts = [start for start in mine if missing[start:start + batch_size].any()]
+    total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
+    with tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar:
+        for start, images in load(_Batches(store, names, starts, batch_size, resolution), workers):
+            moments = codec.encode(torch.from_numpy(images)).to(getattr(torch, dtype)).cpu().numpy()      # (B, 2C, H, W)
+            for i, one in enumerate(moments, start):
+                if not np.isfinite(one).all():
+                    raise UserError(f"the moments of {store.where(names[i])} are not finite in {dtype}: "
+                                    "use --dtype float32, or another VAE")
+                destination.write(outputs[i], _to_npy(one))
+            bar.update(len(images))
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels, strict=True)]
+        destination.finish(outputs, {"labels": listed, "vae": codec.space.to_record()})
+        print(f"{dest}: moments of {len(names)} images by {codec.space.vae}, {dtype}")

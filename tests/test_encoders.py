@@ -1,0 +1,134 @@
+"""Frozen encoders: one interface over timm, without a download."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from models.encoders import ENCODERS, load_encoders, require_class_tokens, to_grid
+from models.errors import UserError
+
+IMAGES = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+NO_CLASS_TOKEN = {"jepa-vit-h", "siglip2-vit-b"}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_name_builds_with_its_shapes(name):
+    """On the meta device: shapes without weights."""
+    with torch.device("meta"):
+        encoder, = load_encoders(name, "meta", resolution=256, pretrained=False)
+        class_token, patches = encoder(torch.zeros(2, 3, 256, 256, dtype=torch.uint8))
+    assert patches.shape == (2, 256, encoder.embed_dim)
+    assert (class_token is None) == (name in NO_CLASS_TOKEN) == (not encoder.has_class_token)
+    if class_token is not None:
+        assert class_token.shape == (2, encoder.embed_dim)
+    assert encoder.input_size == (224 if "patch14" in ENCODERS[name].timm_name else 256)
+    assert all(timm.is_model(spec.timm_name.split(".")[0]) for spec in ENCODERS.values())
+
+
+def test_prefix_tokens_are_not_patches():
+    encoder, = load_encoders("dinov2reg-vit-s", "cpu", resolution=64, pretrained=False)
+    tokens = encoder.model.forward_features(encoder.preprocess(IMAGES))                    # class token, 4 registers, 16 patches
+    class_token, patches = encoder(IMAGES)
+    assert tokens.shape[1] == 1 + 4 + 16
+    torch.testing.assert_close(class_token, tokens[:, 0])
+    torch.testing.assert_close(patches, tokens[:, 5:])
+
+
+@pytest.mark.parametrize("name", ["clip-vit-b", "mae-vit-b"])
+def test_patches_before_the_norm_and_class_token_after(name):
+    encoder, = load_encoders(name, "cpu", resolution=64, pretrained=False)
+    torch.nn.init.constant_(encoder.model.norm.weight, 2.0)
+    class_token, patches = encoder(IMAGES)
+    tokens = encoder.model.forward_features(encoder.preprocess(IMAGES))
+    torch.testing.assert_close(class_token, tokens[:, 0])
+    torch.testing.assert_close(encoder.model.norm(patches), tokens[:, 1:])
+
+
+def test_preprocessing():
+    encoder, = load_encoders("siglip2-vit-b", "cpu", resolution=64, pretrained=False)
+    torch.testing.assert_close(encoder.preprocess(IMAGES), IMAGES / 127.5 - 1)             # mean = std = 0.5, patch 16: no resize
+    encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(encoder.preprocess(IMAGES), F.interpolate((IMAGES / 255 - mean) / std, 56, mode="bicubic"))
+
+
+def test_tokens_on_the_grid_of_sit():
+    encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)       # own grid: 4 x 4
+    own = encoder(IMAGES)[1]
+    half, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False, grid=2)
+    half.model.load_state_dict(encoder.model.state_dict())
+    blocks = own.view(2, 2, 2, 2, 2, -1).mean(dim=(2, 4)).flatten(1, 2)                    # (B, row, ., column, ., E)
+    torch.testing.assert_close(half(IMAGES)[1], blocks)
+    maps = own.transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(to_grid(own, 8), F.interpolate(maps, 8, mode="bilinear").flatten(2).transpose(1, 2))
+
+
+def test_local_folder(encoder_folder):
+    encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", resolution=32, grid=4)
+    assert encoder.embed_dim == 32 and encoder.input_size == 32
+    for name, value in load_file(encoder_folder / "model.safetensors").items():
+        assert (encoder.model.state_dict()[name] == value).all()
+    assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
+    class_token, patches = encoder(IMAGES[..., :32, :32])
+    assert class_token.shape == (2, 32) and patches.shape == (2, 16, 32)
+    torch.testing.assert_close(encoder.preprocess(IMAGES[..., :32, :32]), IMAGES[..., :32, :32] / 127.5 - 1)     # the folder's mean, std
+
+
+def test_weights_from_files_in_the_order_of_the_list(encoder_folder, tmp_path):
+    name = f"local-dir:{encoder_folder}"
+    other = {key: value + 1 for key, value in load_file(encoder_folder / "model.safetensors").items()}
+    torch.save(other, tmp_path / "other.pth")
+    files = [encoder_folder / "model.safetensors", tmp_path / "other.pth"]
+    for weights in (files, ",".join(map(str, files))):
+        first, second = load_encoders(f"{name},{name}", "cpu", resolution=32, weights=weights)
+        assert (second.model.cls_token == first.model.cls_token + 1).all()
+
+
+def test_moco_v3_files(tmp_path):
+    """12 heads in the small model, and names below module.base_encoder."""
+    encoder, = load_encoders("mocov3-vit-s", "cpu", resolution=64, pretrained=False)
+    assert encoder.model.blocks[0].attn.num_heads == 12
+    state = {f"module.base_encoder.{name}": value for name, value in encoder.model.state_dict().items()}
+    torch.save({"state_dict": {**state, "module.predictor.0.weight": torch.zeros(2)}}, tmp_path / "moco.pth.tar")
+    loaded, = load_encoders("mocov3-vit-s", "cpu", resolution=64, weights=[tmp_path / "moco.pth.tar"])
+    torch.testing.assert_close(loaded(IMAGES)[0], encoder(IMAGES)[0])
+
+
+def test_position_table_is_resampled(tmp_path):
+    encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)
+    torch.save(encoder.model.state_dict(), tmp_path / "4x4.pth")
+    larger, = load_encoders("dinov2-vit-s", "cpu", resolution=128, weights=[tmp_path / "4x4.pth"])
+    assert larger.model.pos_embed.shape[1] == 64 + encoder.model.pos_embed.shape[1] - 16
+
+
+def test_user_mistakes(encoder_folder, tmp_path):
+    def refuse(sentence, *args, **settings):
+        with pytest.raises(UserError, match=sentence):
+            load_encoders(*args, "cpu", **settings)
+
+    refuse("unknown encoder 'dino'", "dino")
+    refuse("config.json is missing", "local-dir:nowhere")
+    refuse("no encoder weights at", "dinov2-vit-s", weights=["nowhere.pth"])
+    refuse("1 files of encoder weights came for 2", "dinov2-vit-s,dinov2-vit-b", weights=["a"])
+    refuse("no weights on the hub", "mocov3-vit-b")
+    refuse("model.safetensors of that timm model", "dinov2-vit-s", resolution=64)          # the hub is out of reach here
+    torch.save({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "part.pth")
+    refuse("does not hold the weights of dinov2-vit-s", "dinov2-vit-s", resolution=64, weights=[tmp_path / "part.pth"])
+    (tmp_path / "broken.pth").write_bytes(b"not weights")
+    refuse("does not hold the weights of dinov2-vit-s", "dinov2-vit-s", resolution=64, weights=[tmp_path / "broken.pth"])
+    convnet = tmp_path / "convnet"
+    shutil.copytree(encoder_folder, convnet)
+    (convnet / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    refuse("no vision transformer", f"local-dir:{convnet}")
+
+
+def test_reg_needs_a_class_token():
+    with torch.device("meta"):
+        encoders = load_encoders("dinov2-vit-s,siglip2-vit-b", "meta", pretrained=False)
+    require_class_tokens(encoders[:1])
+    with pytest.raises(UserError, match="siglip2-vit-b has no class token"):
+        require_class_tokens(encoders)

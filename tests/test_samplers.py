@@ -1,0 +1,183 @@
+"""Solvers against fields with known solutions, guidance, and image i's own randomness."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.interpolant import PATHS, widen
+from samplers import Sampling, euler_maruyama_sampler, euler_sampler, image_label, image_rng, pack, sample_images, unpack
+from tests.test_sit import randomised, small
+
+X = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+C = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.zeros(3, dtype=torch.long)
+
+
+class Field(torch.nn.Module):
+    """A velocity given by a formula, one for both members of the pair; counts its evaluations."""
+
+    num_classes = 10
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity, self.times, self.batches = velocity, [], []
+
+    def forward(self, x, t, y, cls_token=None):
+        self.times.append(t[0].item())
+        self.batches.append(len(x))
+        return self.velocity(x, t, y), [], None if cls_token is None else self.velocity(cls_token, t, y)
+
+
+def test_pack_and_unpack_are_inverse():
+    for pair in ((X, C), (X, None)):
+        for back, member in zip(unpack(pack(pair), X.shape), pair, strict=True):
+            assert (back is None and member is None) or (back == member).all()
+
+
+@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
+def test_order_of_convergence(heun, order):
+    """dx/dt = x cos(3t): x(0) = x(1) exp(-sin(3) / 3). Doubling the steps divides the error by 2^order."""
+    exact = math.exp(-math.sin(3) / 3)
+    errors = []
+    for steps in (200, 400):
+        x, c = euler_sampler(Field(lambda x, t, y: x * widen((3 * t).cos(), x)), X, Y, num_steps=steps, heun=heun, cls_latents=C)
+        errors.append((x - exact * X).norm())
+        torch.testing.assert_close(c / C, torch.full_like(C, (x / X).mean().item()))        # the class token takes the same steps
+    # The last Heun step is an Euler step of local error O(h^2), so that the whole stays of second order.
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.05
+
+
+def test_ode_times_and_evaluations():
+    euler, heun = Field(lambda x, t, y: x), Field(lambda x, t, y: x)
+    euler_sampler(euler, X, Y, num_steps=4)
+    euler_sampler(heun, X, Y, num_steps=4, heun=True)
+    assert euler.times == [1.0, 0.75, 0.5, 0.25]
+    assert heun.times == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_sde_times_and_noise_order():
+    calls = []
+
+    def noise(member):
+        calls.append(tuple(member.shape))
+        return torch.zeros_like(member)
+
+    field = Field(lambda x, t, y: x)
+    euler_maruyama_sampler(field, X, Y, num_steps=4, cls_latents=C, noise=noise)
+    np.testing.assert_allclose(field.times, [1, 0.68, 0.36, 0.04], rtol=1e-6)
+    assert calls == [tuple(X.shape), tuple(C.shape)] * 3                                  # the last step adds none
+
+
+@pytest.mark.parametrize("path_type", PATHS)
+def test_euler_maruyama_reproduces_a_gaussian(path_type):
+    """Data N(m, s^2): the velocity is known, and the samples must have the data's mean and variance."""
+    mean, std, path = 0.7, 0.5, PATHS[path_type]
+
+    def velocity(x, t, y):
+        t = widen(t, x)
+        a, s, da, ds = (f(t) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
+        variance = (a * std) ** 2 + s**2
+        return da * mean + (a * da * std**2 + s * ds) / variance * (x - a * mean)          # E[d x_t / dt | x_t]
+
+    torch.manual_seed(0)
+    n = 40_000
+    x, c = euler_maruyama_sampler(Field(velocity), torch.randn(n // 2, 1, 1, 2, dtype=torch.float64), torch.zeros(n // 2, dtype=torch.long),
+                                  num_steps=200, path_type=path_type, cls_latents=torch.randn(n // 2, 1, dtype=torch.float64))
+    # Four standard errors, and the solver's own error: the noise left out of the last step, and O(1 / 200).
+    for member in (x, c):
+        assert abs(member.mean() - mean) < 4 * std / math.sqrt(member.numel()) + 0.01
+        assert abs(member.var() - std**2) < 4 * std**2 * math.sqrt(2 / member.numel()) + 0.01
+
+
+def labelled(x, t, y):
+    """A field that shows its label: c for label 0, u for the null label 10."""
+    return torch.where(widen(y, x) == 10, 0.25, 1.0) * x
+
+
+def one_step(**settings):
+    field = Field(labelled)
+    x, c = euler_sampler(field, X, Y, num_steps=1, cls_latents=C, **settings)
+    return 1 - (x / X).mean().item(), 1 - (c / C).mean().item(), field.batches[0]
+
+
+def test_guidance_combines_velocities():
+    """From x(1) = 1, one step leaves 1 - velocity; both guidance halves go through the network as one batch."""
+    assert one_step(cfg_scale=1.0) == pytest.approx((1.0, 1.0, 3))
+    assert one_step(cfg_scale=3.0) == pytest.approx((0.25 + 3 * 0.75, 0.25 + 3 * 0.75, 6))
+    assert one_step(cfg_scale=3.0, cls_cfg_scale=2.0) == pytest.approx((0.25 + 3 * 0.75, 0.25 + 2 * 0.75, 6))
+    assert one_step(cfg_scale=3.0, cls_cfg_scale=0.0) == pytest.approx((0.25 + 3 * 0.75, 1.0, 6))
+
+
+def test_guidance_interval_includes_its_ends_and_heun_asks_with_the_starting_time():
+    field = Field(labelled)
+    euler_sampler(field, X, Y, num_steps=4, heun=True, cfg_scale=2.0, guidance_low=0.5, guidance_high=0.75)
+    guided = list(zip(field.times, (batch == 6 for batch in field.batches), strict=True))
+    assert guided == [(1.0, False), (0.75, False), (0.75, True), (0.5, True), (0.5, True), (0.25, True), (0.25, False)]
+
+
+def test_guiding_the_velocity_is_guiding_the_drift():
+    path, t, w, s = PATHS["linear"], torch.full((3,), 0.6, dtype=torch.float64), 1.2, 2.3
+    c, u = torch.randn(2, *X.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def drift(v):
+        return v - w / 2 * path.score(X, v, t)
+
+    torch.testing.assert_close(drift(u + s * (c - u)), drift(u) + s * (drift(c) - drift(u)))
+
+
+def test_a_slot_needs_class_noise():
+    model = small().eval()
+    with pytest.raises(ValueError, match="cls_latents"):
+        euler_sampler(model, torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long), num_steps=1)
+
+
+class Pixels:
+    """Stands for the codec: shows latents as they are."""
+
+    @staticmethod
+    def decode(latents):
+        return (latents * 40 + 128).clamp(0, 255).to(torch.uint8)
+
+
+HOW = Sampling(num_steps=3, seed=7)
+
+
+def test_image_depends_on_seed_and_index_alone():
+    model = randomised(small()).eval()
+    images, labels, tokens = sample_images(model, Pixels, range(6), HOW)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 8, 8) and tokens.shape == (6, 12)
+    rows = [sample_images(model, Pixels, [i], HOW) for i in (4, 1)]
+    for (image, label, token), i in zip(rows, (4, 1), strict=True):
+        assert label == labels[i]
+        assert (image[0].int() - images[i].int()).abs().max() <= 1                          # kernels depend on the batch size
+        torch.testing.assert_close(token[0], tokens[i], atol=1e-4, rtol=1e-4)
+    again, _, _ = sample_images(model, Pixels, range(6), HOW)
+    assert (again == images).all()
+    other, _, _ = sample_images(model, Pixels, range(6), replace(HOW, seed=8))
+    assert (other != images).any(dim=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("change", [dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4), dict(cfg_scale=1.0),
+                                    dict(cls_cfg_scale=0.0), dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"),
+                                    dict(precision="bf16"), dict(labels="balanced"), dict(classes=(4,))])
+def test_every_setting_changes_the_images(change):
+    model = randomised(small()).eval()
+    base = replace(HOW, mode="ode") if change.get("heun") else HOW
+    a, _, tokens_a = sample_images(model, Pixels, range(8), base)
+    b, _, tokens_b = sample_images(model, Pixels, range(8), replace(base, **change))
+    assert (a != b).any() or not torch.equal(tokens_a, tokens_b)
+
+
+def test_labels():
+    labels = [image_label(i, image_rng(0, i), 10, Sampling()) for i in range(5000)]
+    counts = np.bincount(labels, minlength=10)
+    assert abs(counts - 500).max() < 5 * math.sqrt(5000 * 0.1 * 0.9)
+    assert [image_label(i, image_rng(0, i), 3, Sampling(labels="balanced")) for i in range(4)] == [0, 1, 2, 0]
+    assert [image_label(i, image_rng(0, i), 300, Sampling(classes=(207, 260))) for i in range(3)] == [207, 260, 207]
+
+
+def test_no_two_of_fifty_thousand_images_share_their_noise():
+    assert len({image_rng(0, i).bytes(16) for i in range(50_000)}) == 50_000

@@ -1,0 +1,75 @@
+"""The latent codec: diffusers' convention, and numbers that must agree."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from models.errors import UserError
+from models.vae import LatentSpace, load_codec
+
+
+@pytest.fixture(scope="module")
+def codec(vae_folder):
+    return load_codec(str(vae_folder))
+
+
+def test_numbers_come_from_the_config(codec, vae_folder):
+    assert codec.space == LatentSpace(vae=str(vae_folder), scale=0.5, shift=0.1, channels=4, downsampling=4)
+    assert LatentSpace.from_record(codec.space.to_record()) == codec.space
+
+
+def test_encode_gives_the_posterior(codec):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    posterior = codec.vae.encode(images / 127.5 - 1).latent_dist
+    torch.testing.assert_close(codec.encode(images), torch.cat([posterior.mean, posterior.std], dim=1))
+
+
+def test_latents_are_normalised_samples_of_the_posterior():
+    space = LatentSpace(scale=0.5, shift=0.25)
+    moments = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 2.0)], dim=1).half()
+    latents = space.latents(moments, torch.full((1, 4, 2, 2), -1.0))
+    assert latents.dtype == torch.float32 and (latents == (3 - 2 - 0.25) * 0.5).all()
+
+
+def test_decode_undoes_the_normalisation_and_truncates(codec):
+    raw = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = 127.5 * codec.vae.decode(raw).sample + 127.5
+    ours = codec.decode((raw - codec.space.shift) * codec.space.scale)
+    assert ours.dtype == torch.uint8 and ours.shape == (2, 3, 32, 32)
+    floor = pixels.clamp(0, 255).floor()
+    assert (ours.float() != floor).float().mean() < 1e-3 and (ours.float() - floor).abs().max() <= 1   # (raw - shift) * scale rounds
+
+
+def test_the_recipe_encodes_with_mse_and_decodes_with_ema():
+    assert LatentSpace().decoder == "stabilityai/sd-vae-ft-ema"
+    assert LatentSpace(vae="my/vae").decoder == "my/vae"
+
+
+def test_a_missing_shift_is_zero(vae_folder, tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae.register_to_config(shift_factor=None)
+    vae.save_pretrained(tmp_path)
+    assert load_codec(str(tmp_path)).space.shift == 0
+
+
+@pytest.mark.parametrize("name", ["scale", "shift", "channels", "downsampling"])
+def test_a_difference_in_any_number_is_an_error(name):
+    space = LatentSpace()
+    space.require_same(dataclasses.replace(space, vae="another/name"), "a", "b")
+    with pytest.raises(UserError, match=f"the data set has latent {name}"):
+        space.require_same(dataclasses.replace(space, **{name: 9}), "the data set", "the decoder")
+
+
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("no/such/folder", "no VAE at"), ("./nothing", "no VAE at"), ("ema", "neither a folder nor reachable")])
+def test_unknown_vae(name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_codec(name)
+
+
+def test_a_folder_without_a_vae(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_codec(str(tmp_path))
