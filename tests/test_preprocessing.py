@@ -379,7 +379,7 @@ def test_other_settings_need_another_destination(photos, images, vae, tmp_path, 
 
 def test_a_data_set_of_others_is_not_overwritten(photos, images, tmp_path):
     (images / "dataset.json").write_text('{"labels": null}')
-    with pytest.raises(UserError, match="choose another --dest"):
+    with pytest.raises(UserError, match="did not write: choose another --dest"):
         run_convert(photos, images)
 
 

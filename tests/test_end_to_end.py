@@ -1,0 +1,103 @@
+"""The whole story through the programs a user runs: draw, convert, encode, check, train.sh, resume on two processes, eval.sh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def shell(*command, ok: bool = True, **environment) -> subprocess.CompletedProcess:
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Path:
+    """A trained experiment in exps/reg-toy: two steps on one process, then resumed to four on two."""
+    folder = tmp_path_factory.mktemp("story")
+    data = folder / "data"
+    tools = (sys.executable, "-m", "preprocessing.dataset_tools")
+    shell(sys.executable, "-m", "toy.draw", "--dest", data / "raw", "--num-images", "32", "--seed", "0")
+    shell(sys.executable, "-m", "toy.draw", "--npz", folder / "reference.npz", "--num-images", "32", "--seed", "1")
+    shell(*tools, "convert", "--source", data / "raw", "--dest", data / "images", "--resolution=32x32", "--transform=center-crop-dhariwal")
+    shell(*tools, "encode", "--source", data / "images", "--dest", data / "vae-sd", "--model-url", "toy/networks/vae", "--workers", "0")
+    shell(*tools, "check", "--source", data, "--output", folder / "check.png", "--workers", "0")
+
+    command = ("bash", "train.sh", "toy", "--batch-size", "8", "--num-workers", "0", "--logging-steps", "1", "--sampling-steps", "4")
+    where = dict(DATA_DIR=str(data), OUTPUT_DIR=str(folder / "exps"), NUM_GPUS="1")
+    shell(*command, "--max-train-steps", "2", **where)
+    resumed = shell(*command, "--max-train-steps", "4", **{**where, "NUM_GPUS": "2"})
+    assert "at step 2" in resumed.stdout and "2 process(es)" in resumed.stdout
+    return folder
+
+
+def test_preparation_leaves_a_picture_to_look_at(story):
+    assert Image.open(story / "check.png").width > 32
+
+
+def test_training_leaves_checkpoints_a_log_and_a_grid(story):
+    experiment = story / "exps" / "reg-toy"
+    assert sorted(p.name for p in (experiment / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt"]
+    assert [json.loads(line)["step"] for line in (experiment / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert json.loads((experiment / "args.json").read_text())["num_classes"] == 16
+    assert (experiment / "grids" / "0000004.png").exists()
+
+
+def test_eval_samples_and_scores(story):
+    flags = ("--num-fid-samples", "12", "--per-proc-batch-size", "4", "--num-steps", "3")
+    where = dict(REF_BATCH=str(story / "reference.npz"), FEATURES="local-dir:toy/networks/features", NUM_GPUS="2")
+    done = shell("bash", "eval.sh", story / "exps" / "reg-toy", *flags, **where)
+    folder, = (story / "exps" / "reg-toy" / "samples").iterdir()
+    assert f"metrics: {folder}/metrics.json" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["fd_features"] > 0 and "fid" not in metrics
+    assert metrics["num_samples"] == 12 and metrics["num_reference"] == 32
+    assert metrics["settings"]["sampling"]["num_steps"] == 3 and metrics["settings"]["step"] == 4
+    assert len(metrics["settings"]["checkpoint_sha256"]) == 64 and metrics["settings"]["training"]["method"] == "reg"
+    assert np.load(folder / "samples.npz")["arr_0"].shape == (12, 32, 32, 3)
+    agreement = shell(sys.executable, "-m", "toy.agreement", folder / "samples.npz")
+    assert "chance" in agreement.stdout
+
+
+def test_without_a_reference_samples_are_made_and_scoring_is_refused(story, tmp_path):
+    flags = ("--num-fid-samples", "2", "--num-steps", "1", "--sample-dir", tmp_path)
+    refused = shell("bash", "eval.sh", story / "exps" / "reg-toy", *flags, ok=False)
+    assert "cannot be scored without a reference: set REF_BATCH" in refused.stderr.splitlines()[-1]
+    folder, = tmp_path.iterdir()
+    assert (folder / "samples.npz").exists() and not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("command", "environment", "sentence"), [
+    (("train.sh", "xxl"), {}, "unknown recipe 'xxl'"),
+    (("train.sh", "toy"), {"DATA_DIR": "nowhere"}, "nowhere"),
+    (("eval.sh",), {}, "no experiment named"),
+    (("eval.sh", "nowhere"), {}, "no checkpoint at nowhere"),
+    (("eval.sh", "nowhere"), {"REF_BATCH": "nowhere.npz"}, "no reference at REF_BATCH=nowhere.npz"),
+])
+def test_mistakes_end_the_scripts_with_one_sentence(command, environment, sentence):
+    done = shell("bash", *command, ok=False, **environment)
+    assert done.returncode == 2
+    error = done.stderr.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and sentence in error[0]
+
+
+def test_plain_torchrun_on_a_cpu_is_refused(story):
+    """It would start two independent runs that overwrite each other."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("CUDA processes join by themselves")
+    environment = {"ACCELERATE_USE_CPU": "false"}
+    flags = ("--data-dir", story / "data", "--method", "sit", "--sampling-steps", "0", "--output-dir", story / "torchrun")
+    done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *flags, ok=False,
+                 **environment)
+    assert "the launcher started 2 processes, but accelerate sees 1" in done.stderr and not (story / "torchrun").exists()

@@ -1,0 +1,163 @@
+"""Rules of the house: who imports whom, requirements that are used, README commands that parse, files that are there."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import generate
+import train
+from evaluations import evaluator
+from models.sit import SiT_models
+from preprocessing import dataset_tools
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"train", "generate"}
+README = (ROOT / "README.md").read_text()
+
+# Each part of the project and what else of it that part may import; models' own modules are listed below.
+ALLOWED = {
+    "train": {"dataset", "loss", "samplers", "models", "evaluations"},
+    "generate": {"samplers", "models", "evaluations"},
+    "loss": {"models.interpolant"},
+    "samplers": {"models.interpolant"},
+    "dataset": {"models.errors"},
+    "preprocessing": {"preprocessing", "dataset", "models.vae", "models.encoders", "models.errors", "models.processes"},
+    "evaluations": {"evaluations", "models.encoders", "models.errors", "models.processes", "preprocessing.crop"},
+    "models.checkpoint": {"models.sit", "models.errors"},
+    "models": {"models.errors"},
+    "toy": {"toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
+}
+
+
+def sources() -> dict[str, Path]:
+    files = [*ROOT.glob("*.py"), *(p for part in ("models", "preprocessing", "evaluations", "toy") for p in (ROOT / part).glob("*.py"))]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module imported anywhere in the file, with the names that are imported from it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(imported: str) -> str | None:
+    """The module of the project that an import names, or None."""
+    modules = sources()
+    return next((name for name in (imported, imported.rpartition(".")[0]) if name in modules), None)
+
+
+def graph() -> dict[str, set[str]]:
+    return {name: {module for module in map(ours, imports(path)) if module} - {name} for name, path in sources().items()}
+
+
+def test_who_imports_whom():
+    for name, imported in graph().items():
+        allowed = ALLOWED.get(name) or ALLOWED[name.partition(".")[0]]
+        for module in imported:
+            assert module in allowed or module.partition(".")[0] in allowed, f"{name} imports {module}"
+
+
+def test_nothing_imports_a_program():
+    for name, imported in graph().items():
+        assert not imported & PROGRAMS, f"{name} imports {imported & PROGRAMS}"
+
+
+def test_imports_are_acyclic():
+    left = graph()
+    while left:
+        free = {name for name, imported in left.items() if not imported & left.keys()}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {name: imported for name, imported in left.items() if name not in free}
+
+
+def test_requirements_are_imported():
+    names = {"pillow": "PIL"}
+    required = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    used = {imported.partition(".")[0] for path in sources().values() for imported in imports(path)}
+    assert {names.get(name, name) for name in required} - used == {"wandb"}     # which accelerate imports when asked to report to it
+
+
+@pytest.mark.parametrize("module", ["train", "generate"])
+def test_optional_libraries_are_imported_only_where_they_are_used(module):
+    """A machine may lack diffusers until a picture is decoded, and the trackers until they are asked for."""
+    program = f"import sys; sys.modules.update(diffusers=None, wandb=None, tensorboard=None); import {module}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def readme_commands() -> list[list[str]]:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    inline = [code for code in re.findall(r"`([^`\n]+)`", README) if code.startswith(("bash ", "python "))]
+    lines = [line for line in [*blocks.splitlines(), *inline] if line.strip() and not line.startswith("#") and "..." not in line]
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_readme_commands_parse(command):
+    while "=" in command[0] and not command[0].startswith("-"):
+        name = command.pop(0).partition("=")[0]
+        assert name in (ROOT / "train.sh").read_text() + (ROOT / "eval.sh").read_text()
+    if command[:2] == ["bash", "train.sh"]:
+        assert re.search(rf"^    {command[2]}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
+        train.parse_args(command[3:])
+    elif command[:2] == ["bash", "eval.sh"]:
+        generate.parse_args(["--ckpt", *command[2:]])
+    elif command[:2] == ["python", "train.py"]:
+        train.parse_args(command[2:])
+    elif command[:2] == ["python", "generate.py"]:
+        generate.parse_args(command[2:])
+    elif command[1:3] == ["-m", "preprocessing.dataset_tools"] or command[2:4] == ["-m", "preprocessing.dataset_tools"]:
+        dataset_tools.build_parser().parse_args(command[command.index("preprocessing.dataset_tools") + 1:])
+    elif command[1:3] == ["-m", "evaluations.evaluator"]:
+        evaluator.parse_args(command[3:])
+    else:
+        assert command == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
+
+
+def test_readme_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", ".ci/run"])
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+def recipe_flags(script: str) -> list[str]:
+    return re.findall(r"--[a-z0-9-]+", "\n".join(line.partition("#")[0] for line in (ROOT / script).read_text().splitlines()))
+
+
+def test_recipes_use_flags_that_exist():
+    known = {"train.sh": (train.parse_args, []), "eval.sh": (generate.parse_args, ["--ckpt", "x"])}
+    launcher = {"--nnodes", "--node", "--master", "--nproc", "--standalone"}
+    scoring = {"--ref-batch", "--sample-batch", "--features", "--inception-weights", "--output"}
+    for script, (parse, required) in known.items():
+        spelled = set(vars(parse(required)))
+        for flag in set(recipe_flags(script)) - launcher - scoring:
+            assert flag[2:].replace("-", "_") in spelled, f"{script}: {flag}"
+
+
+def test_recipes_name_the_papers_depth():
+    text = (ROOT / "train.sh").read_text()
+    for name, depth in re.findall(r"--model (SiT-\S+) --encoder-depth (\d)", text):
+        assert SiT_models[name].keywords["encoder_depth"] == int(depth)
+
+
+def test_every_flag_of_a_program_is_read():
+    for module in (train, generate):
+        source = Path(module.__file__).read_text()
+        required = ["--ckpt", "x"] if module is generate else []
+        for name in vars(module.parse_args(required)):
+            read = re.search(rf"\bargs\.{name}\b", source) or f'"{name}"' in source
+            assert read, f"{module.__name__}: --{name} is read nowhere"
