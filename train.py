@@ -159,6 +159,10 @@ def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace]:
               file=sys.stderr)
     else:
         space = LatentSpace.from_record(data.vae_record)
+    side = data.resolution // space.downsampling
+    if data.moments_shape != (2 * space.channels, side, side):
+        raise UserError(f"{args.data_dir} holds moments of shape {data.moments_shape}, but images of {data.resolution} px give "
+                        f"{(2 * space.channels, side, side)} with {space.vae}: encode it again to record its VAE")
     args.num_classes, args.resolution = data.num_classes, data.resolution
     return data, space
 
@@ -168,19 +172,15 @@ def needs_encoder(args: argparse.Namespace) -> bool:
     return args.method == "reg" or args.proj_coeff > 0
 
 
-def token_grid(args: argparse.Namespace, space: LatentSpace) -> int:
-    """Side of SiT's token grid."""
-    return args.resolution // space.downsampling // SiT_models[args.model].keywords["patch_size"]
-
-
 def open_encoders(args: argparse.Namespace, space: LatentSpace, device, pretrained: bool = True) -> list[Encoder]:
     """The frozen encoders that the method needs; REG's must all have a class token."""
     if not needs_encoder(args):
         return []
-    encoders = load_encoders(args.enc_type, device, args.resolution, pretrained, token_grid(args, space), args.encoder_weights)
+    grid = args.resolution // space.downsampling // SiT_models[args.model].keywords["patch_size"]
     if args.method == "reg":
-        require_class_tokens(encoders)
-    return encoders
+        with torch.device("meta"):                                # before any weight is fetched
+            require_class_tokens(load_encoders(args.enc_type, "meta", args.resolution, pretrained=False, grid=grid))
+    return load_encoders(args.enc_type, device, args.resolution, pretrained, grid, args.encoder_weights)
 
 
 def build_model(args: argparse.Namespace, space: LatentSpace, encoders: list[Encoder]) -> SiT:
@@ -378,6 +378,7 @@ def main(argv=None) -> None:
     resumed = checkpoint.newest(experiment)
     if resumed is not None:
         state = checkpoint.read(resumed)
+        LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {resumed}", "the data set")
         checkpoint.load_weights(model, state, "model")
         checkpoint.load_weights(ema, state, "ema")
         optimizer.load_state_dict(state["opt"])

@@ -155,7 +155,7 @@ def test_convert_reads_and_writes_zips_with_many_workers(photos, images, tmp_pat
     if dest.endswith(".zip"):
         with zipfile.ZipFile(tmp_path / dest) as archive:
             assert archive.namelist() == [*sorted(files(images)), "dataset.json"]
-            assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            assert {(entry.compress_type, entry.date_time[0]) for entry in archive.infolist()} == {(zipfile.ZIP_STORED, 1980)}
 
 
 def test_convert_takes_labels_of_the_source(photos, tmp_path):
@@ -169,6 +169,11 @@ def test_convert_takes_labels_of_the_source(photos, tmp_path):
     (photos / "dataset.json").write_text(json.dumps({"labels": [["cat/p0.png", 0]]}))
     with pytest.raises(UserError, match=r"no label for 9 of 10 files \(cat/p1.png"):
         run_convert(photos, tmp_path / "c")
+
+
+def test_a_thousand_images_to_a_folder():
+    assert [converting.image_name(i) for i in (0, 999, 1000, 1234567)] == [
+        "00000/img00000000.png", "00000/img00000999.png", "00001/img00001000.png", "01234/img01234567.png"]
 
 
 def test_flat_folder_has_no_labels_and_a_mixed_one_is_refused(photos, tmp_path):
@@ -355,6 +360,46 @@ def test_killed_between_the_last_file_and_the_cleaning(photos, tmp_path):
     run_convert(photos, tmp_path / "a")
     run_convert(photos, tmp_path / "a.zip")
     assert contents(tmp_path / "a") == whole and not (tmp_path / "a.zip.partial").exists()
+
+
+def test_a_file_appears_whole_or_not_at_all(photos, tmp_path):
+    def full(source, target):
+        if Path(target).suffix == ".png":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    rename = os.replace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(UserError, match="cannot write .*img00000000.png: No space left"):
+            run_convert(photos, tmp_path / "a")
+    assert list((tmp_path / "a").rglob("*.png")) == []
+    run_convert(photos, tmp_path / "a")
+    assert len(contents(tmp_path / "a")) == 11
+
+
+def test_work_with_a_gap_is_not_closed(images, vae, tmp_path, monkeypatch):
+    """As when one of several processes died: the next run fills the gap."""
+    from preprocessing.work import Destination
+
+    write = Destination.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Destination, "write", lambda self, name, data: None if b"0007" in os.fsencode(name) else write(self, name, data))
+        with pytest.raises(UserError, match=r"lacks 1 of 10 files \(00000/img-mean-std-00000007.npy\): give the same command again"):
+            run_encode(images, tmp_path / "a.zip", vae)
+    assert not (tmp_path / "a.zip").exists()
+    run_encode(images, tmp_path / "a.zip", vae)
+    assert len(files(tmp_path / "a.zip")) == 10
+
+
+def test_a_source_that_changed_needs_another_destination(photos, images, vae, tmp_path):
+    run_encode(images, tmp_path / "moments", vae)
+    (photos / "cat/p0.png").rename(photos / "cat/p9.png")                         # as many pictures, in another order
+    with pytest.raises(UserError, match="was made with source_contents"):
+        run_convert(photos, images)
+    (images / "dataset.json").write_text('{"labels": null}')
+    with pytest.raises(UserError, match="was made with source_contents"):
+        run_encode(images, tmp_path / "moments", vae)
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -255,7 +257,7 @@ def test_dry_run_knows_the_papers_cost(capsys):
     (("--batch-size", "0"), "--batch-size is 0"),
     (("--encoder-depth", "7"), "SiT-T/2 has 6 blocks"),
     (("--enc-type", "nothing"), "unknown encoder 'nothing'"),
-    (("--enc-type", "siglip2-vit-b", "--encoder-weights", "nowhere"), "no encoder weights at nowhere"),
+    (("--enc-type", "dinov2-vit-s", "--encoder-weights", "nowhere"), "no encoder weights at nowhere"),
     (("--vae", "nowhere", "--sampling-steps", "1"), "no VAE at nowhere"),
     (("--method", "repa", "--align", "class"), "--align class"),
     (("--model", "SiT-T/8", "--mixed-precision", "fp16"), "fp16 needs a CUDA device"),
@@ -290,9 +292,10 @@ def test_encoder_without_class_token(train_flags, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": model_args, "num_classes": 0,
                                                    "pretrained_cfg": {}}))
     flags = [*train_flags, "--enc-type", f"local-dir:{folder}"]
-    with pytest.raises(SystemExit):
-        run(flags, steps=1)
-    assert "has no class token" in capsys.readouterr().err
+    for enc_type in (f"local-dir:{folder}", f"{train_flags[3]},siglip2-vit-b"):
+        with pytest.raises(SystemExit):
+            run(flags, "--enc-type", enc_type, steps=1)
+        assert "has no class token" in capsys.readouterr().err
     assert run(flags, "--method", "repa", steps=1)["architecture"]["z_dims"] == (32,)
 
 
@@ -301,6 +304,41 @@ def test_a_run_of_another_architecture_is_not_resumed(train_flags, capsys):
     with pytest.raises(SystemExit):
         run(train_flags, "--model", "SiT-T/4", steps=2)
     assert "final_layer.linear.bias is of shape (16,)" in capsys.readouterr().err
+
+
+def test_a_run_on_another_latent_space_is_not_resumed(train_flags, data_dir, tmp_path, capsys):
+    run(train_flags, steps=1)
+    shutil.copytree(data_dir, tmp_path / "data")
+    record = tmp_path / "data" / "vae-sd" / "dataset.json"
+    record.write_text(record.read_text().replace('"scale": 0.5', '"scale": 0.75'))
+    with pytest.raises(SystemExit):
+        run(train_flags, "--data-dir", tmp_path / "data", steps=2)
+    assert "has latent scale 0.5" in capsys.readouterr().err
+
+
+def test_data_without_a_record_counts_as_the_sd_vaes(train_flags, data_dir, tmp_path, capsys):
+    shutil.copytree(data_dir, tmp_path / "data")
+    record = tmp_path / "data" / "vae-sd" / "dataset.json"
+    record.write_text(json.dumps({"labels": json.loads(record.read_text())["labels"]}))
+    with pytest.raises(SystemExit):                                    # its 32 px images have 8x8 latents: another VAE's
+        run(train_flags, "--data-dir", tmp_path / "data", steps=1)
+    assert "moments of shape (8, 8, 8), but images of 32 px give (8, 4, 4) with stabilityai/sd-vae-ft-mse" in capsys.readouterr().err
+    for path in (tmp_path / "data" / "vae-sd").rglob("*.npy"):
+        np.save(path, np.load(path)[:, ::2, ::2])
+    state = run(train_flags, "--data-dir", tmp_path / "data", steps=1)
+    assert (state["latent_space"]["scale"], state["latent_space"]["shift"]) == (0.18215, 0.0)
+    assert capsys.readouterr().err.count("does not say which VAE wrote it") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_file_is_named_when_it_is_read(train_flags, data_dir, tmp_path, capsys, workers):
+    shutil.copytree(data_dir, tmp_path / "data")
+    damaged = tmp_path / "data" / "images" / "00000" / "img00000005.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with pytest.raises(SystemExit) as ended:
+        run(train_flags, "--data-dir", tmp_path / "data", "--num-workers", workers, steps=5)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and error.startswith("error: ") and str(damaged) in error
 
 
 def test_another_decoder_is_refused(train_flags, vae_folder, tmp_path, capsys):

@@ -1,9 +1,15 @@
 """The latent codec: diffusers' convention, and numbers that must agree."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.errors import UserError
 from models.vae import LatentSpace, load_codec
@@ -68,6 +74,29 @@ def test_a_difference_in_any_number_is_an_error(name):
 def test_unknown_vae(name, sentence):
     with pytest.raises(UserError, match=sentence):
         load_codec(name)
+
+
+def test_the_hubs_cache_serves_offline(vae_folder, tmp_path):
+    """VAE and encoder by their hub names, from a cache as the hub's client leaves it, with no network."""
+    import timm
+
+    encoder = timm.create_model("vit_small_patch14_dinov2.lvd142m", num_classes=0)
+
+    def snapshot(repository: str) -> Path:
+        folder = tmp_path / "hub" / f"models--{repository}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        return folder / "snapshots" / ("0" * 40)
+
+    shutil.copytree(vae_folder, snapshot("stabilityai--sd-vae-ft-ema"), dirs_exist_ok=True)
+    save_file(encoder.state_dict(), snapshot("timm--vit_small_patch14_dinov2.lvd142m") / "model.safetensors")
+    program = ("from models.vae import load_codec; from models.encoders import load_encoders\n"
+               "print(load_codec('ema').space.scale, load_encoders('dinov2-vit-s', 'cpu', resolution=64)[0].model.cls_token.sum().item())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+                          env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    scale, total = map(float, done.stdout.split())
+    assert scale == 0.5 and total == encoder.cls_token.sum().item()
 
 
 def test_a_folder_without_a_vae(tmp_path):
