@@ -75,7 +75,8 @@ class Destination:
     def _require_same(self, found: dict | None) -> None:
         if found == self.settings:
             return
-        found = found or {}
+        if found is None:
+            raise UserError(f"the destination {self.path} holds a data set that this program did not write: choose another --dest")
         other = [name for name in self.settings if found.get(name) != self.settings[name]]
         raise UserError(f"the destination {self.path} was made with {', '.join(f'{name} {found.get(name)}' for name in other)}, now "
                         f"{', '.join(f'{name} {self.settings[name]}' for name in other)} is asked for: choose another --dest or remove it")

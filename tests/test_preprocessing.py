@@ -378,7 +378,7 @@ def test_a_file_appears_whole_or_not_at_all(photos, tmp_path):
     assert len(contents(tmp_path / "a")) == 11
 
 
-def test_work_with_a_gap_is_not_closed(images, vae, tmp_path, monkeypatch):
+def test_work_with_a_gap_is_not_closed(images, vae, tmp_path):
     """As when one of several processes died: the next run fills the gap."""
     from preprocessing.work import Destination
 
