@@ -268,8 +268,8 @@ def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
                     "prepare it with `python -m preprocessing.dataset_tools`")
 
 
-def _find_resolution(given: int | None, image: int | None, latent: int, record: dict | None) -> int:
-    """The image size that `given`, the images and the moments agree on; raises UserError when they do not."""
+def _find_resolution(given: int | None, image: int | None, latent: int, record: dict | None) -> int | None:
+    """The image size that `given`, the images and the moments agree on, None when nothing says it; raises UserError when they differ."""
     if given and image and given != image:
         raise UserError(f"resolution {given} was asked for and the images are {image} px: give --resolution {image}, or convert again")
     resolution = given or image
@@ -279,9 +279,7 @@ def _find_resolution(given: int | None, image: int | None, latent: int, record: 
             raise UserError(f"resolution {resolution} does not fit the moments: {latent}x{latent} latents of {record.get('vae')} "
                             f"belong to {fitting} px; give the resolution they were encoded at, or encode again")
         return fitting
-    if not resolution:
-        raise UserError("the moments' dataset.json does not say which VAE made them, and no images are read: give the resolution")
-    if resolution % latent:
+    if resolution and resolution % latent:
         raise UserError(f"resolution {resolution} does not fit the moments of {latent}x{latent}: encode the images again")
     return resolution
 
@@ -295,8 +293,9 @@ class LatentDataset(torch.utils.data.Dataset):
         num_classes: None takes the greatest label + 1
         with_images: False neither needs nor reads images; the image is then an empty tensor (0,)
 
-    Attributes: `keys` (n,) bytes, `labels` (n,) int64, `num_classes`, `resolution`, `moments_shape` (2C, H, W), `vae_record` (what
-    `LatentSpace.to_record` wrote, None in data sets of others), `fingerprint` (sha256 of keys and labels, hex).
+    Attributes: `keys` (n,) bytes, `labels` (n,) int64, `num_classes`, `moments_shape` (2C, H, W), `vae_record` (what
+    `LatentSpace.to_record` wrote, None in data sets of others), `resolution` (None when neither images nor record say it),
+    `fingerprint` (sha256 of keys and labels, hex).
 
     Raises UserError before any long work when images, moments, labels, `resolution` and `num_classes` do not fit together (only the
     first pair is opened), and from `dataset[i]` when a file is damaged.

@@ -159,11 +159,12 @@ def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace]:
               file=sys.stderr)
     else:
         space = LatentSpace.from_record(data.vae_record)
-    side = data.resolution // space.downsampling
+    args.num_classes = data.num_classes
+    args.resolution = data.resolution or data.moments_shape[1] * space.downsampling
+    side = args.resolution // space.downsampling
     if data.moments_shape != (2 * space.channels, side, side):
-        raise UserError(f"{args.data_dir} holds moments of shape {data.moments_shape}, but images of {data.resolution} px give "
+        raise UserError(f"{args.data_dir} holds moments of shape {data.moments_shape}, but images of {args.resolution} px give "
                         f"{(2 * space.channels, side, side)} with {space.vae}: encode it again to record its VAE")
-    args.num_classes, args.resolution = data.num_classes, data.resolution
     return data, space
 
 

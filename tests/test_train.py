@@ -328,6 +328,8 @@ def test_data_without_a_record_counts_as_the_sd_vaes(train_flags, data_dir, tmp_
     state = run(train_flags, "--data-dir", tmp_path / "data", steps=1)
     assert (state["latent_space"]["scale"], state["latent_space"]["shift"]) == (0.18215, 0.0)
     assert capsys.readouterr().err.count("does not say which VAE wrote it") == 1
+    shutil.rmtree(tmp_path / "data" / "images")                        # SiT needs none, and 4x4 latents of that VAE are 32 px
+    assert run(train_flags, "--data-dir", tmp_path / "data", "--method", "sit", "--exp-name", "sit", steps=1)["args"]["resolution"] == 32
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
