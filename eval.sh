@@ -18,7 +18,9 @@ if [ -n "${REF_BATCH:-}" ] && [ ! -e "$REF_BATCH" ]; then
     echo "error: no reference at REF_BATCH=$REF_BATCH: name an .npz or an image folder" >&2; exit 2
 fi
 
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || {
+    echo "error: $PYTHON has no torch: pip install -r requirements.txt, or set PYTHON" >&2; exit 2
+}
 NUM_GPUS=${NUM_GPUS:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=tf32                              # of the network while sampling; the solver's state is float64
 if [ "$GPUS" -eq 0 ]; then

@@ -44,7 +44,9 @@ case "$RECIPE" in
     *) echo "error: unknown recipe '$RECIPE': bash train.sh xl|l|b|toy [flags of train.py]" >&2; exit 2 ;;
 esac
 
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || {
+    echo "error: $PYTHON has no torch: pip install -r requirements.txt, or set PYTHON" >&2; exit 2
+}
 NUM_GPUS=${NUM_GPUS:-$((GPUS > 0 ? GPUS : 1))}
 if [ "$GPUS" -gt 0 ] && [ "$NUM_GPUS" -gt "$GPUS" ]; then
     echo "error: NUM_GPUS is $NUM_GPUS, but this machine has $GPUS: give at most $GPUS" >&2; exit 2
@@ -53,15 +55,21 @@ if [ "$GPUS" -eq 0 ]; then
     export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + NUM_GPUS - 1) / NUM_GPUS ))}
 fi
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
-
-command=(train.py "${recipe[@]}" --method "$METHOD" --exp-name "$METHOD-$RECIPE"
-         --output-dir "${OUTPUT_DIR:-exps}" --report-to "${REPORT_TO:-none}" "$@")
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
 if [ "$NNODES" -gt 1 ]; then
     if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     fi
-    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "${NODE_RANK:-${SLURM_NODEID:?NODE_RANK is not set}}" \
-        --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set}" --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$NUM_GPUS" "${command[@]}"
+    if [ -z "$NODE_RANK" ] || [ -z "${MASTER_ADDR:-}" ]; then
+        echo "error: NNODES is $NNODES, but NODE_RANK or MASTER_ADDR is not set: set both on each node, or use srun" >&2; exit 2
+    fi
+fi
+
+command=(train.py "${recipe[@]}" --method "$METHOD" --exp-name "$METHOD-$RECIPE"
+         --output-dir "${OUTPUT_DIR:-exps}" --report-to "${REPORT_TO:-none}" "$@")
+if [ "$NNODES" -gt 1 ]; then
+    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" \
+        --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$NUM_GPUS" "${command[@]}"
 elif [ "$NUM_GPUS" -gt 1 ]; then
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" "${command[@]}"
 else

@@ -47,8 +47,8 @@ def draw(seed: int, index: int, resolution: int = RESOLUTION) -> Drawing:
     label = index % len(CLASSES)
     colour, shape = CLASSES[label].split("-")
 
-    size = rng.uniform(0.21, 0.34)
-    reach = 0.5 - size
+    size = rng.uniform(0.24, 0.36)
+    reach = 0.5 * (0.5 - size)
     x, y = rng.uniform(-reach, reach, 2)
     angle = rng.uniform(-np.pi / 8, np.pi / 8) * (shape != "disc")
     paint = _paint(rng, *HUES[colour])

@@ -33,7 +33,7 @@ from toy.draw import ATTRIBUTES, CLASSES, RESOLUTION, draw_many
 
 TRAIN_SEED, TEST_SEED = 1000, 2000       # apart from the seeds of the data set (0) and of its reference (1)
 NORMALISE = {"mean": [0.5] * 3, "std": [0.5] * 3}
-KL_WEIGHT = 1e-3                          # per latent, against the mean absolute error of a pixel in [-1, 1]
+KL_WEIGHT = 3e-4                          # per latent, against the mean absolute error of a pixel in [-1, 1]
 
 FEATURES_CONFIG = {
     "architecture": "resnet18",
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dest", type=Path, default=FEATURES.parent, metavar="FOLDER", help="where the three folders go")
     parser.add_argument("--num-images", type=int, default=24576, help="images to draw and train on")
     parser.add_argument("--features-steps", type=int, default=700, help="optimiser steps, batch 128; 0 keeps the network that is there")
-    parser.add_argument("--vae-steps", type=int, default=2000, help="optimiser steps, batch 32; 0 keeps the network that is there")
+    parser.add_argument("--vae-steps", type=int, default=2500, help="optimiser steps, batch 32; 0 keeps the network that is there")
     parser.add_argument("--encoder-steps", type=int, default=1600, help="optimiser steps, batch 128; 0 keeps the network that is there")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches")
     args = parser.parse_args(argv)
