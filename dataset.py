@@ -12,7 +12,6 @@ import io
 import json
 import os
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.errors import UserError
+from models.errors import UserError, notice
 
 IMAGES = ("images", "images.zip", "imagenet_256_vae", "imagenet_256_vae.zip")
 MOMENTS = ("vae-sd", "vae-sd.zip")
@@ -348,7 +347,7 @@ class LatentDataset(torch.utils.data.Dataset):
                                 f"{self.moments.where(METADATA)}: encode again, or correct one of them")
             labels = other if labels is None else labels
         if labels is None:
-            warnings.warn(f"{data_dir} has no labels: every image counts as class 0", stacklevel=3)
+            notice(f"{data_dir} has no labels: every image counts as class 0")
             labels = np.zeros(len(self.keys), dtype=np.int64)
         return labels
 

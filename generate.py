@@ -5,6 +5,7 @@ images are bit-equal for any number of processes.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import shutil
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from models import checkpoint
 from models.errors import UserError, without_traceback
+from models.files import make_folder, sha256, write_whole
 from models.processes import join_processes
 from models.sit import SiT, SiT_models
 from models.vae import LatentSpace, load_codec
@@ -71,15 +73,20 @@ def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Samplin
     if args.cls_cfg_scale is not None and (model.cls_token_dim is None or args.cfg_scale == 1):
         why = "the model has no class token" if model.cls_token_dim is None else "with --cfg-scale 1 nothing is guided"
         raise UserError(f"--cls-cfg-scale {args.cls_cfg_scale} would be ignored, since {why}: leave it out")
+    if args.cfg_scale > 1 and model.y_embedder.dropout_prob == 0:
+        raise UserError(f"--cfg-scale is {args.cfg_scale}, but the checkpoint was trained with --cfg-prob 0 and never saw the null label: "
+                        "give --cfg-scale 1")
+    if args.classes is not None and args.labels != "random":
+        raise UserError(f"--labels {args.labels} came with --classes, which are taken in turn: leave --labels out")
     if not 0 <= args.guidance_low <= args.guidance_high <= 1:
         raise UserError(f"the guidance interval is [{args.guidance_low}, {args.guidance_high}]: give 0 <= low <= high <= 1")
     if args.heun and args.mode != "ode":
         raise UserError("--heun came with --mode sde, which has no Heun step: add --mode ode")
     if args.save_cls_tokens and model.cls_token_dim is None:
         raise UserError("--save-cls-tokens came, but the checkpoint has no class-token slot: leave it out")
-    for name in ("num_steps", "num_fid_samples", "per_proc_batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    for name, least in (("num_steps", 1), ("num_fid_samples", 1), ("per_proc_batch_size", 1), ("global_seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least {least}")
     if args.precision == "tf32" and not torch.cuda.is_available():
         raise UserError("--precision tf32 needs a CUDA device, and there is none: use fp32 or bf16")
     classes = None
@@ -105,15 +112,21 @@ def folder_name(path: Path, how: Sampling, args: argparse.Namespace, vae: str) -
             parts.append(f"cls{how.cls_cfg_scale:g}")
         parts.append(f"t{how.guidance_low:g}-{how.guidance_high:g}")
     parts += [how.labels if how.classes is None else "classes" + "+".join(map(str, how.classes)), f"seed{how.seed}",
-              how.precision, f"vae-{Path(vae).name}", f"batch{args.per_proc_batch_size}", f"n{args.num_fid_samples}"]
+              how.precision, vae_tag(vae), f"batch{args.per_proc_batch_size}", f"n{args.num_fid_samples}"]
     return "-".join(parts)
+
+
+def vae_tag(vae: str) -> str:
+    """The decoder's name, with a few letters of where it is: two folders may share a name."""
+    place = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
+    return f"vae-{Path(vae).name}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
 
 
 def describe(path: Path, state: dict, how: Sampling, args: argparse.Namespace, vae: str, device: torch.device) -> dict:
     """Everything that made the images, for settings.json and from there for metrics.json."""
     return {
         "checkpoint": str(path),
-        "checkpoint_sha256": checkpoint.sha256(path),
+        "checkpoint_sha256": sha256(path),
         "step": state.get("steps"),
         "weights": args.weights,
         "vae": vae,
@@ -142,7 +155,7 @@ def write_npz(path: Path, images: Path, labels: np.ndarray) -> None:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, labels)
 
-    checkpoint.write_whole(path, write)
+    write_whole(path, write)
 
 
 def write_outputs(folder: Path, how: Sampling, num_images: int, num_classes: int, save_cls_tokens: bool) -> Path:
@@ -177,12 +190,14 @@ def main(argv=None) -> None:
     ours = path.parent.name == checkpoint.CHECKPOINTS
     sample_dir = Path(args.sample_dir or (path.parent.parent / "samples" if ours else "samples"))
     folder = sample_dir / folder_name(path, how, args, codec.space.vae)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "images")
     if args.save_cls_tokens:
-        (folder / "class_tokens").mkdir(exist_ok=True)
+        make_folder(folder / "class_tokens")
     if world.is_main_process:
+        for stale in ("samples.npz", "metrics.json"):             # of an earlier run: not of the images that are about to be made
+            (folder / stale).unlink(missing_ok=True)
         settings = describe(path, state, how, args, codec.space.vae, world.device)
-        checkpoint.write_whole(folder / "settings.json", lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
+        write_whole(folder / "settings.json", lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
 
     size = args.per_proc_batch_size
     starts = range(0, args.num_fid_samples, size)[world.process_index::world.num_processes]

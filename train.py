@@ -9,7 +9,6 @@ import json
 import math
 import netrc
 import os
-import sys
 import time
 from contextlib import nullcontext
 from copy import deepcopy
@@ -21,6 +20,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
@@ -30,7 +30,8 @@ from dataset import GlobalBatchSampler, LatentDataset
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
 from models.encoders import Encoder, load_encoders, require_class_tokens
-from models.errors import UserError, without_traceback
+from models.errors import UserError, notice, without_traceback
+from models.files import make_folder, write_whole
 from models.interpolant import PATHS
 from models.processes import require_joined
 from models.sit import SiT, SiT_models
@@ -112,26 +113,46 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     aligned = {"reg": "all", "repa": "patches", "sit": None}[args.method]
     if args.align is not None and args.method != "reg" and args.align != aligned:
         raise UserError(f"--align {args.align} came with --method {args.method}, which has no class token to align: leave --align out")
+    if args.align is not None and args.proj_coeff == 0:
+        raise UserError(f"--align {args.align} came with --proj-coeff 0, which aligns nothing: leave one of them out")
+    check_ranges(args)
     if args.method == "sit":
         args.proj_coeff, args.enc_type = 0.0, None
     args.align = (args.align or aligned) if args.proj_coeff > 0 else None
     size = SiT_models[args.model].keywords
-    args.encoder_depth = args.encoder_depth or size["encoder_depth"]
-    if args.encoder_depth > size["depth"]:
+    if args.encoder_depth is None:
+        args.encoder_depth = size["encoder_depth"]
+    if not 1 <= args.encoder_depth <= size["depth"]:
         raise UserError(f"--encoder-depth {args.encoder_depth} came, but {args.model} has {size['depth']} blocks: use 1 to {size['depth']}")
     args.exp_name = args.exp_name or f"{args.method}-{args.model.lower().replace('/', '-')}"
     if args.mixed_precision is None:
-        args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16 needs a CUDA device, and there is none: use bf16 or no")
-    for name in ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    if not 0 <= args.cfg_prob <= 1:
-        raise UserError(f"--cfg-prob is {args.cfg_prob}: give a share between 0 and 1")
     if args.report_to != "none":
         require_tracker(args.report_to)
     return args
+
+
+# The least a flag may be, and where it must also stay below 1.
+AT_LEAST = {1: ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps", "projector_dim"),
+            0: ("num_workers", "seed", "sampling_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
+                "proj_coeff", "cls", "cfg_prob", "ema_decay", "max_grad_norm")}
+SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "cfg_prob")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raise UserError for a number that makes no sense; `not >=` also refuses nan."""
+    for least, names in AT_LEAST.items():
+        for name in names:
+            if not getattr(args, name) >= least:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least {least}")
+    for name in SHARES:
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a share between 0 and 1")
+    for name, useless in (("adam_beta1", 1), ("adam_beta2", 1), ("max_grad_norm", 0)):
+        if getattr(args, name) == useless:
+            raise UserError(f"--{name.replace('_', '-')} is {useless}, with which nothing would be learned: give another number")
 
 
 def require_tracker(name: str) -> None:
@@ -155,8 +176,7 @@ def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace]:
     data = LatentDataset(args.data_dir, args.resolution, args.num_classes, with_images=needs_encoder(args))
     if data.vae_record is None:
         space = LatentSpace()
-        print(f"{args.data_dir} does not say which VAE wrote it: taken as {space.vae}, scale {space.scale}, shift {space.shift}",
-              file=sys.stderr)
+        notice(f"{args.data_dir} does not say which VAE wrote it: taken as {space.vae}, scale {space.scale}, shift {space.shift}")
     else:
         space = LatentSpace.from_record(data.vae_record)
     args.num_classes = data.num_classes
@@ -206,7 +226,7 @@ def dry_run(args: argparse.Namespace) -> None:
     else:
         space = LatentSpace()
         args.resolution, args.num_classes = args.resolution or 256, args.num_classes or 1000
-        print(f"{args.data_dir} does not exist: described for ImageNet at {args.resolution} px", file=sys.stderr)
+        notice(f"{args.data_dir} does not exist: described for ImageNet at {args.resolution} px")
     with torch.device("meta"):
         model = build_model(args, space, open_encoders(args, space, "meta", pretrained=False))
         latents = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
@@ -222,7 +242,9 @@ def dry_run(args: argparse.Namespace) -> None:
 
 def open_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of this process; refuses a launcher whose processes do not see each other."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=None if args.report_to == "none" else args.report_to,
+    # Accumulation is written out in the loop: accelerate must not divide the loss once more, whatever its own configuration says.
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                              log_with=None if args.report_to == "none" else args.report_to,
                               project_dir=str(Path(args.output_dir) / args.exp_name))
     require_joined(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -342,8 +364,9 @@ def cut_metrics(experiment: Path, step: int) -> None:
     """Drop the log lines after `step`: a resumed run writes them again."""
     path = experiment / "metrics.jsonl"
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        checkpoint.write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+        # A line that was cut off with the run does not end in a brace.
+        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
 
 
 # ------------------------------------------------------------------------------------------------------------------- the loop
@@ -378,24 +401,28 @@ def main(argv=None) -> None:
     step = draws = 0
     resumed = checkpoint.newest(experiment)
     if resumed is not None:
-        state = checkpoint.read(resumed)
+        state = checkpoint.read(resumed, mmap=False)
         LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {resumed}", "the data set")
         checkpoint.load_weights(model, state, "model")
         checkpoint.load_weights(ema, state, "ema")
-        optimizer.load_state_dict(state["opt"])
         step, draws = state["steps"], state["draws"]
         accelerator.print(f"resumed {resumed} at step {step}")
     elif args.init_weights is not None:
         for network in (model, ema):
             checkpoint.load_weights(network, args.init_weights)
+    make_folder(experiment)
     unwrapped = model
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    if resumed is not None and accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    state = None                                                  # a checkpoint is several times the model: let it go
+    if resumed is not None:
+        optimizer.load_state_dict(state["opt"])                   # after `prepare`, which would move AdamW's step counts to the device
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        state = None                                              # a checkpoint is several times the model: let it go
+    starts = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise UserError(f"the processes would start at steps {starts}: {experiment} must be on a disk that all nodes share")
 
     if accelerator.is_main_process:
-        experiment.mkdir(parents=True, exist_ok=True)
         cut_metrics(experiment, step)
         checkpoint.save_args(experiment, vars(args))
     accelerator.init_trackers("REG", config={name: str(value) for name, value in vars(args).items()},

@@ -11,7 +11,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
 import warnings
 import zipfile
 import zlib
@@ -28,6 +27,7 @@ from evaluations.features import Extractor, load_extractor
 from evaluations.inception import Inception
 from evaluations.metrics import frechet_distance, gaussian_statistics
 from models.errors import UserError, without_traceback
+from models.files import write_whole
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError)  # zipfile and numpy, on a damaged file
@@ -269,7 +269,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     images = parser.add_argument_group("images: an npz file (arr_0, uint8, NHWC) or a folder")
     images.add_argument("--ref-batch", "--ref_batch", type=Path, required=True, default=argparse.SUPPRESS, metavar="REF",
                         help="reference; its own mu and sigma are used for FID when an npz has them")
-    images.add_argument("--sample-batch", "--sample_batch", type=Path, required=True, default=argparse.SUPPRESS, metavar="SAMPLE",
+    images.add_argument("--sample-batch", "--sample_batch", type=Path, default=None, metavar="SAMPLE",
                         help="generated images; the settings.json beside the npz (or in the folder) goes into the output")
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--features", default="inception", metavar="inception|local-dir:FOLDER",
@@ -280,7 +280,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     scoring.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
     scoring.add_argument("--output", "--save_path", type=Path, metavar="OUT.json",
                          help="result; an existing folder gets metrics.json (None: print only)")
-    return parser.parse_args(argv)
+    scoring.add_argument("--dry-run", action="store_true", help="check reference and feature network, and stop")
+    args = parser.parse_args(argv)
+    if args.sample_batch is None and not args.dry_run:
+        parser.error("--sample-batch is missing: name an npz file or a folder of generated images")
+    return args
 
 
 @without_traceback
@@ -288,8 +292,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     # Everything that can be wrong with the arguments is said before weights are downloaded or images read.
     device, output = _device(args.device), _output(args.output)
-    sample, ref = open_images(args.sample_batch, "--sample-batch"), open_images(args.ref_batch, "--ref-batch")
-    settings = read_settings(args.sample_batch)
+    ref = open_images(args.ref_batch, "--ref-batch")
+    if args.dry_run:
+        load_extractor(args.features, device, args.inception_weights)
+        return
+    sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
     extractor = load_extractor(args.features, device, args.inception_weights)
     result = evaluate(ref, sample, extractor, args.batch_size)
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch)}
@@ -297,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         result["settings"] = settings
     print(f"{extractor.label}: {result[extractor.key]}")
     if output is not None:
-        write_json(output, result)
+        write_whole(output, lambda partial: partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
 
 
 def _device(name: str) -> torch.device:
@@ -320,13 +327,6 @@ def _output(path: Path | None) -> Path | None:
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error}): name a file in a folder of yours") from error
     return path
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Write under a temporary name and rename, so that a file that is there is whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

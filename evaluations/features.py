@@ -4,7 +4,6 @@ Letters: B batch, H W image size, F feature width.
 """
 
 import contextlib
-import hashlib
 import pickle
 import urllib.error
 import warnings
@@ -18,12 +17,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from evaluations.inception import Inception
+from models.encoders import LOCAL
 from models.errors import UserError
+from models.files import sha256
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", weights: str |
         folder = Path(spec.removeprefix(LOCAL))
         name, verified = folder.resolve().name, None
         key, label = f"fd_{name}", f"Frechet distance ({name})"
-        network, digest = TimmFeatures.load(folder), file_sha256(_timm_weights(folder))
+        network, digest = TimmFeatures.load(folder), sha256(_timm_weights(folder))
     else:
         raise UserError(f"--features is {spec!r}: expected 'inception' or '{LOCAL}FOLDER' with a timm model")
     network = network.to(device).eval().requires_grad_(False)
@@ -82,21 +82,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolution
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _inception_file(given: str | Path | None) -> tuple[Path, str]:
     """Where the weights are, and their sha256. Only a file given by the user may differ from the published one."""
     if given is not None:
         path = Path(given)
         if not path.is_file():
             raise UserError(f"Inception weights {path} not found: expected the file {INCEPTION_FILE} from {INCEPTION_URL}")
-        digest = file_sha256(path)
+        digest = sha256(path)
         if digest != INCEPTION_SHA256:
             warnings.warn(f"{path} is not the published Inception (sha256 {digest}, published {INCEPTION_SHA256}): "
                           "the scores are not comparable to papers'", stacklevel=3)
@@ -109,7 +101,7 @@ def _inception_file(given: str | Path | None) -> tuple[Path, str]:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
         except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
             raise UserError(f"the Inception weights {INCEPTION_FILE} are not at hand and did not arrive ({error}): {remedy}") from error
-    digest = file_sha256(path)
+    digest = sha256(path)
     if digest != INCEPTION_SHA256:
         raise UserError(f"{path} is damaged (its sha256 is {digest}): delete it, then {remedy}")
     return path, digest

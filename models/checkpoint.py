@@ -9,15 +9,16 @@ OUTPUT_DIR/EXP/checkpoints/0400000.pt     REPA's keys model, ema, opt, args (a p
 """
 
 import argparse
-import hashlib
+import inspect
 import json
-import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 
 from models.errors import UserError
+from models.files import write_whole
 from models.sit import SiT, SiT_models
 
 CHECKPOINTS = "checkpoints"
@@ -49,14 +50,6 @@ def find(path: str | Path) -> Path:
     return path
 
 
-def write_whole(path: Path, write) -> None:
-    """Call `write(temporary path)` and rename, so that `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def save(experiment: Path, *, model: SiT, ema: SiT, optimizer, scaler, args: dict, step: int, draws: int, latent_space: dict) -> Path:
     """Write the checkpoint of `step` whole, and return its path."""
     state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "args": args, "steps": step,
@@ -72,19 +65,17 @@ def save_args(experiment: Path, args: dict) -> None:
     write_whole(experiment / "args.json", lambda partial: partial.write_text(json.dumps(args, indent=2) + "\n"))
 
 
-def read(path: str | Path) -> dict:
+def read(path: str | Path, mmap: bool = True) -> dict:
     """Read a checkpoint without running anything in it (`weights_only`); an argparse.Namespace in it becomes a dict.
 
-    Tensors stay on disk until they are used (`mmap`), so a sampler does not pay for the optimiser state.
+    With `mmap` tensors stay on disk until they are used, so a sampler does not pay for the optimiser state; without it they are the
+    caller's own, whatever becomes of the file.
     Raises UserError when the file is missing or not a checkpoint.
     """
     path = find(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:          # written before 2020 in a format that cannot be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:                    # a file that is no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or holds more than weights; "
                         "use another file") from error
@@ -95,15 +86,6 @@ def read(path: str | Path) -> dict:
     return state
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
     """The state dict in a file, a whole checkpoint or a bare state dict, under our names."""
     state = source if isinstance(source, dict) else read(source)
@@ -112,6 +94,8 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
             raise UserError(f"the checkpoint has no {which!r} weights but {', '.join(map(str, state))}: "
                             "name a checkpoint of REG, REPA or this program")
         state = state[which]
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of REG, REPA or this program")
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
@@ -165,6 +149,9 @@ def architecture_of(state: dict, model_name: str | None) -> dict:
     A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must, and is refused where it contradicts the weights.
     """
     if "architecture" in state:
+        expected = inspect.signature(SiT).parameters.keys()
+        if not isinstance(state["architecture"], dict) or state["architecture"].keys() != expected:
+            raise UserError(f"the checkpoint's architecture is not described by {', '.join(expected)}: use another file")
         if model_name is not None:
             stored, size = state["architecture"], SiT_models[model_name].keywords
             if any(stored[key] != size[key] for key in ("depth", "hidden_size", "num_heads", "patch_size")):

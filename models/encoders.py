@@ -4,7 +4,6 @@ Shape letters: B batch, R image size, E encoder width, N = grid^2 patch tokens.
 """
 
 import json
-import pickle
 import re
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
 from models.errors import UserError
@@ -145,6 +145,10 @@ def _patch_size(timm_name: str) -> int:
     return int(found.group(1))
 
 
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def load_encoder(name: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True, grid: int | None = None,
                  weights: str | Path | None = None) -> Encoder:
     """Build one frozen encoder; see `load_encoders`."""
@@ -165,9 +169,12 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
     try:
         model = timm.create_model(spec.timm_name, pretrained=pretrained and weights is None, num_classes=0, img_size=input_size,
                                   **dict(spec.model_args))
-    except (OSError, RuntimeError) as error:                      # hub and cache both without it, or a damaged file
-        raise UserError(f"the weights of {name} ({spec.timm_name}) could not be loaded ({type(error).__name__}): download the file "
+    except OSError as error:                                      # hub and cache both without it
+        raise UserError(f"the weights of {name} ({spec.timm_name}) could not be fetched ({type(error).__name__}): download the file "
                         "model.safetensors of that timm model and name it with --encoder-weights FILE") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights of {name} ({spec.timm_name}) do not fit or are damaged ({_first_words(error)}): "
+                        "place the file again, or name another with --encoder-weights FILE") from error
     except TypeError as error:
         if "img_size" not in str(error):
             raise
@@ -175,9 +182,9 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
     if weights is not None:
         try:
             model.load_state_dict(read_weights(Path(weights), model))
-        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{weights} does not hold the weights of {name} ({reason}): give files in the order of --enc-type") from error
+        except Exception as error:                                # a file of something else can make the readers raise anything
+            raise UserError(f"{weights} does not hold the weights of {name} ({_first_words(error)}): "
+                            "give files in the order of --enc-type") from error
     encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
     return encoder.to(device).eval().requires_grad_(False)
 

@@ -1,6 +1,5 @@
 """`check`: is the prepared data set whole, and do its latents look like its images?"""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from dataset import LatentDataset
 from models.errors import UserError
+from models.files import write_whole
 from models.vae import Codec, LatentSpace, load_codec
 from preprocessing.work import load
 
@@ -80,8 +80,6 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
         raise UserError(f"{len(faults)} of {len(entries)} entries are at fault: {' | '.join(faults[:3])}")
 
     drawn, psnr = side_by_side(entries, space, codec)
-    temporary = picture.with_name(f".{picture.name}.tmp")
-    drawn.save(temporary, "png")
-    os.replace(temporary, picture)
+    write_whole(picture, lambda partial: drawn.save(partial, "png"))
     print(f"{source}: {len(entries)} images of {entries.resolution} px, moments {entries.moments_shape}, {entries.num_classes} classes, "
           f"all readable; images above their decoded latents in {output} (PSNR {psnr:.1f} dB)")

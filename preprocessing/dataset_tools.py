@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # called as a script: the repository is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from models.errors import without_traceback
+from models.errors import UserError, without_traceback
 from models.vae import SHORTHANDS
 from preprocessing.check import check
 from preprocessing.convert import TRANSFORMS, convert
@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     arguments = vars(build_parser().parse_args(argv))
+    if arguments["workers"] < 0:
+        raise UserError(f"--workers is {arguments['workers']}: give 0 or more")
     arguments.pop("function")(**arguments)
 
 

@@ -123,6 +123,11 @@ def test_code_in_a_file_is_not_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_files_in_the_format_before_zip_are_read(tmp_path):
+    torch.save({"ema": small().state_dict()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    load_weights(small(), tmp_path / "old.pt")
+
+
 def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")

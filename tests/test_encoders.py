@@ -59,10 +59,11 @@ def test_preprocessing():
 def test_tokens_on_the_grid_of_sit():
     encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)       # own grid: 4 x 4
     own = encoder(IMAGES)[1]
-    half, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False, grid=2)
-    half.model.load_state_dict(encoder.model.state_dict())
-    blocks = own.view(2, 2, 2, 2, 2, -1).mean(dim=(2, 4)).flatten(1, 2)                    # (B, row, ., column, ., E)
-    torch.testing.assert_close(half(IMAGES)[1], blocks)
+    three, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False, grid=3)
+    three.model.load_state_dict(encoder.model.state_dict())
+    windows = [slice(0, 2), slice(1, 3), slice(2, 4)]                                      # 4 -> 3: floor(4i/3) to ceil(4(i+1)/3)
+    pooled = [own.view(2, 4, 4, -1)[:, row, column].mean(dim=(1, 2)) for row in windows for column in windows]
+    torch.testing.assert_close(three(IMAGES)[1], torch.stack(pooled, dim=1))
     maps = own.transpose(1, 2).unflatten(2, (4, 4))
     torch.testing.assert_close(to_grid(own, 8), F.interpolate(maps, 8, mode="bilinear").flatten(2).transpose(1, 2))
 

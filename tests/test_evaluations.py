@@ -181,7 +181,7 @@ def test_network_is_torchvisions_with_the_three_documented_differences(inception
 
 def test_unknown_weights_are_used_when_given_and_recorded(inception, weights_file):
     assert inception.weights_verified is False
-    assert inception.weights_sha256 == features_module.file_sha256(weights_file)
+    assert inception.weights_sha256 == features_module.sha256(weights_file)
 
 
 def test_the_published_hash_is_verified(random_state, tmp_path, monkeypatch, recwarn):
@@ -194,7 +194,7 @@ def test_the_published_hash_is_verified(random_state, tmp_path, monkeypatch, rec
     torch.save(state, path)
     with pytest.raises(UserError, match="damaged"):
         load_extractor("inception")
-    monkeypatch.setattr(features_module, "INCEPTION_SHA256", features_module.file_sha256(path))
+    monkeypatch.setattr(features_module, "INCEPTION_SHA256", features_module.sha256(path))
     extractor = load_extractor("inception")
     assert extractor.weights_verified is True and not [w for w in recwarn if "Inception" in str(w.message)]
     assert torch.equal(extractor.network.Mixed_7c.branch1x1.conv.weight, state["Mixed_7c.branch1x1.conv.weight"])
@@ -281,7 +281,7 @@ def test_timm_features_are_those_before_the_classifier(tmp_path, num_classes):
     model = write_timm_folder(tmp_path / "tiny", num_classes)
     extractor = load_extractor(f"local-dir:{tmp_path / 'tiny'}")
     assert (extractor.name, extractor.key, extractor.weights_verified) == ("tiny", "fd_tiny", None)
-    assert extractor.weights_sha256 == features_module.file_sha256(tmp_path / "tiny" / "model.safetensors")
+    assert extractor.weights_sha256 == features_module.sha256(tmp_path / "tiny" / "model.safetensors")
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     for side in (16, 24):
         images = torch.from_numpy(random_images(3, side, side)).permute(0, 3, 1, 2)

@@ -1,6 +1,7 @@
 """generate.py: from a checkpoint alone to images, the same ones for any number of processes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import generate
 from models import checkpoint
+from models.files import sha256
 from models.sit import SiT_models
 from models.vae import load_codec
 from tests.test_checkpoint import released
@@ -33,7 +35,7 @@ def sample(experiment, capsys, *flags):
     generate.main(["--ckpt", str(experiment), *FEW, *map(str, flags)])
     npz = capsys.readouterr().out.strip().splitlines()[-1]
     assert npz.endswith("samples.npz")
-    return checkpoint.Path(npz).parent
+    return Path(npz).parent
 
 
 def test_from_the_checkpoint_alone(experiment, capsys):
@@ -47,7 +49,7 @@ def test_from_the_checkpoint_alone(experiment, capsys):
     tokens = np.load(folder / "class_tokens.npz")
     assert tokens["class_tokens"].shape == (7, 32) and (tokens["labels"] == npz["arr_1"]).all()
     settings = json.loads((folder / "settings.json").read_text())
-    assert settings["checkpoint_sha256"] == checkpoint.sha256(experiment / "checkpoints" / "0000003.pt")
+    assert settings["checkpoint_sha256"] == sha256(experiment / "checkpoints" / "0000003.pt")
     assert settings["sampling"]["cfg_scale"] == 2.3 and settings["training"]["lr"] == 1 and settings["versions"]["torch"]
 
 
@@ -116,6 +118,9 @@ def refused(capsys, flags, sentence):
     (("--classes", "1,5"), "classes 0 to 4"),
     (("--classes", "dog"), "whole numbers"),
     (("--num-fid-samples", "0"), "--num-fid-samples is 0"),
+    (("--global-seed", "-1"), "--global-seed is -1"),
+    (("--classes", "1", "--labels", "balanced"), "leave --labels out"),
+    (("--sample-dir", "README.md/x"), "cannot create the folder README.md/x/"),
     (("--precision", "tf32"), "needs a CUDA device"),
     (("--model", "SiT-B/2"), "contradicts the checkpoint"),
     (("--vae", "nowhere"), "no VAE at nowhere"),

@@ -66,6 +66,25 @@ def test_model_sees_the_noised_pair_at_the_same_time():
     assert seen["t"].tolist() == [0.0, 0.25] and seen["y"].tolist() == [1, 2]
 
 
+def test_noise_and_times_are_drawn_where_none_are_given():
+    """From zero data the noised pair is t eps: divided by t it must be a fresh standard normal in both members."""
+    seen = []
+
+    def model(x, t, y, cls_token=None):
+        seen.append([member / t.view(-1, *[1] * (member.ndim - 1)) for member in (x, cls_token)])
+        return x, [], cls_token
+
+    torch.manual_seed(0)
+    for _ in range(2):
+        terms = SILoss()(model, torch.zeros(64, 3, 8, 8), dict(y=None), cls_token=torch.zeros(64, 192))
+        assert len(terms.t.unique()) == 64
+    for first, second in zip(*seen, strict=True):
+        for eps in (first, second):
+            n = eps.numel()
+            assert abs(eps.mean()) < 5 / n**0.5 and abs(eps.var() - 1) < 5 * (2 / n) ** 0.5      # five standard errors
+        assert not torch.equal(first, second)
+
+
 def test_parts_that_the_model_lacks_are_none():
     plain = randomised(small(cls_token_dim=None, z_dims=())).eval()
     x, _, y, _ = inputs(plain)

@@ -26,9 +26,9 @@ ALLOWED = {
     "loss": {"models.interpolant"},
     "samplers": {"models.interpolant"},
     "dataset": {"models.errors"},
-    "preprocessing": {"preprocessing", "dataset", "models.vae", "models.encoders", "models.errors", "models.processes"},
-    "evaluations": {"evaluations", "models.encoders", "models.errors", "models.processes", "preprocessing.crop"},
-    "models.checkpoint": {"models.sit", "models.errors"},
+    "preprocessing": {"preprocessing", "dataset", "models.vae", "models.encoders", "models.errors", "models.files", "models.processes"},
+    "evaluations": {"evaluations", "models.encoders", "models.errors", "models.files", "models.processes", "preprocessing.crop"},
+    "models.checkpoint": {"models.sit", "models.errors", "models.files"},
     "models": {"models.errors"},
     "toy": {"toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
 }
@@ -85,7 +85,7 @@ def test_requirements_are_imported():
     names = {"pillow": "PIL"}
     required = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
     used = {imported.partition(".")[0] for path in sources().values() for imported in imports(path)}
-    assert {names.get(name, name) for name in required} - used == {"wandb"}     # which accelerate imports when asked to report to it
+    assert {names.get(name, name) for name in required} <= used
 
 
 @pytest.mark.parametrize("module", ["train", "generate"])
@@ -106,7 +106,7 @@ def readme_commands() -> list[list[str]]:
 def test_readme_commands_parse(command):
     while "=" in command[0] and not command[0].startswith("-"):
         name = command.pop(0).partition("=")[0]
-        assert name in (ROOT / "train.sh").read_text() + (ROOT / "eval.sh").read_text()
+        assert any(name in (ROOT / place).read_text() for place in ("train.sh", "eval.sh", "models/processes.py"))
     if command[:2] == ["bash", "train.sh"]:
         assert re.search(rf"^    {command[2]}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
         train.parse_args(command[3:])
@@ -140,11 +140,10 @@ def recipe_flags(script: str) -> list[str]:
 
 def test_recipes_use_flags_that_exist():
     known = {"train.sh": (train.parse_args, []), "eval.sh": (generate.parse_args, ["--ckpt", "x"])}
-    launcher = {"--nnodes", "--node", "--master", "--nproc", "--standalone"}
-    scoring = {"--ref-batch", "--sample-batch", "--features", "--inception-weights", "--output"}
+    scoring = {"--ref-batch", "--sample-batch", "--features", "--inception-weights", "--output", "--dry-run", "--help"}
     for script, (parse, required) in known.items():
         spelled = set(vars(parse(required)))
-        for flag in set(recipe_flags(script)) - launcher - scoring:
+        for flag in set(recipe_flags(script)) - scoring:
             assert flag[2:].replace("-", "_") in spelled, f"{script}: {flag}"
 
 

@@ -82,6 +82,24 @@ def test_starts_at_zero_velocity_with_blocks_as_identity():
     torch.testing.assert_close(model.blocks[0](tokens, torch.randn(2, 32)), tokens)
 
 
+def test_initialisation():
+    """Standard deviations of the published initialisation, within five standard errors; biases zero."""
+    torch.manual_seed(0)
+    model = SiT_models["SiT-T/2"](input_size=8, in_channels=4, num_classes=1000, z_dims=())
+    xavier = (2 / (128 + 3 * 128)) ** 0.5
+    for weight, std in ((model.y_embedder.embedding_table.weight, 0.02), (model.t_embedder.mlp[0].weight, 0.02),
+                        (model.t_embedder.mlp[2].weight, 0.02), (model.blocks[0].attn.qkv.weight, xavier),
+                        (model.x_embedder.proj.weight, (2 / (128 + 16)) ** 0.5), (model.cls_embedder.weight, (2 / (128 + 768)) ** 0.5)):
+        assert abs(weight.std() / std - 1) < 5 / (2 * weight.numel()) ** 0.5
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_norms_have_the_published_epsilon():
+    named = small(qk_norm=True).named_modules()
+    eps = {name.rpartition(".")[2]: module.eps for name, module in named if isinstance(module, torch.nn.LayerNorm)}
+    assert eps == {"norm1": 1e-6, "norm2": 1e-6, "norm_final": 1e-6, "cls_norm": 1e-6, "q_norm": 1e-5, "k_norm": 1e-5}
+
+
 def test_projection_is_taken_after_the_named_block():
     shallow, deep = randomised(small(encoder_depth=2)), randomised(small(encoder_depth=2))
     torch.nn.init.zeros_(deep.blocks[2].attn.proj.weight)               # a change in block 3 cannot reach the output of block 2

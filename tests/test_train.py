@@ -191,6 +191,59 @@ def test_a_resumed_run_writes_the_lines_after_its_checkpoint_again(train_flags, 
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_step_that_the_fp16_scaler_skips_advances_draws_alone(train_flags, tmp_path, monkeypatch):
+    updates = []
+    monkeypatch.setattr(train, "update_ema", lambda *_: updates.append(1))
+    skips = iter([True, False, False])
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda _: next(skips)))
+    state = run([*train_flags, "--output-dir", str(tmp_path / "skipped")], steps=2)
+    assert (state["steps"], state["draws"]) == (2, 3) and len(updates) == 2
+    assert [line["draws"] for line in map(json.loads, (tmp_path / "skipped/run/metrics.jsonl").read_text().splitlines())] == [2, 3]
+
+
+def test_a_resumed_run_goes_on_at_its_draws(train_flags, tmp_path, monkeypatch):
+    """Draws and steps differ after a skipped update: the data position follows draws."""
+    starts = []
+    run(train_flags, steps=1)
+    path = checkpoint.checkpoint_path(tmp_path / "run", 1)
+    torch.save({**checkpoint.read(path, mmap=False), "draws": 5}, path)
+    original = train.GlobalBatchSampler.__iter__
+    monkeypatch.setattr(train.GlobalBatchSampler, "__iter__", lambda self: starts.append(self.start) or original(self))
+    assert run(train_flags, steps=2)["draws"] == 6 and starts == [5]
+
+
+def test_ranks_and_micro_batches_have_noise_of_their_own(train_flags, tmp_path):
+    """Two ranks, two micro-batches, two draws: each seeds its own noise with (seed, draws, micro-batch, rank)."""
+    program = f"""
+import os, train
+original, keys = train.reseed, open({str(tmp_path)!r} + "/keys" + os.environ["RANK"], "w")
+train.reseed = lambda *key: print(*key, file=keys, flush=True) or original(*key)
+train.main({[*train_flags, "--gradient-accumulation-steps", "2", "--seed", "9", "--max-train-steps", "2"]!r})
+"""
+    (tmp_path / "program.py").write_text(program)
+    two_processes(str(tmp_path / "program.py"))
+    keys = sorted(tuple(map(int, line.split())) for rank in "01" for line in (tmp_path / f"keys{rank}").read_text().splitlines())
+    assert keys == [(9,), (9,), *((9, draws, micro, rank) for draws in (0, 1) for micro in (0, 1) for rank in (0, 1))]
+
+
+def test_latents_are_sampled_anew_from_the_posterior(train_flags, data_dir):
+    args = train.resolve(train.parse_args([*train_flags, "--method", "sit"]))
+    data, space = train.open_data(args)
+    moments = torch.stack([data[i][1] for i in range(4)])
+    draws = [train.prepare_batch(None, moments, torch.zeros(4), space, [], args, Accelerator(cpu=True))["images"] for _ in range(200)]
+    mean, std = moments.chunk(2, dim=1)
+    sampled = (torch.stack(draws) / space.scale + space.shift - mean) / std                # standard normal
+    assert abs(sampled.mean()) < 5 / sampled.numel() ** 0.5 and abs(sampled.var() - 1) < 5 * (2 / sampled.numel()) ** 0.5
+
+
+def test_a_log_line_cut_off_with_the_run_does_not_stop_the_next(train_flags, tmp_path):
+    run(train_flags, steps=1)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    run(train_flags, steps=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
 def test_randomness_depends_on_every_part_of_its_key():
     def draw(*key):
         train.reseed(*key)
@@ -262,6 +315,18 @@ def test_dry_run_knows_the_papers_cost(capsys):
     (("--method", "repa", "--align", "class"), "--align class"),
     (("--model", "SiT-T/8", "--mixed-precision", "fp16"), "fp16 needs a CUDA device"),
     (("--cfg-prob", "1.5"), "--cfg-prob is 1.5"),
+    (("--learning-rate", "-1"), "--learning-rate is -1"),
+    (("--learning-rate", "nan"), "--learning-rate is nan"),
+    (("--adam-beta1", "1"), "--adam-beta1 is 1"),
+    (("--max-grad-norm", "0"), "--max-grad-norm is 0"),
+    (("--ema-decay", "2"), "--ema-decay is 2"),
+    (("--seed", "-1"), "--seed is -1"),
+    (("--num-workers", "-1"), "--num-workers is -1"),
+    (("--projector-dim", "0"), "--projector-dim is 0"),
+    (("--encoder-depth", "0"), "--encoder-depth 0 came"),
+    (("--proj-coeff", "-1"), "--proj-coeff is -1"),
+    (("--proj-coeff", "0", "--align", "class"), "aligns nothing"),
+    (("--output-dir", "README.md/x"), "cannot create the folder README.md/x/run"),
     (("--init-weights", "nowhere.pt"), "no checkpoint at nowhere.pt"),
 ])
 def test_mistakes_end_with_one_sentence(train_flags, tmp_path, capsys, flags, sentence):

@@ -7,8 +7,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export PYTHON=${PYTHON:-python}
-DATA=data/toy
+export PYTHON=${PYTHON:-python} NUM_GPUS=1
+export DATA_DIR=data/toy OUTPUT_DIR=exps
+DATA=$DATA_DIR
 EXP=exps/${METHOD:-reg}-toy                 # where `train.sh toy` puts its run
 
 # 1. Draw a labelled image folder as any other, and a fresh draw of the same kind to compare samples with.

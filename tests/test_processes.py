@@ -1,0 +1,53 @@
+"""How programs are started: one process, several, several nodes; and what is refused."""
+
+import pytest
+
+from models import processes
+from models.errors import UserError
+from models.processes import launch_plan
+
+
+def test_one_process_needs_no_launcher():
+    assert launch_plan({}, gpus=1, cores=8) == ([], {})
+    arguments, variables = launch_plan({}, gpus=0, cores=8)
+    assert arguments == [] and variables["ACCELERATE_USE_CPU"] == "true" and variables["OMP_NUM_THREADS"] == "8"
+
+
+def test_all_gpus_by_default_and_cpu_processes_without_one():
+    assert launch_plan({}, gpus=8, cores=64) == (["--standalone", "--nproc_per_node", "8"], {})
+    assert launch_plan({"NUM_GPUS": "2"}, gpus=8, cores=64)[0][-1] == "2"
+    arguments, variables = launch_plan({"NUM_GPUS": "2"}, gpus=0, cores=3)
+    assert arguments[-1] == "2" and variables["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("environment", [
+    {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
+    {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_STEP_NUM_TASKS": "2",
+     "SLURM_STEP_NUM_NODES": "2"}])
+def test_several_nodes_from_either_set_of_variables(environment, monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node0\\nnode1\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    arguments, _ = launch_plan(environment, gpus=4, cores=64)
+    assert " ".join(arguments) == "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500 --nproc_per_node 4"
+
+
+@pytest.mark.parametrize(("environment", "sentence"), [
+    ({"NUM_GPUS": "5"}, "NUM_GPUS is 5, but this machine has 4"),
+    ({"NUM_GPUS": "0"}, "NUM_GPUS is '0'"),
+    ({"NUM_GPUS": "two"}, "NUM_GPUS is 'two'"),
+    ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
+    ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK or"),
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, "one task per node"),
+])
+def test_what_cannot_be_launched(environment, sentence):
+    with pytest.raises(UserError, match=sentence):
+        launch_plan(environment, gpus=4, cores=64)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    processes.require_joined(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.require_joined(2)
+    with pytest.raises(UserError, match="started 2 processes, but accelerate sees 1"):
+        processes.require_joined(1)
