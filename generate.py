@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Sampling:
     """The sampling settings. Raises UserError for what would be ignored, or cannot be."""
-    if args.cfg_scale < 1:
+    if not args.cfg_scale >= 1:                                   # nan too
         raise UserError(f"--cfg-scale is {args.cfg_scale}, and guidance below 1 would be ignored: give 1 for none, or more")
     if args.cls_cfg_scale is not None and (model.cls_token_dim is None or args.cfg_scale == 1):
         why = "the model has no class token" if model.cls_token_dim is None else "with --cfg-scale 1 nothing is guided"
@@ -106,11 +106,11 @@ def folder_name(path: Path, how: Sampling, args: argparse.Namespace, vae: str) -
     """A name that carries every setting that changes an image."""
     experiment = f"{path.parent.parent.name}-" if path.parent.name == checkpoint.CHECKPOINTS else ""
     parts = [f"{experiment}{path.stem}", *(["model"] if args.weights == "model" else []),
-             how.mode + ("-heun" if how.heun else ""), f"steps{how.num_steps}", f"cfg{how.cfg_scale:g}"]
+             how.mode + ("-heun" if how.heun else ""), f"steps{how.num_steps}", f"cfg{how.cfg_scale:.12g}"]
     if how.cfg_scale > 1:
         if how.cls_cfg_scale is not None:
-            parts.append(f"cls{how.cls_cfg_scale:g}")
-        parts.append(f"t{how.guidance_low:g}-{how.guidance_high:g}")
+            parts.append(f"cls{how.cls_cfg_scale:.12g}")
+        parts.append(f"t{how.guidance_low:.12g}-{how.guidance_high:.12g}")
     parts += [how.labels if how.classes is None else "classes" + "+".join(map(str, how.classes)), f"seed{how.seed}",
               how.precision, vae_tag(vae), f"batch{args.per_proc_batch_size}", f"n{args.num_fid_samples}"]
     return "-".join(parts)

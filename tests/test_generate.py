@@ -112,6 +112,7 @@ def refused(capsys, flags, sentence):
 
 @pytest.mark.parametrize(("flags", "sentence"), [
     (("--cfg-scale", "0.5"), "--cfg-scale is 0.5"),
+    (("--cfg-scale", "nan"), "--cfg-scale is nan"),
     (("--cfg-scale", "1", "--cls-cfg-scale", "2"), "nothing is guided"),
     (("--guidance-low", "0.9", "--guidance-high", "0.1"), "guidance interval is [0.9, 0.1]"),
     (("--heun",), "--mode ode"),
