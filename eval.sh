@@ -12,9 +12,10 @@ cd "$(dirname "$0")"
 
 EXP_DIR=${1:-}; shift || true
 PYTHON=${PYTHON:-python}
-if [ -z "$EXP_DIR" ]; then
-    echo "error: no experiment named: bash eval.sh EXP_DIR [flags of generate.py]" >&2; exit 2
-fi
+case "$EXP_DIR" in
+    -h|--help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' eval.sh; exit 0 ;;
+    ""|-*) echo "error: no experiment named: bash eval.sh EXP_DIR [flags of generate.py]" >&2; exit 2 ;;
+esac
 "$PYTHON" -c 'import torch, accelerate, timm, diffusers' 2>/dev/null || {
     echo "error: $PYTHON lacks torch, accelerate, timm or diffusers: pip install -r requirements.txt, or set PYTHON" >&2; exit 2
 }
@@ -35,7 +36,8 @@ if [ ! -f "$SAMPLES" ]; then
 fi
 
 if [ -z "${REF_BATCH:-}" ]; then
-    echo "error: the samples are in $SAMPLES, but cannot be scored without a reference: set REF_BATCH to an .npz or an image folder" >&2; exit 2
+    echo "error: the samples are in $SAMPLES, but cannot be scored without a reference: set REF_BATCH to an .npz or an image folder," \
+         "or score these: python -m evaluations.evaluator --ref-batch REF --sample-batch $SAMPLES" >&2; exit 2
 fi
 OUT=$(dirname "$SAMPLES")
 "$PYTHON" -m "${scoring[@]}" --sample-batch "$SAMPLES" --output "$OUT/metrics.json"

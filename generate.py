@@ -35,7 +35,7 @@ GRID_IMAGES, GRID_COLUMNS = 64, 8
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample a REG, REPA or SiT checkpoint; the last line printed is the .npz file.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     what = parser.add_argument_group("what")
     what.add_argument("--ckpt", type=str, required=True, metavar="PATH", help="checkpoint file, or experiment folder: its newest")
     what.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME", help="for released files, which do not say it")
@@ -211,7 +211,8 @@ def main(argv=None) -> None:
     world.wait_for_everyone()
     if world.is_main_process:
         npz = write_outputs(folder, how, args.num_fid_samples, model.num_classes, args.save_cls_tokens)
-        print(f"{args.num_fid_samples} images in {folder / 'images'}, a grid in {folder / 'grid.png'}", file=sys.stderr)
+        print(f"{args.num_fid_samples} images in {folder / 'images'}, a grid in {folder / 'grid.png'}"
+              + (f", class tokens in {folder / 'class_tokens.npz'}" if args.save_cls_tokens else ""), file=sys.stderr)
         print(npz)
 
 

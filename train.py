@@ -46,7 +46,7 @@ GRID = Sampling(mode="ode", num_steps=50)
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train REG, REPA or SiT; the same command resumes.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data")
@@ -251,6 +251,22 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def require_same_run(state: dict, args: argparse.Namespace, data: LatentDataset, space: LatentSpace, path: Path) -> None:
+    """Raise UserError where the checkpoint belongs to other data or another order of it; say which other settings have changed."""
+    LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {path}", "the data set")
+    if state["data"] != data.fingerprint:
+        raise UserError(f"{path} was trained on other data than {args.data_dir} (files or labels differ): "
+                        "use its data set, or another --exp-name")
+    before = state["args"]
+    for name in ("method", "batch_size", "seed"):
+        if before[name] != getattr(args, name):
+            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}, now {getattr(args, name)} came: "
+                            "keep it, or use another --exp-name")
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items() if before.get(name) != value]
+    if changed:
+        notice(f"resuming with changed settings: {', '.join(changed)}")
+
+
 # ----------------------------------------------------------------------------------------------------------------- one update
 
 def reseed(*key: int) -> None:
@@ -402,11 +418,14 @@ def main(argv=None) -> None:
     resumed = checkpoint.newest(experiment)
     if resumed is not None:
         state = checkpoint.read(resumed, mmap=False)
-        LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {resumed}", "the data set")
+        require_same_run(state, args, data, space, resumed)
         checkpoint.load_weights(model, state, "model")
         checkpoint.load_weights(ema, state, "ema")
         step, draws = state["steps"], state["draws"]
         accelerator.print(f"resumed {resumed} at step {step}")
+        if step >= args.max_train_steps:
+            accelerator.print(f"nothing to do: {experiment} has its {args.max_train_steps} steps; raise --max-train-steps to go on")
+            return accelerator.end_training()
     elif args.init_weights is not None:
         for network in (model, ema):
             checkpoint.load_weights(network, args.init_weights)
@@ -459,7 +478,7 @@ def main(argv=None) -> None:
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             if accelerator.is_main_process:
                 saved = checkpoint.save(experiment, model=unwrapped, ema=ema, optimizer=optimizer, scaler=accelerator.scaler,
-                                        args=vars(args), step=step, draws=draws, latent_space=space.to_record())
+                                        args=vars(args), step=step, draws=draws, latent_space=space.to_record(), data=data.fingerprint)
                 print(f"saved {saved}", flush=True)
             accelerator.wait_for_everyone()
         if args.sampling_steps and (step % args.sampling_steps == 0 or step == args.max_train_steps):

@@ -10,6 +10,12 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 RECIPE=${1:-}; shift || true
+for flag in "$RECIPE" "$@"; do
+    case "$flag" in
+        -h|--help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' train.sh; exit 0 ;;
+        --method|--method=*) echo "error: $flag came, which would leave the run under another method's name: set METHOD=reg|repa|sit" >&2; exit 2 ;;
+    esac
+done
 METHOD=${METHOD:-reg}
 PYTHON=${PYTHON:-python}
 

@@ -265,7 +265,7 @@ def read_settings(sample: Path) -> dict | None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evaluations.evaluator", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     images = parser.add_argument_group("images: an npz file (arr_0, uint8, NHWC) or a folder")
     images.add_argument("--ref-batch", "--ref_batch", type=Path, required=True, default=argparse.SUPPRESS, metavar="REF",
                         help="reference; its own mu and sigma are used for FID when an npz has them")

@@ -94,7 +94,8 @@ def _inception_file(given: str | Path | None) -> tuple[Path, str]:
                           "the scores are not comparable to papers'", stacklevel=3)
         return path, digest
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    remedy = f"download {INCEPTION_URL} (sha256 {INCEPTION_SHA256}) elsewhere and place it at {path}, or name it with --inception-weights"
+    remedy = (f"download {INCEPTION_URL} (sha256 {INCEPTION_SHA256}) elsewhere and place it at {path}, or name it with "
+              "--inception-weights (INCEPTION_WEIGHTS=FILE for eval.sh)")
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ OUTPUT_DIR/EXP/checkpoints/0400000.pt     REPA's keys model, ema, opt, args (a p
     scaler         state of the fp16 loss scaler, or None
     architecture   the constructor arguments of models.sit.SiT
     latent_space   what latents mean (models.vae.LatentSpace)
+    data           fingerprint of the data set's keys and labels
 """
 
 import argparse
@@ -50,11 +51,12 @@ def find(path: str | Path) -> Path:
     return path
 
 
-def save(experiment: Path, *, model: SiT, ema: SiT, optimizer, scaler, args: dict, step: int, draws: int, latent_space: dict) -> Path:
+def save(experiment: Path, *, model: SiT, ema: SiT, optimizer, scaler, args: dict, step: int, draws: int, latent_space: dict,
+         data: str) -> Path:
     """Write the checkpoint of `step` whole, and return its path."""
     state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "args": args, "steps": step,
              "draws": draws, "scaler": None if scaler is None else scaler.state_dict(),
-             "architecture": model.config, "latent_space": latent_space}
+             "architecture": model.config, "latent_space": latent_space, "data": data}
     path = checkpoint_path(experiment, step)
     write_whole(path, lambda partial: torch.save(state, partial))
     return path
@@ -78,7 +80,7 @@ def read(path: str | Path, mmap: bool = True) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:                    # a file that is no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or holds more than weights; "
-                        "use another file") from error
+                        "use another file, or delete it") from error
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint: name a .pt file of REG, REPA or this program")
     if isinstance(state.get("args"), argparse.Namespace):

@@ -30,5 +30,8 @@ def without_traceback(main):
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            notice("interrupted: the same command goes on from what is whole")
+            sys.exit(130)
 
     return wrapped

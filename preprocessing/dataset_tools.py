@@ -25,11 +25,11 @@ from preprocessing.work import all_cores
 
 def build_parser() -> argparse.ArgumentParser:
     form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="convert | encode | check")
 
     def command(function, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(function.__name__, help=text, description=text, formatter_class=form)
+        added = commands.add_parser(function.__name__, help=text, description=text, formatter_class=form, allow_abbrev=False)
         added.set_defaults(function=function)
         return added
 

@@ -78,6 +78,9 @@ class Destination:
         if found is None:
             raise UserError(f"the destination {self.path} holds a data set that this program did not write: choose another --dest")
         other = [name for name in self.settings if found.get(name) != self.settings[name]]
+        if other == ["source_contents"] or other == ["source_contents", "images"]:
+            raise UserError(f"the destination {self.path} was begun from other files or labels ({found.get('images')} images, now "
+                            f"{self.settings['images']} images), numbered otherwise: choose another --dest or remove it")
         raise UserError(f"the destination {self.path} was made with {', '.join(f'{name} {found.get(name)}' for name in other)}, now "
                         f"{', '.join(f'{name} {self.settings[name]}' for name in other)} is asked for: choose another --dest or remove it")
 

@@ -17,7 +17,7 @@ from tests.test_sit import inputs, randomised, small
 def saved(folder, model, ema, step=7):
     optimizer = torch.optim.AdamW(model.parameters())
     return checkpoint.save(folder, model=model, ema=ema, optimizer=optimizer, scaler=None, args={"seed": 1}, step=step, draws=9,
-                           latent_space=LatentSpace().to_record())
+                           latent_space=LatentSpace().to_record(), data="")
 
 
 def released(model) -> dict:

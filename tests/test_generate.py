@@ -23,7 +23,8 @@ def experiment(tmp_path, vae_folder):
     """A REG experiment with random weights away from their zero heads; class token of width 32."""
     model = randomised(SiT_models["SiT-T/2"](input_size=8, in_channels=4, num_classes=5, cls_token_dim=32, z_dims=(32,), projector_dim=16))
     checkpoint.save(tmp_path / "run", model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()), scaler=None,
-                    args={"path_type": "linear", "lr": 1}, step=3, draws=3, latent_space=load_codec(str(vae_folder)).space.to_record())
+                    args={"path_type": "linear", "lr": 1}, step=3, draws=3, latent_space=load_codec(str(vae_folder)).space.to_record(),
+                    data="")
     return tmp_path / "run"
 
 

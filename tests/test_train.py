@@ -381,6 +381,30 @@ def test_a_run_on_another_latent_space_is_not_resumed(train_flags, data_dir, tmp
     assert "has latent scale 0.5" in capsys.readouterr().err
 
 
+def test_a_run_is_resumed_only_on_its_own_data_and_order(train_flags, data_dir, tmp_path, capsys):
+    run(train_flags, steps=1)
+    shutil.copytree(data_dir, tmp_path / "data")
+    for path in (tmp_path / "data").rglob("dataset.json"):
+        record = json.loads(path.read_text())
+        record["labels"][0][1] = 2
+        path.write_text(json.dumps(record))
+    refusals = {("--data-dir", tmp_path / "data"): "was trained on other data", ("--batch-size", 2): "--batch-size 4, now 2",
+                ("--seed", 1): "--seed 0, now 1", ("--method", "sit"): "--method reg, now sit"}
+    for change, sentence in refusals.items():
+        with pytest.raises(SystemExit):
+            run(train_flags, *change, steps=2)
+        assert sentence in capsys.readouterr().err
+    run(train_flags, "--learning-rate", 0.5, steps=2)
+    assert "changed settings: " in (said := capsys.readouterr().err) and "learning_rate 0.0001 -> 0.5" in said
+
+
+def test_a_finished_run_says_so_and_keeps_its_record(train_flags, tmp_path, capsys):
+    run(train_flags, steps=2)
+    before = (tmp_path / "run" / "args.json").read_text()
+    train.main([*train_flags, "--max-train-steps", "1"])
+    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "run" / "args.json").read_text() == before
+
+
 def test_data_without_a_record_counts_as_the_sd_vaes(train_flags, data_dir, tmp_path, capsys):
     shutil.copytree(data_dir, tmp_path / "data")
     record = tmp_path / "data" / "vae-sd" / "dataset.json"
