@@ -183,6 +183,8 @@ def main(argv=None) -> None:
 
     world = join_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
     codec = load_codec(args.vae or space.decoder, world.device)
     space.require_same(codec.space, "the checkpoint", "the decoder")
     model = model.to(world.device)

@@ -253,6 +253,10 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def require_same_run(state: dict, args: argparse.Namespace, data: LatentDataset, space: LatentSpace, path: Path) -> None:
     """Raise UserError where the checkpoint belongs to other data or another order of it; say which other settings have changed."""
+    missing = {"opt", "draws", "latent_space", "data"} - state.keys()
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}, without which it cannot be resumed: start from its weights with "
+                        f"--init-weights {path} and another --exp-name")
     LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {path}", "the data set")
     if state["data"] != data.fingerprint:
         raise UserError(f"{path} was trained on other data than {args.data_dir} (files or labels differ): "

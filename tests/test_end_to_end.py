@@ -88,7 +88,7 @@ def test_without_a_reference_samples_are_made_and_scoring_is_refused(story, tmp_
     (("eval.sh", "nowhere"), {}, "no checkpoint at nowhere"),
     (("eval.sh", "nowhere"), {"REF_BATCH": "nowhere.npz"}, "nowhere.npz not found"),
     (("eval.sh", "nowhere"), {"REF_BATCH": "tests/data/reg_forward.npz"}, "arr_0"),
-    (("eval.sh", "nowhere"), {"REF_BATCH": "toy", "FEATURES": "local-dir:nowhere"}, "toy holds 0 images"),
+    (("eval.sh", "nowhere"), {"REF_BATCH": "tests", "FEATURES": "local-dir:nowhere"}, "tests holds 0 images"),
 ])
 def test_mistakes_end_the_scripts_with_one_sentence(command, environment, sentence):
     done = shell("bash", *command, ok=False, **environment)

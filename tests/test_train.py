@@ -398,6 +398,17 @@ def test_a_run_is_resumed_only_on_its_own_data_and_order(train_flags, data_dir, 
     assert "changed settings: " in (said := capsys.readouterr().err) and "learning_rate 0.0001 -> 0.5" in said
 
 
+def test_a_released_checkpoint_is_not_resumed_but_starts_a_run(train_flags, tmp_path, capsys):
+    path = checkpoint.checkpoint_path(tmp_path / "run", 1)
+    state = run(train_flags, steps=1)
+    torch.save({name: state[name] for name in ("model", "ema", "opt", "args", "steps")}, tmp_path / "theirs.pt")
+    path.write_bytes((tmp_path / "theirs.pt").read_bytes())
+    with pytest.raises(SystemExit):
+        run(train_flags, steps=2)
+    assert "lacks data, draws, latent_space, without which it cannot be resumed" in capsys.readouterr().err
+    assert run(train_flags, "--init-weights", path, "--exp-name", "new", steps=1)["steps"] == 1
+
+
 def test_a_finished_run_says_so_and_keeps_its_record(train_flags, tmp_path, capsys):
     run(train_flags, steps=2)
     before = (tmp_path / "run" / "args.json").read_text()
