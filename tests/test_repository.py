@@ -97,7 +97,7 @@ def test_optional_libraries_are_imported_only_where_they_are_used(module):
 
 def readme_commands() -> list[list[str]]:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    inline = [code for code in re.findall(r"`([^`\n]+)`", README) if code.startswith(("bash ", "python "))]
+    inline = [code for code in re.findall(r"`([^`\n]+)`", README) if re.match(r"([A-Z_]+=\S+ )*(bash|python) ", code)]
     lines = [line for line in [*blocks.splitlines(), *inline] if line.strip() and not line.startswith("#") and "..." not in line]
     return [shlex.split(line) for line in lines]
 
