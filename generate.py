@@ -1,36 +1,37 @@
-"""Sample a checkpoint: images as PNG, an .npz for scoring, a grid for people, class tokens on request; `bash eval.sh` also scores.
+"""Sample a checkpoint: an .npz for scoring, images as PNG, a grid for people, class tokens on request; `bash eval.sh` also scores.
 
 Image i depends on (seed, i) alone. Work is cut into fixed blocks of consecutive indices, dealt whole to the processes, so the
-images are bit-equal for any number of processes.
+images are bit-equal for any number of processes. The same command again makes only what is not there.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import platform
 import shutil
-import sys
-import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from evaluations.images import open_images, pick, write_npz
 from models import checkpoint
-from models.errors import UserError, without_traceback
+from models.errors import UserError, notice, without_traceback
 from models.files import make_folder, sha256, write_whole
 from models.processes import join_processes
 from models.sit import SiT, SiT_models
-from models.vae import LatentSpace, load_codec
+from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from samplers import Sampling, image_label, image_rng, sample_images
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
+BLOCKS, TOKEN_BLOCKS = "blocks", "class_tokens"                   # folders that last until samples.npz is written
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     what.add_argument("--sample-dir", type=str, default=None, metavar="DIR", help="None: samples/ in the experiment, else ./samples")
     what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="number of images")
     what.add_argument("--save-cls-tokens", action="store_true", help="also write the generated class tokens (REG)")
+    what.add_argument("--no-png", action="store_true", help="write samples.npz and the grid only, no images/ folder")
 
     how = parser.add_argument_group("how (the defaults are the published guided setting)")
     how.add_argument("--mode", choices=("sde", "ode"), default=Sampling.mode, help="Euler-Maruyama, or Euler")
@@ -139,37 +141,76 @@ def describe(path: Path, state: dict, how: Sampling, args: argparse.Namespace, v
     }
 
 
-def write_npz(path: Path, images: Path, labels: np.ndarray) -> None:
-    """ADM's sample file: `arr_0` uint8 (n, R, R, 3) streamed from the PNGs, `arr_1` their labels (n,)."""
-    with Image.open(images / "000000.png") as first:
-        size = first.size[1], first.size[0], 3
-
-    def write(partial: Path) -> None:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *size)}
-                np.lib.format.write_array_header_1_0(member, header)
-                for index in tqdm(range(len(labels)), desc="npz", unit="image"):
-                    with Image.open(images / f"{index:06d}.png") as image:
-                        member.write(np.asarray(image.convert("RGB")).tobytes())
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels)
-
-    write_whole(path, write)
+def decisive(settings: dict) -> dict:
+    """The part of settings.json that decides every image; an unguided image has no interval."""
+    names = ("checkpoint_sha256", "weights", "vae", "sampling", "num_images", "per_proc_batch_size")
+    settings = {name: settings.get(name) for name in names}
+    if settings["sampling"]["cfg_scale"] == 1:
+        settings["sampling"] = {**settings["sampling"], "guidance_low": None, "guidance_high": None}
+    return json.loads(json.dumps(settings))                       # tuples become lists, as in a file
 
 
-def write_outputs(folder: Path, how: Sampling, num_images: int, num_classes: int, save_cls_tokens: bool) -> Path:
+def already_there(folder: Path, settings: Callable[[], dict], args: argparse.Namespace) -> bool:
+    """Whether `folder` holds the images of `settings` whole, and the class tokens if asked for. Looks at files only."""
+    wanted = ["samples.npz", "settings.json", *(["class_tokens.npz"] if args.save_cls_tokens else [])]
+    if not all((folder / name).is_file() for name in wanted):
+        return False
+    return decisive(json.loads((folder / "settings.json").read_text())) == decisive(settings())
+
+
+def unpack(folder: Path, count: int) -> None:
+    """The PNG files of samples that were made without."""
+    if not (folder / "images" / f"{count - 1:06d}.png").exists():
+        make_folder(folder / "images")
+        for index, image in enumerate(pick(open_images(folder / "samples.npz"), range(count))):
+            to_pil_image(image).save(folder / "images" / f"{index:06d}.png")
+
+
+def prepare(folder: Path, settings: dict, args: argparse.Namespace) -> None:
+    """Main process, before all blocks: settings.json and empty folders. What an earlier run left here is of other images, or not whole."""
+    make_folder(folder)
+    for name in ("samples.npz", "metrics.json", "class_tokens.npz", "grid.png"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("images", BLOCKS, TOKEN_BLOCKS):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    for name in (BLOCKS, *([] if args.no_png else ["images"]), *([TOKEN_BLOCKS] if args.save_cls_tokens else [])):
+        make_folder(folder / name)
+    write_whole(folder / "settings.json", lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def make_blocks(folder: Path, starts: range, model: SiT, codec: Codec, how: Sampling, args: argparse.Namespace, show: bool) -> None:
+    """One process's blocks of images, from each of `starts` on, as arrays (B, R, R, 3), PNGs and class tokens (B, E)."""
+    for start in tqdm(starts, desc="sampling", unit="block", disable=not show):
+        indices = range(start, min(start + args.per_proc_batch_size, args.num_fid_samples))
+        images, _, cls_tokens = sample_images(model, codec, indices, how)
+        np.save(folder / BLOCKS / f"{start:08d}.npy", images.permute(0, 2, 3, 1).numpy())
+        if not args.no_png:
+            for index, image in zip(indices, images, strict=True):
+                to_pil_image(image).save(folder / "images" / f"{index:06d}.png")
+        if args.save_cls_tokens:
+            np.save(folder / TOKEN_BLOCKS / f"{start:08d}.npy", cls_tokens.numpy())
+
+
+def taken(blocks: list[Path]) -> Iterator[np.ndarray]:
+    """Each block's images (B, R, R, 3); its file goes once it is used, so that the disk need not hold the images twice."""
+    for block in tqdm(blocks, desc="npz", unit="block"):
+        yield np.load(block)
+        block.unlink()
+
+
+def write_outputs(folder: Path, starts: range, how: Sampling, num_classes: int, args: argparse.Namespace) -> None:
     """Main process, after all blocks: grid.png, class_tokens.npz and, last, samples.npz."""
-    images = folder / "images"
-    labels = np.array([image_label(i, image_rng(how.seed, i), num_classes, how) for i in range(num_images)])
-    shown = [pil_to_tensor(Image.open(images / f"{i:06d}.png")) for i in range(min(GRID_IMAGES, num_images))]
-    to_pil_image(make_grid(shown, nrow=GRID_COLUMNS)).save(folder / "grid.png")
-    if save_cls_tokens:
-        blocks = sorted((folder / "class_tokens").glob("*.npy"))
-        np.savez(folder / "class_tokens.npz", class_tokens=np.concatenate([np.load(block) for block in blocks]), labels=labels)
-        shutil.rmtree(folder / "class_tokens")
-    write_npz(folder / "samples.npz", images, labels)
-    return folder / "samples.npz"
+    blocks, token_blocks = ([folder / part / f"{start:08d}.npy" for start in starts] for part in (BLOCKS, TOKEN_BLOCKS))
+    labels = np.array([image_label(i, image_rng(how.seed, i), num_classes, how) for i in range(args.num_fid_samples)])
+    first = np.concatenate([np.load(block) for block in blocks[:-(-GRID_IMAGES // starts.step)]])[:GRID_IMAGES]
+    grid = make_grid(torch.from_numpy(first).permute(0, 3, 1, 2), nrow=GRID_COLUMNS)                           # (3, rows, columns)
+    to_pil_image(grid).save(folder / "grid.png")
+    if args.save_cls_tokens:
+        np.savez(folder / "class_tokens.npz", class_tokens=np.concatenate([np.load(block) for block in token_blocks]), labels=labels)
+        shutil.rmtree(folder / TOKEN_BLOCKS)
+    write_npz(folder / "samples.npz", taken(blocks), len(labels), first.shape[1:3], arr_1=labels)
+    shutil.rmtree(folder / BLOCKS)
 
 
 @without_traceback
@@ -181,41 +222,39 @@ def main(argv=None) -> None:
     space = LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
     how = sampling_of(args, model, (state.get("args") or {}).get("path_type", "linear"))
 
-    world = join_processes()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    if world.device.type == "cpu":
-        torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
-    codec = load_codec(args.vae or space.decoder, world.device)
-    space.require_same(codec.space, "the checkpoint", "the decoder")
-    model = model.to(world.device)
-
+    vae = args.vae or space.decoder
+    vae = SHORTHANDS.get(vae, vae)
     ours = path.parent.name == checkpoint.CHECKPOINTS
     sample_dir = Path(args.sample_dir or (path.parent.parent / "samples" if ours else "samples"))
-    folder = sample_dir / folder_name(path, how, args, codec.space.vae)
-    make_folder(folder / "images")
-    if args.save_cls_tokens:
-        make_folder(folder / "class_tokens")
-    if world.is_main_process:
-        for stale in ("samples.npz", "metrics.json"):             # of an earlier run: not of the images that are about to be made
-            (folder / stale).unlink(missing_ok=True)
-        settings = describe(path, state, how, args, codec.space.vae, world.device)
-        write_whole(folder / "settings.json", lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
+    folder = sample_dir / folder_name(path, how, args, vae)
 
-    size = args.per_proc_batch_size
-    starts = range(0, args.num_fid_samples, size)[world.process_index::world.num_processes]
-    for start in tqdm(starts, desc="sampling", unit="block", disable=not world.is_main_process):
-        indices = range(start, min(start + size, args.num_fid_samples))
-        images, _, cls_tokens = sample_images(model, codec, indices, how)
-        for index, image in zip(indices, images, strict=True):
-            to_pil_image(image).save(folder / "images" / f"{index:06d}.png")
-        if args.save_cls_tokens:
-            np.save(folder / "class_tokens" / f"{start:08d}.npy", cls_tokens.numpy())
-    world.wait_for_everyone()
-    if world.is_main_process:
-        npz = write_outputs(folder, how, args.num_fid_samples, model.num_classes, args.save_cls_tokens)
-        print(f"{args.num_fid_samples} images in {folder / 'images'}, a grid in {folder / 'grid.png'}"
-              + (f", class tokens in {folder / 'class_tokens.npz'}" if args.save_cls_tokens else ""), file=sys.stderr)
-        print(npz)
+    world = join_processes()
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    settings = functools.partial(describe, path, state, how, args, vae, world.device)
+    there = already_there(folder, settings, args)
+    world.wait_for_everyone()                                     # all have looked before one of them writes
+    if there:
+        notice(f"already there: {args.num_fid_samples} images of these settings in {folder}")
+        if world.is_main_process and not args.no_png:
+            unpack(folder, args.num_fid_samples)
+    else:
+        codec = load_codec(vae, world.device)
+        space.require_same(codec.space, "the checkpoint", "the decoder")
+        if world.is_main_process:
+            prepare(folder, settings(), args)
+        world.wait_for_everyone()
+        starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
+        make_blocks(folder, starts[world.process_index::world.num_processes], model.to(world.device), codec, how, args,
+                    show=world.is_main_process)
+        world.wait_for_everyone()
+        if world.is_main_process:
+            write_outputs(folder, starts, how, model.num_classes, args)
+            notice(f"{args.num_fid_samples} images in {folder}: {', '.join(sorted(part.name for part in folder.iterdir()))}")
+        world.wait_for_everyone()
+    if world.is_local_main_process:                               # on every node, so that each can go on with the file
+        print(folder / "samples.npz")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from dataset import GlobalBatchSampler, LatentDataset
+from evaluations.extraction import reference_cache
+from evaluations.features import Extractor, load_extractor
+from evaluations.images import ImageSet, open_images
+from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
 from models.encoders import Encoder, load_encoders, require_class_tokens
@@ -40,6 +44,9 @@ from samplers import Sampling, sample_images
 
 GRID_IMAGES = 16             # a training grid: so many EMA samples, with this setting
 GRID = Sampling(mode="ode", num_steps=50)
+SCORED = Sampling(mode="ode", num_steps=50, cfg_scale=1.0)  # --eval-samples: unguided, cheap enough to be drawn while training
+SCORED_BLOCK = 64            # of which so many are drawn at a time
+SHOWN = ("loss", "denoising_loss", "cls_loss", "align_cosine", "grad_norm", "images_per_second")  # of a log line, on the terminal
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -65,8 +72,18 @@ def parse_args(argv=None) -> argparse.Namespace:
                         help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, "
                              f"scale {GRID.cfg_scale} in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
     output.add_argument("--vae", type=str, default=None, metavar="VAE",
-                        help="VAE that decodes the grids: hub id, folder, ema or mse; None: the data set's, or its recipe's decoder")
+                        help="VAE that decodes samples: hub id, folder, ema or mse; None: the data set's, or its recipe's decoder")
     output.add_argument("--dry-run", action="store_true", help="print configuration, parameters and GFLOPs, and stop")
+
+    scoring = parser.add_argument_group("scoring while training")
+    scoring.add_argument("--eval-steps", type=int, default=0, metavar="STEPS",
+                         help=f"steps between scores of EMA samples ({SCORED.mode}, {SCORED.num_steps} steps, unguided, {SCORED.labels} "
+                              "labels), logged as fid_10k or the like; 0: none")
+    scoring.add_argument("--eval-samples", type=int, default=10_000, metavar="N", help="images; FID compares at equal counts only")
+    scoring.add_argument("--ref-batch", type=str, default=None, metavar="REF", help="reference: npz, image folder or statistics file")
+    scoring.add_argument("--features", type=str, default="inception", metavar="inception|dinov2|local-dir:FOLDER", help="feature network")
+    scoring.add_argument("--inception-weights", type=str, default=None, metavar="FILE",
+                         help="weights of the Inception of 2015-12-05; None: torch hub cache, else download")
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=("reg", "repa", "sit"), default="reg",
@@ -129,15 +146,20 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16 needs a CUDA device, and there is none: use bf16 or no")
+    if args.eval_steps and args.ref_batch is None:
+        raise UserError(f"--eval-steps {args.eval_steps} came without a reference: name an npz or an image folder with --ref-batch")
+    if args.ref_batch is not None and not args.eval_steps:
+        raise UserError(f"--ref-batch {args.ref_batch} came, but --eval-steps is 0 and nothing is scored: give --eval-steps too")
     if args.report_to != "none":
         require_tracker(args.report_to)
     return args
 
 
 # The least a flag may be, and where it must also stay below 1.
-AT_LEAST = {1: ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps", "projector_dim"),
-            0: ("num_workers", "seed", "sampling_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
-                "proj_coeff", "cls", "cfg_prob", "ema_decay", "max_grad_norm")}
+AT_LEAST = {2: ("eval_samples",),
+            1: ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps", "projector_dim"),
+            0: ("num_workers", "seed", "sampling_steps", "eval_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon",
+                "adam_weight_decay", "proj_coeff", "cls", "cfg_prob", "ema_decay", "max_grad_norm")}
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "cfg_prob")
 
 
@@ -238,6 +260,16 @@ def dry_run(args: argparse.Namespace) -> None:
     print(json.dumps({**vars(args), "latent_space": space.to_record()}, indent=2))
     print(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without projectors), "
           f"{flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image ({flops.get_total_flops() / 2e9:.2f} GMAC)")
+
+
+def open_scoring(args: argparse.Namespace, device: torch.device) -> Extractor | None:
+    """The feature network, once the reference is seen to suit it; None without --eval-steps."""
+    if not args.eval_steps:
+        return None
+    reference = open_images(args.ref_batch, "--ref-batch")
+    extractor = load_extractor(args.features, device, args.inception_weights)
+    choose(["fid" if extractor.is_inception else "fd"], reference, reference, extractor)
+    return extractor
 
 
 def open_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -358,14 +390,13 @@ class Meter:
         return means
 
 
-def log_line(experiment: Path, accelerator: Accelerator, line: dict) -> None:
-    """One line to metrics.jsonl, to the tracker, and in short to the terminal."""
+def log_line(experiment: Path, accelerator: Accelerator, line: dict, shown: tuple[str, ...]) -> None:
+    """One line to metrics.jsonl and to the tracker, and the names in `shown` to the terminal."""
     accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
     if accelerator.is_main_process:
         with open(experiment / "metrics.jsonl", "a") as file:
             file.write(json.dumps({name: value if value == value else None for name, value in line.items()}) + "\n")
-        shown = [f"{name} {line[name]:.4f}" for name in ("loss", "denoising_loss", "cls_loss", "align_cosine", "grad_norm") if name in line]
-        print(f"step {line['step']:7d} · {' · '.join(shown)} · {line['images_per_second']:.1f} images/s", flush=True)
+        print(" · ".join([f"step {line['step']:7d}", *(f"{name} {line[name]:.4f}" for name in shown if name in line)]), flush=True)
 
 
 def draw_grid(experiment: Path, accelerator: Accelerator, ema: SiT, codec: Codec, how: Sampling, step: int) -> None:
@@ -378,6 +409,21 @@ def draw_grid(experiment: Path, accelerator: Accelerator, ema: SiT, codec: Codec
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
+
+
+def score_samples(ema: SiT, codec: Codec, extractor: Extractor, args: argparse.Namespace) -> dict[str, float]:
+    """The Frechet distance of EMA samples to the reference, with their number in its name: fid_10k. On the first process; {} on others."""
+    how = replace(SCORED, seed=args.seed, path_type=args.path_type)
+
+    def blocks(ranges):
+        for indices in ranges:
+            yield sample_images(ema, codec, indices, how)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
+
+    samples = ImageSet("EMA samples", args.eval_samples, (args.resolution, args.resolution), blocks)
+    metric = "fid" if extractor.is_inception else "fd"
+    result = evaluate(args.ref_batch, samples, extractor, [metric], batch_size=SCORED_BLOCK, cache=reference_cache())
+    count = f"{args.eval_samples // 1000}k" if args.eval_samples % 1000 == 0 else str(args.eval_samples)
+    return {} if result is None else {f"{extractor.key}_{count}": result[extractor.key]}
 
 
 def cut_metrics(experiment: Path, step: int) -> None:
@@ -405,7 +451,9 @@ def main(argv=None) -> None:
     experiment = Path(args.output_dir) / args.exp_name
     with accelerator.local_main_process_first():                  # one process downloads, the others find the cache
         encoders = open_encoders(args, space, accelerator.device)
-        codec = load_codec(args.vae or space.decoder, accelerator.device) if args.sampling_steps and accelerator.is_main_process else None
+        decodes = args.eval_steps or args.sampling_steps and accelerator.is_main_process
+        codec = load_codec(args.vae or space.decoder, accelerator.device) if decodes else None
+        extractor = open_scoring(args, accelerator.device)
     if codec is not None:
         space.require_same(codec.space, "the data set", "the decoder")
 
@@ -477,7 +525,7 @@ def main(argv=None) -> None:
 
         if step % args.logging_steps == 0 or step == args.max_train_steps:
             line = {"step": step, "draws": draws, **meter.read(accelerator, (step - logged) * args.batch_size), "lr": args.learning_rate}
-            log_line(experiment, accelerator, line)
+            log_line(experiment, accelerator, line, SHOWN)
             logged = step
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             if accelerator.is_main_process:
@@ -489,6 +537,9 @@ def main(argv=None) -> None:
             if accelerator.is_main_process:
                 draw_grid(experiment, accelerator, ema, codec, replace(GRID, seed=args.seed, path_type=args.path_type), step)
             accelerator.wait_for_everyone()
+        if extractor is not None and (step % args.eval_steps == 0 or step == args.max_train_steps):
+            scores = score_samples(ema, codec, extractor, args)
+            log_line(experiment, accelerator, {"step": step, **scores}, tuple(scores))
     accelerator.end_training()
 
 

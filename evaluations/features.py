@@ -1,13 +1,11 @@
-"""Feature extractors behind one interface: uint8 images (B, 3, H, W) -> float32 features (B, F).
+"""Feature extractors behind one interface: uint8 images (B, 3, H, W) -> pooled features (B, F) and spatial ones (B, S).
 
-Letters: B batch, H W image size, F feature width.
+Letters: B batch, H W image size, F feature width, S spatial width (0 but for Inception).
 """
 
-import contextlib
+import hashlib
 import pickle
 import urllib.error
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,69 +15,82 @@ from safetensors import SafetensorError
 from torch import nn
 
 from evaluations.inception import Inception
-from models.encoders import LOCAL
-from models.errors import UserError
+from evaluations.metrics import full_precision
+from models.encoders import LOCAL, load_encoder
+from models.errors import UserError, notice
 from models.files import sha256
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+# The published file under the two names it has been released with, the same bytes (pytorch-fid, torch-fidelity).
+INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+INCEPTION_FILE = INCEPTION_FILES[0]
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+DINOV2 = "dinov2-vit-l"  # of FD-DINOv2 (Stein et al. 2023), at 224 px
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network with its identity. Call it with uint8 images (B, 3, H, W) on any device: float32 (B, F) on `device`."""
+    """A frozen network with its identity. Call it with uint8 images (B, 3, H, W) on any device."""
 
     network: nn.Module
     device: torch.device
-    name: str                      # 'inception', or the base name of the folder
-    key: str                       # the Frechet distance's key in JSON: 'fid' for Inception only, else 'fd_<name>'
-    label: str                     # what the distance is called in print
+    name: str                      # 'inception', 'dinov2', or the base name of the folder
     weights_sha256: str
     weights_verified: bool | None  # is it the published file? None where there is none to compare with
+    config: str = ""               # what else decides its features: a timm folder's config.json
+
+    @property
+    def is_inception(self) -> bool:
+        """A Frechet distance is called FID in Inception's features only, whatever name a folder has."""
+        return isinstance(self.network, Inception)
+
+    @property
+    def key(self) -> str:
+        """The Frechet distance's key in JSON."""
+        return "fid" if self.is_inception else f"fd_{self.name}"
+
+    @property
+    def label(self) -> str:
+        """What the distance is called in print."""
+        return "FID" if self.is_inception else f"Frechet distance ({self.name})"
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled (B, F) and spatial (B, S) features, float32, on `device`."""
         assert images.dtype == torch.uint8 and images.shape[1] == 3, f"{images.dtype} {tuple(images.shape)}"
         with full_precision(self.device):
-            return self.network(images.to(self.device).contiguous()).float()  # NCHW, whatever layout the caller had
+            out = self.network(images.to(self.device).contiguous())               # NCHW, whatever layout the caller had
+        pooled, spatial = out if isinstance(out, tuple) else (out, out[:, :0])
+        return pooled.float(), spatial.float()
 
 
 def load_extractor(spec: str, device: torch.device | str = "cpu", weights: str | Path | None = None) -> Extractor:
-    """The extractor that `spec` names: `inception`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
+    """The extractor that `spec` names: `inception`, `dinov2`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
 
-    `weights` is a file for Inception; without it the torch hub cache is used, else the published file is downloaded into it.
+    `weights` is a file for Inception or DINOv2. Without it Inception comes from torch hub's cache or the published file is
+    downloaded into it, DINOv2 from timm's hub or its cache.
     Raises UserError for an unknown spec, unreadable or damaged weights, or when they cannot be had.
     """
     device = torch.device(device)
+    config = ""
     if spec == "inception":
         path, digest = _inception_file(weights)
-        network, name, key, label, verified = _load_inception(path), "inception", "fid", "FID", digest == INCEPTION_SHA256
+        network, name, verified = _load_inception(path), "inception", digest == INCEPTION_SHA256
+        if device.type == "cpu":
+            network = network.to(memory_format=torch.channels_last)               # half as fast again there
+    elif spec == "dinov2":
+        network, name, verified = DinoFeatures(weights), "dinov2", None
+        digest = sha256_of_parameters(network) if weights is None else sha256(Path(weights))
     elif spec.startswith(LOCAL):
         if weights is not None:
             raise UserError(f"weights for Inception ({weights}) came with --features {spec}: give one of the two")
         folder = Path(spec.removeprefix(LOCAL))
-        name, verified = folder.resolve().name, None
-        key, label = f"fd_{name}", f"Frechet distance ({name})"
-        network, digest = TimmFeatures.load(folder), sha256(_timm_weights(folder))
+        network, name, verified = TimmFeatures.load(folder), folder.resolve().name, None
+        digest, config = sha256(_timm_weights(folder)), (folder / "config.json").read_text(encoding="utf-8")
     else:
-        raise UserError(f"--features is {spec!r}: expected 'inception' or '{LOCAL}FOLDER' with a timm model")
+        raise UserError(f"--features is {spec!r}: expected 'inception', 'dinov2' or '{LOCAL}FOLDER' with a timm model")
     network = network.to(device).eval().requires_grad_(False)
-    return Extractor(network, device, name, key, label, digest, verified)
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 that is float32: TF32 and autocast off inside, as they were afterwards. (TF32 alone moves features by 0.7 %.)"""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
+    return Extractor(network, device, name, digest, verified, config)
 
 
 def _inception_file(given: str | Path | None) -> tuple[Path, str]:
@@ -90,10 +101,11 @@ def _inception_file(given: str | Path | None) -> tuple[Path, str]:
             raise UserError(f"Inception weights {path} not found: expected the file {INCEPTION_FILE} from {INCEPTION_URL}")
         digest = sha256(path)
         if digest != INCEPTION_SHA256:
-            warnings.warn(f"{path} is not the published Inception (sha256 {digest}, published {INCEPTION_SHA256}): "
-                          "the scores are not comparable to papers'", stacklevel=3)
+            notice(f"warning: {path} is not the published Inception (sha256 {digest}, published {INCEPTION_SHA256}): "
+                   "the scores are not comparable to papers'")
         return path, digest
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    path = next((cache / name for name in INCEPTION_FILES if (cache / name).is_file()), cache / INCEPTION_FILE)
     remedy = (f"download {INCEPTION_URL} (sha256 {INCEPTION_SHA256}) elsewhere and place it at {path}, or name it with "
               "--inception-weights (INCEPTION_WEIGHTS=FILE for eval.sh)")
     if not path.is_file():
@@ -125,6 +137,34 @@ def _load_inception(path: Path) -> Inception:
                         f"{shapes.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}")
     network.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
     return network
+
+
+class DinoFeatures(nn.Module):
+    """The class token (B, 1024) of DINOv2 ViT-L/14 at 224 px, for FD-DINOv2 (Stein et al. 2023).
+
+    The resize is bicubic with antialiasing, as PIL's is, and never rounded; then ImageNet's mean and std.
+    """
+
+    def __init__(self, weights: str | Path | None):
+        super().__init__()
+        try:
+            self.encoder = load_encoder(DINOV2, "cpu", resolution=256, weights=weights)   # which looks at 256 px images at 224
+        except UserError as error:                                # train.py calls the flag otherwise
+            raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.float()                                                        # (B, 3, H, W)
+        if tuple(x.shape[2:]) != 2 * (self.encoder.input_size,):
+            x = F.interpolate(x, self.encoder.input_size, mode="bicubic", antialias=True)
+        return self.encoder(x)[0]
+
+
+def sha256_of_parameters(network: nn.Module) -> str:
+    """For weights that a library fetched and whose file it does not name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class TimmFeatures(nn.Module):

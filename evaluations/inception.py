@@ -127,12 +127,14 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """uint8 (or 0..255 float) images (B, 3, H, W) of any size -> `pool_3` features (B, 2048), float32.
+    """uint8 (or 0..255 float) images (B, 3, H, W) of any size -> ADM's two features, float32.
 
-    94 units, then the mean over the 8 x 8 map. `fc` (1008 logits) is part of the published file and unused for features.
+    Pooled (B, 2048): the mean over the 8 x 8 map behind the 94 units, `pool_3:0`. Spatial (B, 2023): seven channels of the first
+    branch of Mixed_6d after its ReLU, `mixed_6/conv:0`, flattened row by row with the channel last, as TF does.
+    `fc` turns pooled features into 1008 logits; the Inception Score uses its weight and not its bias.
     """
 
-    features = 2048
+    pooled, spatial, spatial_channels = 2048, 17 * 17 * 7, 7
 
     def __init__(self):
         super().__init__()
@@ -152,12 +154,12 @@ class Inception(nn.Module):
             width = block.outputs
         self.fc = nn.Linear(width, 1008)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = (resize_tf1(images) - 128) / 128                                      # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))         # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))                      # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))                 # (B, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                        # (B, 768, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))                                       # (B, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                        # (B, 2048, 8, 8)
-        return x.mean(dim=(2, 3))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))         # (B, 768, 17, 17)
+        spatial = x[:, :self.spatial_channels].permute(0, 2, 3, 1).flatten(1)     # (B, 2023), of branch1x1, which comes first
+        x = self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))                        # (B, 2048, 8, 8)
+        return self.Mixed_7c(x).mean(dim=(2, 3)), spatial

@@ -32,10 +32,15 @@ def checkpoint_path(experiment: Path, step: int) -> Path:
     return experiment / CHECKPOINTS / f"{step:07d}.pt"
 
 
+def saved(experiment: Path) -> dict[int, Path]:
+    """The checkpoints of `experiment` by their steps, in order."""
+    found = {int(p.stem): p for p in (experiment / CHECKPOINTS).glob("*.pt") if re.fullmatch(r"\d{7,}", p.stem)}
+    return dict(sorted(found.items()))
+
+
 def newest(experiment: Path) -> Path | None:
     """The checkpoint of `experiment` with the highest step, or None."""
-    found = [p for p in (experiment / CHECKPOINTS).glob("*.pt") if re.fullmatch(r"\d{7,}", p.stem)]
-    return max(found, key=lambda p: int(p.stem), default=None)
+    return next(reversed(saved(experiment).values()), None)
 
 
 def find(path: str | Path) -> Path:

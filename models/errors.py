@@ -30,6 +30,12 @@ def without_traceback(main):
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except RuntimeError as error:
+            if "by peer" not in str(error):                       # a connection that another process closed
+                raise
+            time.sleep(5)                                         # that one has said why, and the launcher is stopping this one
+            print("error: another process ended in the middle of the work, and this one with it: see what it said", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             notice("interrupted: the same command goes on from what is whole")
             sys.exit(130)

@@ -16,8 +16,10 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or choose another folder") from error
+    finally:
+        if partial.is_file():
+            partial.unlink()
 
 
 def make_folder(path: Path) -> Path:

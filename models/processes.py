@@ -1,6 +1,7 @@
 """Starting one program on every GPU of one or several nodes, and joining the processes that were started.
 
-    python -m models.processes train.py [flags]         # what train.sh and eval.sh call
+    python -m models.processes train.py [flags]         # what train.sh calls
+    python -m models.processes -m package.module [flags]
 
 Environment:
     NUM_GPUS     GPUs on this node, default all; on a machine without one it counts CPU processes, default 1
@@ -25,6 +26,19 @@ def _count(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+def _nodes(environment: Mapping[str, str]) -> int:
+    return _count(environment, "NNODES", _count(environment, "SLURM_NNODES", 1))
+
+
+def _node_rank(environment: Mapping[str, str]) -> str | None:
+    return environment.get("NODE_RANK") or environment.get("SLURM_NODEID")
+
+
+def is_first_node(environment: Mapping[str, str]) -> bool:
+    """Whether this node, of one or several that run the same command, writes what is written once."""
+    return _nodes(environment) == 1 or _node_rank(environment) == "0"
+
+
 def _first_host(nodes: str) -> str:
     """The first host of Slurm's short form, as in node[03-17]."""
     return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
@@ -42,12 +56,12 @@ def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> tuple[
     if not gpus:
         # Without the first, processes on a CPU do not find each other; threads that spin in waiting starve the data loader.
         variables = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, cores // processes))}
-    nodes = _count(environment, "NNODES", _count(environment, "SLURM_NNODES", 1))
+    nodes = _nodes(environment)
     if _count(environment, "SLURM_STEP_NUM_TASKS", 1) > _count(environment, "SLURM_STEP_NUM_NODES", 1):
         raise UserError(f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks on {environment.get('SLURM_STEP_NUM_NODES', 1)} nodes, "
                         "and each would take all GPUs: use one task per node (--ntasks-per-node=1)")
     if nodes > 1:
-        rank = environment.get("NODE_RANK") or environment.get("SLURM_NODEID")
+        rank = _node_rank(environment)
         address = environment.get("MASTER_ADDR")
         if not address and environment.get("SLURM_JOB_NODELIST"):
             address = _first_host(environment["SLURM_JOB_NODELIST"])
@@ -84,12 +98,16 @@ def require_joined(num_processes: int) -> None:
                         "eval.sh, or set ACCELERATE_USE_CPU=true for torchrun on a CPU")
 
 
-def join_processes():
-    """accelerate's PartialState: `process_index` of `num_processes`, `device`, `is_main_process`, `wait_for_everyone()`."""
+def join_processes(cpu: bool = False):
+    """accelerate's PartialState: `process_index` of `num_processes`, `device`, `is_main_process`, `wait_for_everyone()`.
+
+    `cpu` keeps off the GPUs, which are otherwise one per process.
+    """
     from accelerate import PartialState  # slow to import: only where processes are joined
 
     # Unlike Accelerator, PartialState does not look at ACCELERATE_USE_CPU, and joins nobody on a CPU unless told so.
-    world = PartialState(cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    cpu = cpu or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    world = PartialState(cpu=cpu)
     require_joined(world.num_processes)
     return world
 

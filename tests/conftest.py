@@ -5,13 +5,18 @@ import os
 import tempfile
 
 # Before torch and the hub's client are imported: the suite is the CPU's, and neither asks the network nor finds what a user has cached.
-os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"))
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"),
+                  TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"))
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from evaluations import extraction, features
+from evaluations.features import Extractor, load_extractor
+from evaluations.inception import Inception
 from models.vae import Codec
 
 SIDE, CLASSES, IMAGES = 32, 3, 12
@@ -78,3 +83,102 @@ def train_flags(data_dir, encoder_folder, vae_folder, tmp_path):
     return ["--data-dir", str(data_dir), "--enc-type", f"local-dir:{encoder_folder}", "--vae", str(vae_folder),
             "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4",
             "--num-workers", "0", "--sampling-steps", "0", "--logging-steps", "1"]
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_images(count, height=16, width=16, seed=0):
+    """uint8 (count, height, width, 3)"""
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def random_state():
+    """Inception's state dict with random weights whose signal survives 94 units."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, value in Inception().state_dict().items():
+        noise = torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        if key.endswith("conv.weight"):
+            noise *= (2 / value[0].numel()) ** 0.5
+        elif key.endswith(("bn.weight", "running_var")):
+            noise = 1 + 0.2 * noise.clamp(-3, 3)
+        elif value.is_floating_point():
+            noise *= 0.2
+        state[key] = noise
+    return state
+
+
+@pytest.fixture(scope="session")
+def weights_file(random_state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(random_state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception(weights_file):
+    """Inception with random weights: 0.15 s an image on one core."""
+    return load_extractor("inception", "cpu", weights_file)
+
+
+class TinyInception(torch.nn.Module):
+    """In Inception's place, with so few features that full covariances need few images and their algebra no time."""
+
+    pooled, spatial = 6, 4
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(48, 10)
+        self.fc = torch.nn.Linear(6, 12)
+
+    def forward(self, images):
+        rows = self.body(F.adaptive_avg_pool2d(images.float() / 16, 4).flatten(1))       # (B, 10)
+        return rows[:, :6], rows[:, 6:]
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "tiny.pth"
+    torch.save(TinyInception().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tiny_inception(tiny_weights, monkeypatch):
+    """TinyInception is what `load_extractor("inception")` builds; the weights' file is the published one."""
+    monkeypatch.setattr(features, "Inception", TinyInception)
+    monkeypatch.setattr(extraction, "Inception", TinyInception)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(tiny_weights))
+    return load_extractor("inception", "cpu", tiny_weights)
+
+
+class MeanColours(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3))
+
+
+@pytest.fixture
+def colours():
+    """Three features per image, so that few images suffice and the answer is plain numpy."""
+    return Extractor(MeanColours(), torch.device("cpu"), "colours", "0", None)
+
+
+def tf32_and_autocast():
+    """Switches of matrix products and convolutions under the names that this PyTorch knows, and what a product comes out as."""
+    product = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision, product
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, product
+
+
+@pytest.fixture
+def lax():
+    """TF32 and autocast on, as a user or training may have them."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield tf32_and_autocast()
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

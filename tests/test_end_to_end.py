@@ -35,7 +35,9 @@ def story(tmp_path_factory) -> Path:
     command = ("bash", "train.sh", "toy", "--batch-size", "8", "--num-workers", "0", "--logging-steps", "1", "--sampling-steps", "4")
     where = dict(DATA_DIR=str(data), OUTPUT_DIR=str(folder / "exps"), NUM_GPUS="1")
     shell(*command, "--max-train-steps", "2", **where)
-    resumed = shell(*command, "--max-train-steps", "4", **{**where, "NUM_GPUS": "2"})
+    scoring = ("--eval-steps", "4", "--eval-samples", "6", "--ref-batch", folder / "reference.npz", "--features",
+               "local-dir:toy/networks/features")
+    resumed = shell(*command, "--max-train-steps", "4", *scoring, **{**where, "NUM_GPUS": "2"})
     assert "at step 2" in resumed.stdout and "2 process(es)" in resumed.stdout
     return folder
 
@@ -47,17 +49,30 @@ def test_preparation_leaves_a_picture_to_look_at(story):
 def test_training_leaves_checkpoints_a_log_and_a_grid(story):
     experiment = story / "exps" / "reg-toy"
     assert sorted(p.name for p in (experiment / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt"]
-    assert [json.loads(line)["step"] for line in (experiment / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (experiment / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4] and lines[-1]["fd_features_6"] > 0    # the score has a line of its own
     assert json.loads((experiment / "args.json").read_text())["num_classes"] == 16
     assert (experiment / "grids" / "0000004.png").exists()
 
 
-def test_eval_samples_and_scores(story):
+def test_eval_samples_and_scores_a_sweep(story):
     flags = ("--num-fid-samples", "12", "--per-proc-batch-size", "4", "--num-steps", "3")
-    where = dict(REF_BATCH=str(story / "reference.npz"), FEATURES="local-dir:toy/networks/features", NUM_GPUS="2")
-    done = shell("bash", "eval.sh", story / "exps" / "reg-toy", *flags, **where)
-    folder, = (story / "exps" / "reg-toy" / "samples").iterdir()
-    assert f"metrics: {folder}/metrics.json" in done.stdout
+    where = dict(REF_BATCH=str(story / "reference.npz"), FEATURES="local-dir:toy/networks/features", NUM_GPUS="1")
+    samples = story / "exps" / "reg-toy" / "samples"
+    done = shell("bash", "eval.sh", story / "exps" / "reg-toy", *flags, "--cfg-scale", "1,2.3", **where)
+    assert f"table: {samples}/sweep.csv\nplot: {samples}/sweep.png\n" in done.stdout
+    unguided, guided = json.loads((samples / "sweep.json").read_text())
+    assert (unguided["cfg_scale"], unguided["guidance_high"], guided["cfg_scale"], guided["guidance_high"]) == (1, None, 2.3, 0.85)
+    assert unguided["best"] + guided["best"] == 1 and Image.open(samples / "sweep.png").width > 500
+
+    # One of its settings again, on two processes: not sampled again, and scored for what was not asked before.
+    folder = samples / guided["folder"]
+    written = (folder / "samples.npz").stat().st_mtime_ns
+    again = shell("bash", "eval.sh", story / "exps" / "reg-toy", *flags, "--metrics", "fd,kid", **{**where, "NUM_GPUS": "2"})
+    assert f"grid: {folder}/grid.png\nmetrics: {folder}/metrics.json\n" in again.stdout and again.stderr.count("already there") == 1
+    assert written == (folder / "samples.npz").stat().st_mtime_ns
+    row = next(row for row in json.loads((samples / "sweep.json").read_text()) if row["folder"] == folder.name)
+    assert "kid_features" in row and row["fd_features"] == pytest.approx(guided["fd_features"], rel=1e-6)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["fd_features"] > 0 and "fid" not in metrics
     assert metrics["num_samples"] == 12 and metrics["num_reference"] == 32
@@ -86,9 +101,11 @@ def test_without_a_reference_samples_are_made_and_scoring_is_refused(story, tmp_
     (("eval.sh",), {}, "no experiment named"),
     (("eval.sh", "--cfg-scale", "1"), {}, "no experiment named"),
     (("eval.sh", "nowhere"), {}, "no checkpoint at nowhere"),
-    (("eval.sh", "nowhere"), {"REF_BATCH": "nowhere.npz"}, "nowhere.npz not found"),
-    (("eval.sh", "nowhere"), {"REF_BATCH": "tests/data/reg_forward.npz"}, "arr_0"),
-    (("eval.sh", "nowhere"), {"REF_BATCH": "tests", "FEATURES": "local-dir:nowhere"}, "tests holds 0 images"),
+    (("eval.sh", "nowhere", "--cfg-scale", "1,x"), {}, "--cfg-scale is '1,x'"),
+    # Any file passes for a checkpoint until it is read, and scoring is checked before.
+    (("eval.sh", "README.md"), {"REF_BATCH": "nowhere.npz"}, "nowhere.npz not found"),
+    (("eval.sh", "README.md"), {"REF_BATCH": "tests/data/reg_forward.npz"}, "arr_0"),
+    (("eval.sh", "README.md"), {"REF_BATCH": "tests", "FEATURES": "local-dir:nowhere"}, "tests holds 0 images"),
 ])
 def test_mistakes_end_the_scripts_with_one_sentence(command, environment, sentence):
     done = shell("bash", *command, ok=False, **environment)

@@ -56,12 +56,95 @@ def test_from_the_checkpoint_alone(experiment, capsys):
 
 def test_two_processes_give_the_same_bits(experiment, capsys, tmp_path):
     one = sample(experiment, capsys, "--save-cls-tokens")
-    two_processes("generate.py", "--ckpt", str(experiment), *FEW, "--save-cls-tokens", "--sample-dir", str(tmp_path / "two"))
+    done = two_processes("generate.py", "--ckpt", str(experiment), *FEW, "--save-cls-tokens", "--no-png",
+                         "--sample-dir", str(tmp_path / "two"))
     two, = (tmp_path / "two").iterdir()
-    assert one.name == two.name
+    assert one.name == two.name and done.stdout.splitlines() == [str(two / "samples.npz")]
     for name in ("samples.npz", "class_tokens.npz"):
         a, b = np.load(one / name), np.load(two / name)
         assert all((a[key] == b[key]).all() for key in a.files)
+
+
+def test_without_png_the_same_arrays(experiment, capsys, tmp_path):
+    png = sample(experiment, capsys, "--save-cls-tokens")
+    bare = sample(experiment, capsys, "--save-cls-tokens", "--no-png", "--sample-dir", tmp_path / "bare")
+    assert bare.name == png.name
+    assert sorted(p.name for p in bare.iterdir()) == ["class_tokens.npz", "grid.png", "samples.npz", "settings.json"]
+    assert (bare / "grid.png").read_bytes() == (png / "grid.png").read_bytes()
+    for name in ("samples.npz", "class_tokens.npz"):
+        a, b = np.load(png / name), np.load(bare / name)
+        assert a.files == b.files and all((a[key] == b[key]).all() and a[key].dtype == b[key].dtype for key in a.files)
+
+
+def test_the_grid_shows_the_first_64_images(experiment, capsys):
+    """Blocks of 40: the grid takes one and a half of them."""
+    flags = ("--num-fid-samples", "70", "--per-proc-batch-size", "40", "--num-steps", "1", "--cfg-scale", "1")
+    folder = sample(experiment, capsys, *flags, "--no-png")
+    grid, images = np.asarray(Image.open(folder / "grid.png")), np.load(folder / "samples.npz")["arr_0"]
+    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and (grid[-34:-2, -34:-2] == images[63]).all()
+
+
+def no_sampling(*_):
+    raise AssertionError("it sampled")
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ((), ()), ((), ("--no-png",)), (("--save-cls-tokens",), ()), (("--classes", "4,2"), ("--classes", "4,2")),
+    (("--cfg-scale", "1"), ("--cfg-scale", "1", "--guidance-high", "0.5"))])            # unguided, there is no interval
+def test_the_same_command_makes_nothing_again(experiment, capsys, monkeypatch, first, second):
+    folder = sample(experiment, capsys, *first)
+    (folder / "metrics.json").write_text("{}")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for name in ("sample_images", "load_codec"):
+        monkeypatch.setattr(generate, name, no_sampling)
+    generate.main(["--ckpt", str(experiment), *FEW, *second])
+    said = capsys.readouterr()
+    assert said.out == f"{folder / 'samples.npz'}\n" and said.err.startswith("already there: 7 images") and said.err.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_png_files_are_unpacked_from_samples_made_without(experiment, capsys, monkeypatch):
+    bare = sample(experiment, capsys, "--no-png")
+    monkeypatch.setattr(generate, "sample_images", no_sampling)
+    assert sample(experiment, capsys) == bare
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted((bare / "images").iterdir())])
+    assert (images == np.load(bare / "samples.npz")["arr_0"]).all() and len(images) == 7
+
+
+def remove_samples(folder, experiment):
+    (folder / "samples.npz").unlink()
+
+
+def train_on(folder, experiment):
+    path = experiment / "checkpoints" / "0000003.pt"
+    state = torch.load(path)
+    state["ema"]["final_layer.linear.bias"] += 0.1
+    torch.save(state, path)
+
+
+def another_setting(folder, experiment):
+    """As of a program that had named the folder otherwise."""
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["sampling"]["num_steps"] = 250
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(("change", "first", "second"), [
+    (remove_samples, (), ()), (train_on, (), ()), (another_setting, (), ()), (None, (), ("--save-cls-tokens",)),
+    (train_on, ("--save-cls-tokens",), ("--no-png",))])
+def test_what_is_not_there_is_made_again_and_nothing_stale_stays(experiment, capsys, change, first, second):
+    folder = sample(experiment, capsys, *first)
+    old = np.load(folder / "samples.npz")["arr_0"]
+    (folder / "metrics.json").write_text("{}")
+    if change is not None:
+        change(folder, experiment)
+    assert sample(experiment, capsys, *second) == folder
+    assert (np.load(folder / "samples.npz")["arr_0"] == old).all() == (change is not train_on)
+    wanted = {"grid.png", "samples.npz", "settings.json", *(["class_tokens.npz"] if "--save-cls-tokens" in second else []),
+              *([] if "--no-png" in second else ["images"])}
+    assert {path.name for path in folder.iterdir()} == wanted
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["checkpoint_sha256"] == sha256(experiment / "checkpoints" / "0000003.pt") and settings["sampling"]["num_steps"] == 2
 
 
 @pytest.mark.parametrize("flags", [

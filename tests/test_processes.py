@@ -4,7 +4,7 @@ import pytest
 
 from models import processes
 from models.errors import UserError
-from models.processes import launch_plan
+from models.processes import is_first_node, launch_plan
 
 
 def test_one_process_needs_no_launcher():
@@ -30,6 +30,12 @@ def test_several_nodes_from_either_set_of_variables(environment, monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     arguments, _ = launch_plan(environment, gpus=4, cores=64)
     assert " ".join(arguments) == "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500 --nproc_per_node 4"
+
+
+def test_the_first_node_is_one():
+    assert is_first_node({}) and is_first_node({"NODE_RANK": "1"})                # a rank without several nodes means nothing
+    for nodes, rank in (("NNODES", "NODE_RANK"), ("SLURM_NNODES", "SLURM_NODEID")):
+        assert [is_first_node({nodes: "2", rank: place}) for place in "01"] == [True, False]
 
 
 @pytest.mark.parametrize(("environment", "sentence"), [

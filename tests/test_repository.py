@@ -11,7 +11,7 @@ import pytest
 
 import generate
 import train
-from evaluations import evaluator
+from evaluations import evaluator, sweep
 from models.sit import SiT_models
 from preprocessing import dataset_tools
 
@@ -27,7 +27,8 @@ ALLOWED = {
     "samplers": {"models.interpolant"},
     "dataset": {"models.errors"},
     "preprocessing": {"preprocessing", "dataset", "models.vae", "models.encoders", "models.errors", "models.files", "models.processes"},
-    "evaluations": {"evaluations", "models.encoders", "models.errors", "models.files", "models.processes", "preprocessing.crop"},
+    "evaluations": {"evaluations", "models.checkpoint", "models.encoders", "models.errors", "models.files", "models.processes",
+                    "preprocessing.crop"},
     "models.checkpoint": {"models.sit", "models.errors", "models.files"},
     "models": {"models.errors"},
     "toy": {"toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
@@ -99,7 +100,14 @@ def readme_commands() -> list[list[str]]:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
     inline = [code for code in re.findall(r"`([^`\n]+)`", README) if re.match(r"([A-Z_]+=\S+ )*(bash|python) ", code)]
     lines = [line for line in [*blocks.splitlines(), *inline] if line.strip() and not line.startswith("#") and "..." not in line]
-    return [shlex.split(line) for line in lines]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def parse_eval(arguments: list[str]) -> None:
+    """eval.sh's flags: lists of values are the sweep's, every other flag is generate.py's."""
+    args, passed_on = sweep.parse_args(arguments)
+    sweep.expand({name: sweep.values(name, text) for name in sweep.SWEPT if (text := getattr(args, name)) is not None})
+    generate.parse_args(["--ckpt", args.experiment, *passed_on])
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
@@ -107,11 +115,13 @@ def test_readme_commands_parse(command):
     while "=" in command[0] and not command[0].startswith("-"):
         name = command.pop(0).partition("=")[0]
         assert any(name in (ROOT / place).read_text() for place in ("train.sh", "eval.sh", "models/processes.py"))
+    if command[:3] == ["python", "-m", "models.processes"]:
+        command[1:3] = []                                         # the launcher takes what python takes
     if command[:2] == ["bash", "train.sh"]:
         assert re.search(rf"^    {command[2]}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
         train.parse_args(command[3:])
     elif command[:2] == ["bash", "eval.sh"]:
-        generate.parse_args(["--ckpt", *command[2:]])
+        parse_eval(command[2:])
     elif command[:2] == ["python", "train.py"]:
         train.parse_args(command[2:])
     elif command[:2] == ["python", "generate.py"]:
@@ -139,11 +149,9 @@ def recipe_flags(script: str) -> list[str]:
 
 
 def test_recipes_use_flags_that_exist():
-    known = {"train.sh": (train.parse_args, []), "eval.sh": (generate.parse_args, ["--ckpt", "x"])}
-    scoring = {"--ref-batch", "--sample-batch", "--features", "--inception-weights", "--output", "--dry-run", "--help"}
-    for script, (parse, required) in known.items():
-        spelled = set(vars(parse(required)))
-        for flag in set(recipe_flags(script)) - scoring:
+    known = {"train.sh": set(vars(train.parse_args([]))), "eval.sh": set(vars(generate.parse_args(["--ckpt", "x"])))}
+    for script, spelled in known.items():
+        for flag in set(recipe_flags(script)) - {"--help"}:
             assert flag[2:].replace("-", "_") in spelled, f"{script}: {flag}"
 
 

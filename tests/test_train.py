@@ -13,7 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+import generate
 import train
+from evaluations.features import load_extractor
+from evaluations.scoring import evaluate
 from loss import SILoss
 from models import checkpoint
 from models.errors import UserError
@@ -479,3 +482,36 @@ def test_processes_that_do_not_see_each_other_are_refused(train_flags, monkeypat
     with pytest.raises(SystemExit):
         run(train_flags, steps=1)
     assert "the launcher started 2 processes, but accelerate sees 1" in capsys.readouterr().err
+
+
+def test_scores_while_training_are_those_of_the_checkpoints_samples(train_flags, data_dir, encoder_folder, tmp_path, capsys):
+    """One line per --eval-steps and one at the end, named by feature network and count, and equal to what eval.sh's programs give."""
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, np.random.default_rng(1).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
+    scoring = ["--eval-steps", "2", "--eval-samples", "5", "--ref-batch", str(reference), "--features", f"local-dir:{encoder_folder}"]
+    plain = run(train_flags, steps=3)
+    scored = run([*train_flags, "--exp-name", "scored"], *scoring, steps=3)
+    assert equal(plain["model"], scored["model"]) and equal(plain["ema"], scored["ema"])          # scoring disturbs nothing
+    records = [json.loads(line) for line in (tmp_path / "scored" / "metrics.jsonl").read_text().splitlines()]
+    scores = {record["step"]: record["fd_encoder_5"] for record in records if "fd_encoder_5" in record}
+    assert sorted(scores) == [2, 3]
+    assert "fd_encoder_5" in capsys.readouterr().out
+
+    generate.main(["--ckpt", str(tmp_path / "scored"), "--sample-dir", str(tmp_path), "--num-fid-samples", "5", "--mode", "ode",
+                   "--num-steps", "50", "--cfg-scale", "1", "--per-proc-batch-size", "64"])
+    npz = capsys.readouterr().out.splitlines()[-1]
+    result = evaluate(reference, npz, load_extractor(f"local-dir:{encoder_folder}"))
+    assert scores[3] == pytest.approx(result["fd_encoder"], rel=1e-4)  # threads may move a pixel by one level
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--eval-steps", "2"], "without a reference"),
+    (["--ref-batch", "x.npz"], "--eval-steps is 0"),
+    (["--eval-steps", "2", "--ref-batch", "nowhere.npz"], "not found"),
+    (["--eval-steps", "2", "--ref-batch", "nowhere.npz", "--eval-samples", "1"], "--eval-samples is 1"),
+])
+def test_scoring_mistakes_are_said_before_the_first_step(train_flags, tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as end:
+        train.main([*train_flags, *flags])
+    assert end.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

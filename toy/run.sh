@@ -27,9 +27,10 @@ bash train.sh toy
 # 4. Sample and score, with fewer images and steps than for a paper. The distance is in the toy's own features: it is no FID.
 #    On a CPU by two processes of one thread: the images are the same for any number of processes.
 NUM_GPUS=$("$PYTHON" -c 'import os, torch; print(1 if torch.cuda.is_available() else min(os.cpu_count(), 2))')
-REF_BATCH=$DATA/reference.npz FEATURES=local-dir:toy/networks/features bash eval.sh "$EXP" --num-fid-samples 1024 --num-steps 100
+SCORED=$(REF_BATCH=$DATA/reference.npz FEATURES=local-dir:toy/networks/features bash eval.sh "$EXP" --num-fid-samples 1024 --num-steps 100)
+echo "$SCORED"
 
 # 5. Do the samples show the class that was asked for?
-SAMPLES=$(ls -t "$EXP"/samples/*/samples.npz | head -n 1)
-"$PYTHON" -m toy.agreement "$SAMPLES"
-echo "look at the picture: $(dirname "$SAMPLES")/grid.png"
+SAMPLES=$(dirname "$(sed -n 's/^metrics: //p' <<< "$SCORED")")
+"$PYTHON" -m toy.agreement "$SAMPLES/samples.npz"
+echo "look at the picture: $SAMPLES/grid.png"

@@ -1,0 +1,90 @@
+"""Scores of the class token, the half of REG's output that no other model has. Letters: N images, E encoder width, K classes."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evaluations.extraction import measure, place
+from evaluations.features import Extractor, sha256_of_parameters
+from evaluations.images import ImageSet
+from models.encoders import LOCAL, load_encoders, require_class_tokens
+from models.errors import UserError, notice
+
+
+class ClassToken(nn.Module):
+    """uint8 images (B, 3, R, R) -> the encoder's class token (B, E), as training takes it."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.encoder(images)[0]
+
+
+def load_class_token_extractor(enc_type: str, device: torch.device, resolution: int, weights: str | None, width: int) -> Extractor:
+    """The encoder `enc_type` that REG was trained with, for images of `resolution` px and class tokens of `width` numbers.
+
+    Raises UserError as `load_encoders` does, and for an encoder of another width.
+    """
+    (encoder,) = encoders = load_encoders(enc_type, "cpu", resolution, weights=weights)
+    require_class_tokens(encoders)
+    if encoder.embed_dim != width:
+        raise UserError(f"the class tokens have {width} numbers and {enc_type}'s {encoder.embed_dim}: "
+                        "name the encoder of the training with --enc-type")
+    config = (Path(enc_type.removeprefix(LOCAL)) / "config.json").read_text(encoding="utf-8") if enc_type.startswith(LOCAL) else ""
+    return Extractor(ClassToken(encoder).to(device), device, enc_type, sha256_of_parameters(encoder), None, f"{resolution} px {config}")
+
+
+def read_class_tokens(path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generated class tokens (N, E) and their labels (N,), as generate.py writes them; raises UserError unless N is `count`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tokens, labels = file["class_tokens"], file["labels"]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not readable as class tokens ({error}): expected class_tokens and labels, "
+                        "as generate.py --save-cls-tokens writes them") from error
+    if tokens.ndim != 2 or len(tokens) != count or labels.shape != (count,):
+        raise UserError(f"{path} holds class tokens {tokens.shape} and labels {labels.shape} for {count} images: "
+                        "name the file of the same run")
+    return torch.from_numpy(tokens).float(), torch.from_numpy(labels).long()
+
+
+def nearest_mean_accuracy(tokens: torch.Tensor, labels: torch.Tensor, known: torch.Tensor, known_labels: torch.Tensor) -> tuple[float, int]:
+    """Share of tokens (N, E) whose nearest class mean (Euclidean, float64) is their label's, and the number of classes K with a mean.
+
+    Means are of known (M, E) with their labels; tokens of classes without one do not count.
+    """
+    classes, index = known_labels.unique(return_inverse=True)                     # (K,), (M,)
+    means = torch.zeros(len(classes), known.shape[1], dtype=torch.float64).index_add_(0, index, known.double())
+    means /= index.bincount(minlength=len(classes))[:, None]                      # (K, E)
+    counted = torch.isin(labels, classes)
+    nearest = classes[torch.cdist(tokens[counted].double(), means).argmin(dim=1)]
+    return float((nearest == labels[counted]).double().mean()), len(classes)
+
+
+def class_token_scores(tokens: torch.Tensor, labels: torch.Tensor, ref: ImageSet, sample: ImageSet, extractor: Extractor,
+                       batch_size: int, cache: Path | None = None) -> dict | None:
+    """How well the generated class tokens (N, E) fit the images generated with them, and the labels (N,) they were asked for.
+
+    `class_token_cosine`: mean cosine to the encoder's token of the decoded image. `class_token_accuracy`: nearest class mean among
+    the encoder's tokens of the reference images, where these have labels. On the first process; None on others.
+    """
+    seen = measure(sample, extractor, batch_size, {"pooled"}).pooled              # (N, E)
+    labelled = ref.labels is not None and ref.blocks is not None
+    known = measure(ref, extractor, batch_size, {"pooled"}, cache).pooled if labelled else None
+    if place()[0] != 0:
+        return None
+    scores = {"class_token_cosine": float(F.cosine_similarity(tokens.double(), seen.cpu().double()).mean())}
+    if known is None:
+        notice(f"without class_token_accuracy: {ref.name} has no labels (arr_1 in an npz, dataset.json in a folder)")
+    elif not np.isin(labels, ref.labels).any():
+        notice(f"without class_token_accuracy: {ref.name} has no image of any class that was generated")
+    else:
+        accuracy, classes = nearest_mean_accuracy(tokens, labels, known.cpu(), torch.from_numpy(ref.labels))
+        scores |= {"class_token_accuracy": accuracy, "class_token_classes": classes}
+    return scores | {"class_token_encoder": extractor.name, "class_token_encoder_sha256": extractor.weights_sha256}

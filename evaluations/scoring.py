@@ -1,0 +1,143 @@
+"""`evaluate`: two sets of images -> the scores and everything that says how they were made."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluations.extraction import Measured, all_threads, file_statistics, measure, place
+from evaluations.features import Extractor
+from evaluations.images import ImageSet, open_images
+from evaluations.metrics import (
+    NEIGHBOURS,
+    SPLIT,
+    SUBSET,
+    SUBSETS,
+    frechet_distance,
+    full_precision,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    side_by_side,
+)
+from models.errors import UserError, notice
+
+ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
+INCEPTION_METRICS = (*ADM_METRICS, "kid")
+OTHER_METRICS = ("fd", "kid")  # in any other features
+
+
+def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = None, distances: str = "adm", batch_size: int = 64,
+             cache: Path | None = None) -> dict | None:
+    """Compare two sets of images; each is a path (npz, folder), an array uint8 (N, H, W, 3), or an ImageSet.
+
+    Args:
+        metrics: names among INCEPTION_METRICS, or OTHER_METRICS in other features; None: ADM's five, or the Frechet distance.
+        distances: of precision and recall: "adm" (float16, as in papers) or "exact" (float32).
+        cache: folder for the reference's features; None: they are made anew.
+    Returns:
+        What metrics.json holds, on the first process; None on others. Counts are of the images in the set; with
+        `..._statistics_from_file` its mu and sigma may stand for more (the 10,000 images of VIRTUAL_imagenet256 come with the
+        statistics of 1.28 million). Raises UserError for what cannot be scored.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}: expected at least 1")
+    sample, ref = open_images(sample, "the sample batch"), open_images(ref, "the reference batch")
+    metrics = choose(metrics, ref, sample, extractor)
+    distance = extractor.key if extractor.is_inception else "fd"
+    shared = ({"gaussian"} if distance in metrics else set()) | ({"spatial"} if "sfid" in metrics else set())
+    compared = {"pooled"} if {"precision", "recall", "kid"} & set(metrics) else set()
+    b = measure(ref, extractor, batch_size, shared | compared, cache)
+    a = measure(sample, extractor, batch_size, shared | compared | ({"pooled"} if "inception_score" in metrics else set()))
+    if place()[0] != 0:
+        return None
+
+    from_file = {name: bool(shared) and file_statistics(images, extractor) is not None
+                 for name, images in (("sample", sample), ("reference", ref))}
+    _warn(ref, sample, extractor, metrics, a, b, from_file)
+    scores, modes = {}, {}
+    with full_precision(extractor.device), all_threads():
+        if "inception_score" in metrics:
+            weight = extractor.network.fc.weight                                  # (1008, F); the bias is left out
+            logits = torch.cat(side_by_side(lambda rows: rows @ weight.T, a.pooled.split(512), extractor.device))         # (N, 1008)
+            scores["inception_score"] = inception_score(logits)
+            modes["inception_score"] = f"slices of {SPLIT} in file order"
+        if distance in metrics:
+            scores[extractor.key] = frechet_distance(*a.gaussian, *b.gaussian)
+        if "sfid" in metrics:
+            scores["sfid"] = frechet_distance(*a.spatial, *b.spatial)
+        if "precision" in metrics or "recall" in metrics:
+            both = dict(zip(("precision", "recall"), precision_recall(b.pooled, a.pooled, distances), strict=True))
+            scores |= {name: both[name] for name in both if name in metrics}
+            modes["precision_recall"] = distances
+        if "kid" in metrics:
+            key = "kid" if extractor.is_inception else f"kid_{extractor.name}"
+            scores[key], scores[f"{key}_std"] = kernel_distance(b.pooled, a.pooled)
+            modes["kid"] = f"{SUBSETS} subsets of {min(SUBSET, sample.count, ref.count)}, seed 0"
+    return scores | {
+        "num_samples": sample.count,
+        "num_reference": ref.count,
+        "sample_statistics_from_file": from_file["sample"],
+        "reference_statistics_from_file": from_file["reference"],
+        "image_size": sample.size and list(sample.size),
+        "reference_image_size": ref.size and list(ref.size),
+        "features": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "weights_verified": extractor.weights_verified,
+        "modes": modes,
+        **({"reference_about": ref.statistics.about} if ref.statistics is not None and ref.statistics.about else {}),
+        "device": torch.cuda.get_device_name(extractor.device) if extractor.device.type == "cuda" else str(extractor.device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "timm")},
+    }
+
+
+def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> tuple[str, ...]:
+    """The metrics to compute. One that was asked for and cannot be had raises UserError; a default one is left out and named."""
+    possible = INCEPTION_METRICS if extractor.is_inception else OTHER_METRICS
+    for metric in metrics or ():
+        if metric not in possible:
+            raise UserError(f"--metrics names {metric!r}: in {extractor.name} features there are {', '.join(possible)}")
+    asked = metrics if metrics is not None else ADM_METRICS if extractor.is_inception else OTHER_METRICS[:1]
+    obstacles = {metric: _obstacle(metric, ref, sample, extractor) for metric in asked}
+    for reason in sorted({reason for reason in obstacles.values() if reason}):
+        names = ", ".join(metric for metric in asked if obstacles[metric] == reason)
+        if metrics is not None or len(names.split(", ")) == len(asked):
+            raise UserError(f"{names} cannot be had: {reason}")
+        notice(f"without {names}: {reason}")
+    return tuple(metric for metric in asked if not obstacles[metric])
+
+
+def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> str | None:
+    """Why this score is impossible for these two sets; None if it is not."""
+    for images in (sample, ref):
+        own = file_statistics(images, extractor)
+        if metric in ("fid", "fd", "sfid"):
+            if own is None and images.blocks is None:
+                return f"{images.name} holds statistics of other features and no images"
+            if metric == "sfid" and own is not None and own.mu_s is None:
+                return f"{images.name} has mu and sigma but no mu_s and sigma_s"
+        elif images is sample or metric != "inception_score":
+            if images.blocks is None:
+                return f"{images.name} holds statistics and no images (arr_0)"
+            if metric in ("precision", "recall") and images.count <= NEIGHBOURS:
+                return f"{images.name} holds {images.count} images, and {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1}"
+    return None
+
+
+def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics, a: Measured, b: Measured, from_file: dict[str, bool]) -> None:
+    """Say what makes these scores incomparable to others."""
+    if a.gaussian is not None:
+        width = len(a.gaussian[0])
+        few = [f"{images.count} {what}" for images, what, known in ((sample, "samples", from_file["sample"]),
+                                                                     (ref, "reference images", from_file["reference"]))
+               if not known and images.count <= width]
+        if few:
+            notice(f"warning: {' and '.join(few)} are fewer than {extractor.name}'s {width} features + 1: the covariance is singular, "
+                   "the distance is biased upward and comparable only at equal counts")
+    labels = sample.labels
+    by_class = labels is not None and len(labels) > SPLIT and labels[0] != labels[-1] and (np.diff(labels) >= 0).all()
+    if "inception_score" in metrics and by_class:
+        notice(f"warning: {sample.name} is sorted by class, so that slices of {SPLIT} see few classes and the Inception Score collapses: "
+               "shuffle the images")
