@@ -199,7 +199,7 @@ def selftest(args: argparse.Namespace) -> None:
     if not pairs:
         names = "; or ".join(f"{row.ref} and {row.sample}" for row in PUBLISHED)
         raise UserError(f"{args.folder} holds none of ADM's published pairs: download {names}, from ADM's evaluation suite")
-    extractor, passed = load_extractor("inception", _join(args.device), args.inception_weights), True
+    extractor, passed = _load_first_on_one("inception", args.device, args.inception_weights), True
     for row in pairs:
         result = evaluate(args.folder / row.ref, args.folder / row.sample, extractor, ADM_METRICS, "adm", args.batch_size)
         if result is None:
@@ -216,18 +216,24 @@ def selftest(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------------- set-up
 
 def open_extractor(args: argparse.Namespace) -> Extractor:
+    """The feature network that the flags name, on every process."""
     given = {"inception": args.inception_weights, "dinov2": args.dinov2_weights}
     weights = given.pop(args.features, None)
     for name, file in given.items():
         if file is not None:
             raise UserError(f"--{name}-weights came with --features {args.features}, which does not read them: leave it out")
-    device = _join(args.device)
+    return _load_first_on_one(args.features, args.device, weights)
+
+
+def _load_first_on_one(features: str, device_name: str, weights: Path | None) -> Extractor:
+    """One process downloads, the others find the cache."""
+    device = _join(device_name)
     first = place()[0] == 0
     if first:
-        extractor = load_extractor(args.features, device, weights)               # one process downloads, the others find the cache
+        extractor = load_extractor(features, device, weights)
     if place()[1] > 1:
         torch.distributed.barrier()
-    return extractor if first else load_extractor(args.features, device, weights)
+    return extractor if first else load_extractor(features, device, weights)
 
 
 def _join(name: str) -> torch.device:
