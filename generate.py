@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -169,8 +169,8 @@ def unpack(folder: Path, count: int) -> None:
 def prepare(folder: Path, settings: dict, args: argparse.Namespace) -> None:
     """Main process, before all blocks: settings.json and empty folders. What an earlier run left here is of other images, or not whole."""
     make_folder(folder)
-    for name in ("samples.npz", "metrics.json", "class_tokens.npz", "grid.png"):
-        (folder / name).unlink(missing_ok=True)
+    for stale in [*folder.glob("metrics*.json"), *(folder / name for name in ("samples.npz", "class_tokens.npz", "grid.png"))]:
+        stale.unlink(missing_ok=True)
     for name in ("images", BLOCKS, TOKEN_BLOCKS):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
@@ -192,13 +192,6 @@ def make_blocks(folder: Path, starts: range, model: SiT, codec: Codec, how: Samp
             np.save(folder / TOKEN_BLOCKS / f"{start:08d}.npy", cls_tokens.numpy())
 
 
-def taken(blocks: list[Path]) -> Iterator[np.ndarray]:
-    """Each block's images (B, R, R, 3); its file goes once it is used, so that the disk need not hold the images twice."""
-    for block in tqdm(blocks, desc="npz", unit="block"):
-        yield np.load(block)
-        block.unlink()
-
-
 def write_outputs(folder: Path, starts: range, how: Sampling, num_classes: int, args: argparse.Namespace) -> None:
     """Main process, after all blocks: grid.png, class_tokens.npz and, last, samples.npz."""
     blocks, token_blocks = ([folder / part / f"{start:08d}.npy" for start in starts] for part in (BLOCKS, TOKEN_BLOCKS))
@@ -209,7 +202,7 @@ def write_outputs(folder: Path, starts: range, how: Sampling, num_classes: int, 
     if args.save_cls_tokens:
         np.savez(folder / "class_tokens.npz", class_tokens=np.concatenate([np.load(block) for block in token_blocks]), labels=labels)
         shutil.rmtree(folder / TOKEN_BLOCKS)
-    write_npz(folder / "samples.npz", taken(blocks), len(labels), first.shape[1:3], arr_1=labels)
+    write_npz(folder / "samples.npz", map(np.load, tqdm(blocks, desc="npz", unit="block")), len(labels), first.shape[1:3], arr_1=labels)
     shutil.rmtree(folder / BLOCKS)
 
 

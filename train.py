@@ -262,14 +262,14 @@ def dry_run(args: argparse.Namespace) -> None:
           f"{flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image ({flops.get_total_flops() / 2e9:.2f} GMAC)")
 
 
-def open_scoring(args: argparse.Namespace, device: torch.device) -> Extractor | None:
-    """The feature network, once the reference is seen to suit it; None without --eval-steps."""
+def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, Extractor] | None:
+    """The reference and the feature network, which are seen to suit each other; None without --eval-steps."""
     if not args.eval_steps:
         return None
     reference = open_images(args.ref_batch, "--ref-batch")
     extractor = load_extractor(args.features, device, args.inception_weights)
     choose(["fid" if extractor.is_inception else "fd"], reference, reference, extractor)
-    return extractor
+    return reference, extractor
 
 
 def open_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -411,8 +411,8 @@ def draw_grid(experiment: Path, accelerator: Accelerator, ema: SiT, codec: Codec
         tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
 
 
-def score_samples(ema: SiT, codec: Codec, extractor: Extractor, args: argparse.Namespace) -> dict[str, float]:
-    """The Frechet distance of EMA samples to the reference, with their number in its name: fid_10k. On the first process; {} on others."""
+def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, args: argparse.Namespace) -> dict[str, float]:
+    """The Frechet distance of EMA samples to the reference, on the first process; {} on others."""
     how = replace(SCORED, seed=args.seed, path_type=args.path_type)
 
     def blocks(ranges):
@@ -421,9 +421,13 @@ def score_samples(ema: SiT, codec: Codec, extractor: Extractor, args: argparse.N
 
     samples = ImageSet("EMA samples", args.eval_samples, (args.resolution, args.resolution), blocks)
     metric = "fid" if extractor.is_inception else "fd"
-    result = evaluate(args.ref_batch, samples, extractor, [metric], batch_size=SCORED_BLOCK, cache=reference_cache())
-    count = f"{args.eval_samples // 1000}k" if args.eval_samples % 1000 == 0 else str(args.eval_samples)
-    return {} if result is None else {f"{extractor.key}_{count}": result[extractor.key]}
+    result = evaluate(reference, samples, extractor, [metric], batch_size=SCORED_BLOCK, cache=reference_cache())
+    return {} if result is None else {score_name(extractor.key, args.eval_samples): result[extractor.key]}
+
+
+def score_name(key: str, count: int) -> str:
+    """A distance with its number of samples, since it compares at equal numbers only: fid_10k."""
+    return f"{key}_{count // 1000}k" if count % 1000 == 0 else f"{key}_{count}"
 
 
 def cut_metrics(experiment: Path, step: int) -> None:
@@ -453,7 +457,7 @@ def main(argv=None) -> None:
         encoders = open_encoders(args, space, accelerator.device)
         decodes = args.eval_steps or args.sampling_steps and accelerator.is_main_process
         codec = load_codec(args.vae or space.decoder, accelerator.device) if decodes else None
-        extractor = open_scoring(args, accelerator.device)
+        scoring = open_scoring(args, accelerator.device)
     if codec is not None:
         space.require_same(codec.space, "the data set", "the decoder")
 
@@ -527,6 +531,7 @@ def main(argv=None) -> None:
             line = {"step": step, "draws": draws, **meter.read(accelerator, (step - logged) * args.batch_size), "lr": args.learning_rate}
             log_line(experiment, accelerator, line, SHOWN)
             logged = step
+        paused = time.perf_counter()
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             if accelerator.is_main_process:
                 saved = checkpoint.save(experiment, model=unwrapped, ema=ema, optimizer=optimizer, scaler=accelerator.scaler,
@@ -537,9 +542,10 @@ def main(argv=None) -> None:
             if accelerator.is_main_process:
                 draw_grid(experiment, accelerator, ema, codec, replace(GRID, seed=args.seed, path_type=args.path_type), step)
             accelerator.wait_for_everyone()
-        if extractor is not None and (step % args.eval_steps == 0 or step == args.max_train_steps):
-            scores = score_samples(ema, codec, extractor, args)
+        if scoring is not None and (step % args.eval_steps == 0 or step == args.max_train_steps):
+            scores = score_samples(ema, codec, *scoring, args)
             log_line(experiment, accelerator, {"step": step, **scores}, tuple(scores))
+        meter.since += time.perf_counter() - paused               # of the next line's images/s only training counts
     accelerator.end_training()
 
 

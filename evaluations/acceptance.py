@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # Scores of two implementations differ in the last digits (another machine's convolutions move FID and IS by up to 7e-4 of
 # their value), and precision and recall in the third decimal, which ADM's float16 distances leave open.
-RELATIVE, SHARES = 1e-3, 0.002
+RELATIVE, ABSOLUTE = 1e-3, 0.002
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ def compare(published: dict[str, float], measured: dict[str, float]) -> list[tup
     """Rows (name, published, measured, within tolerance)."""
     rows = []
     for name, value in published.items():
-        tolerance = SHARES if name in ("precision", "recall") else RELATIVE * value
+        tolerance = ABSOLUTE if name in ("precision", "recall") else RELATIVE * value
         rows.append((name, value, measured[name], abs(measured[name] - value) <= tolerance))
     return rows

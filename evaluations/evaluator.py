@@ -9,6 +9,7 @@ python -m models.processes -m evaluations.evaluator ...
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,7 +26,7 @@ from evaluations.extraction import measure, place, reference_cache
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images, pick, write_npz
 from evaluations.metrics import NEIGHBOURS
-from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, evaluate
+from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
 from models.errors import UserError, without_traceback
 from models.files import write_whole
 from models.processes import join_processes
@@ -36,7 +37,8 @@ KEPT = 10_000  # images that `stats` keeps for precision and recall, as many as 
 PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
            "class_token_cosine": "Class token cosine", "class_token_accuracy": "Class token accuracy"}
 ASKED = ("features", "metrics", "precision_recall")  # flags that decide which scores there are, repeated in the output
-SHARES = ("precision", "recall", "class_token_cosine", "class_token_accuracy")
+FOUR_DECIMALS = ("precision", "recall", "class_token_cosine", "class_token_accuracy")
+TO_BE_MADE = ImageSet("the samples", 50_000, None, lambda ranges: iter(()))        # what a dry run takes the samples for
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -125,25 +127,27 @@ def main(argv: list[str] | None = None) -> None:
 
 def score(args: argparse.Namespace) -> None:
     # Everything that can be wrong with the arguments is said before weights are downloaded or images read.
-    output, metrics = _output(args.output), _metrics(args)
+    output = _output(args.output)
+    metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
+    if args.precision_recall == "exact" and args.features != "inception":
+        raise UserError(f"--precision-recall exact came with --features {args.features}, in which there are neither: leave it out")
     for flag, value in (("--enc-type", args.enc_type), ("--encoder-weights", args.encoder_weights)):
         if value is not None and args.class_tokens is None:
             raise UserError(f"{flag} {value} came without --class-tokens, and would be ignored: name the class tokens too, or leave it out")
     ref = open_images(args.ref_batch, "--ref-batch")
     if args.dry_run:
-        open_extractor(args)
+        choose(metrics, ref, TO_BE_MADE, open_extractor(args, args.features, args.dinov2_weights), args.precision_recall)
         return
     sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
     tokens = None if args.class_tokens is None else open_class_tokens(args, sample, settings)
-    extractor = open_extractor(args)
+    extractor = open_extractor(args, args.features, args.dinov2_weights)
     encoder = tokens and load_class_token_extractor(tokens.enc_type, extractor.device, sample.size[0], tokens.weights,
                                                     width=tokens.tokens.shape[1])
+    token_scores = tokens and class_token_scores(tokens.tokens, tokens.labels, ref, sample, encoder, args.batch_size, args.cache)
     result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size, args.cache)
-    if tokens is not None:
-        scores = class_token_scores(tokens.tokens, tokens.labels, ref, sample, encoder, args.batch_size, args.cache)
-        result = result and {**scores, **result}
     if result is None:                                            # the first process writes
         return
+    result = (token_scores or {}) | result
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch),
                "asked": {name: getattr(args, name) for name in ASKED}}
     if settings is not None:
@@ -156,10 +160,10 @@ def score(args: argparse.Namespace) -> None:
 def lines(result: dict, extractor: Extractor) -> list[str]:
     """What is printed: ADM's five lines, more where more was asked for, and one that says of what."""
     names = PRINTED | {extractor.key: extractor.label}
-    shown = [f"{names[key]}: {f'{result[key]:.4f}' if key in SHARES else result[key]}" for key in names if key in result]
-    kid, label = ("kid", "KID") if extractor.is_inception else (f"kid_{extractor.name}", f"KID ({extractor.name})")
+    shown = [f"{names[key]}: {f'{result[key]:.4f}' if key in FOUR_DECIMALS else result[key]}" for key in names if key in result]
+    kid = extractor.kid_key
     if kid in result:
-        shown.append(f"{label}: {result[kid]} +- {result[f'{kid}_std']}")
+        shown.append(f"KID{'' if extractor.is_inception else f' ({extractor.name})'}: {result[kid]} +- {result[f'{kid}_std']}")
     counts = [f"{'statistics' if result[f'num_{of}'] is None else result[f'num_{of}']} {of}" for of in ("samples", "reference")]
     known = {True: ", the published file", False: ", NOT the published file", None: ""}[extractor.weights_verified]
     modes = [f"{name.replace('_', ' ')}: {mode}" for name, mode in result["modes"].items()]
@@ -177,10 +181,11 @@ def make_statistics(args: argparse.Namespace) -> None:
     images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None)   # a file's own are not of its images
     if images.blocks is None:
         raise UserError(f"{args.source} holds statistics and no images: name images")
-    extractor = open_extractor(args)
+    extractor = open_extractor(args, args.features, args.dinov2_weights)
     found = measure(images, extractor, args.batch_size, {"gaussian", "spatial"} if extractor.is_inception else {"gaussian"})
     if found.gaussian is None:
         return
+    warn_of_few([(images.count, "images")], len(found.gaussian[0]), extractor)
     arrays = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), (*found.gaussian, *(found.spatial or ())), strict=False))
     about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop, "kept": min(args.keep, images.count),
              "seed": args.seed, "features": extractor.name, "distance": extractor.key, "weights_sha256": extractor.weights_sha256,
@@ -199,7 +204,7 @@ def selftest(args: argparse.Namespace) -> None:
     if not pairs:
         names = "; or ".join(f"{row.ref} and {row.sample}" for row in PUBLISHED)
         raise UserError(f"{args.folder} holds none of ADM's published pairs: download {names}, from ADM's evaluation suite")
-    extractor, passed = _load_first_on_one("inception", args.device, args.inception_weights), True
+    extractor, passed = open_extractor(args, "inception"), True
     for row in pairs:
         result = evaluate(args.folder / row.ref, args.folder / row.sample, extractor, ADM_METRICS, "adm", args.batch_size)
         if result is None:
@@ -215,25 +220,15 @@ def selftest(args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------- set-up
 
-def open_extractor(args: argparse.Namespace) -> Extractor:
-    """The feature network that the flags name, on every process."""
-    given = {"inception": args.inception_weights, "dinov2": args.dinov2_weights}
-    weights = given.pop(args.features, None)
-    for name, file in given.items():
-        if file is not None:
-            raise UserError(f"--{name}-weights came with --features {args.features}, which does not read them: leave it out")
-    return _load_first_on_one(args.features, args.device, weights)
-
-
-def _load_first_on_one(features: str, device_name: str, weights: Path | None) -> Extractor:
-    """One process downloads, the others find the cache."""
-    device = _join(device_name)
+def open_extractor(args: argparse.Namespace, features: str, dinov2_weights: Path | None = None) -> Extractor:
+    """The feature network on every process: one of them downloads, the others find the cache."""
+    load = functools.partial(load_extractor, features, _join(args.device), args.inception_weights, dinov2_weights)
     first = place()[0] == 0
     if first:
-        extractor = load_extractor(features, device, weights)
+        extractor = load()
     if place()[1] > 1:
         torch.distributed.barrier()
-    return extractor if first else load_extractor(features, device, weights)
+    return extractor if first else load()
 
 
 def _join(name: str) -> torch.device:
@@ -242,6 +237,8 @@ def _join(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device is {name!r}: expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}: expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is {name!r} and torch sees {torch.cuda.device_count()} GPUs: use another, or cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -250,18 +247,6 @@ def _join(name: str) -> torch.device:
         raise UserError(f"--device is {name!r}, but several processes were started: give cuda, and each takes its own, or cpu")
     joined = join_processes(cpu=device.type == "cpu").device
     return device if device.type == "cpu" else joined
-
-
-def _metrics(args: argparse.Namespace) -> list[str] | None:
-    """--metrics as a list, less what --precision-recall off takes away. Raises UserError for flags that contradict each other."""
-    metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
-    if args.precision_recall == "exact" and args.features != "inception":
-        raise UserError(f"--precision-recall exact came with --features {args.features}, in which there are neither: leave it out")
-    if args.precision_recall != "off" or args.features != "inception":
-        return metrics
-    if metrics and {"precision", "recall"} & set(metrics):
-        raise UserError(f"--metrics {args.metrics} came with --precision-recall off: leave one of them out")
-    return metrics or [name for name in ADM_METRICS if name not in ("precision", "recall")]
 
 
 @dataclass(frozen=True)

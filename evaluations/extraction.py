@@ -82,7 +82,7 @@ def _gather(rows: torch.Tensor, blocks: list[range], batch_size: int) -> torch.T
 
 @dataclass(frozen=True)
 class Measured:
-    """What scores need to know of one set; None where it was not asked for. On other processes than the first all are None."""
+    """What scores need to know of one set; None where it was not asked for. What comes from images is on the first process only."""
 
     pooled: torch.Tensor | None = None      # (N, F) float32
     gaussian: Pair | None = None            # mean (F,) and covariance (F, F) of the pooled features, float64

@@ -4,6 +4,7 @@ Letters: B batch, H W image size, F feature width, S spatial width (0 but for In
 """
 
 import hashlib
+import http.client
 import pickle
 import urllib.error
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Extractor:
         return "fid" if self.is_inception else f"fd_{self.name}"
 
     @property
+    def kid_key(self) -> str:
+        """The kernel distance's key in JSON."""
+        return "kid" if self.is_inception else f"kid_{self.name}"
+
+    @property
     def label(self) -> str:
         """What the distance is called in print."""
         return "FID" if self.is_inception else f"Frechet distance ({self.name})"
@@ -64,26 +70,26 @@ class Extractor:
         return pooled.float(), spatial.float()
 
 
-def load_extractor(spec: str, device: torch.device | str = "cpu", weights: str | Path | None = None) -> Extractor:
+def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None,
+                   dinov2_weights: str | Path | None = None) -> Extractor:
     """The extractor that `spec` names: `inception`, `dinov2`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
 
-    `weights` is a file for Inception or DINOv2. Without it Inception comes from torch hub's cache or the published file is
-    downloaded into it, DINOv2 from timm's hub or its cache.
-    Raises UserError for an unknown spec, unreadable or damaged weights, or when they cannot be had.
+    Without a file Inception comes from torch hub's cache or the published file is downloaded into it, DINOv2 from timm's hub or
+    its cache. Raises UserError for an unknown spec, unreadable or damaged weights, those of another network, or when they cannot be had.
     """
-    device = torch.device(device)
-    config = ""
+    for name, file in (("inception", inception_weights), ("dinov2", dinov2_weights)):
+        if file is not None and spec != name:
+            raise UserError(f"--{name}-weights came with --features {spec}, which does not read them: leave it out")
+    device, config = torch.device(device), ""
     if spec == "inception":
-        path, digest = _inception_file(weights)
+        path, digest = _inception_file(inception_weights)
         network, name, verified = _load_inception(path), "inception", digest == INCEPTION_SHA256
         if device.type == "cpu":
             network = network.to(memory_format=torch.channels_last)               # half as fast again there
     elif spec == "dinov2":
-        network, name, verified = DinoFeatures(weights), "dinov2", None
-        digest = sha256_of_parameters(network) if weights is None else sha256(Path(weights))
+        network, name, verified = DinoFeatures(dinov2_weights), "dinov2", None
+        digest = sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
     elif spec.startswith(LOCAL):
-        if weights is not None:
-            raise UserError(f"weights for Inception ({weights}) came with --features {spec}: give one of the two")
         folder = Path(spec.removeprefix(LOCAL))
         network, name, verified = TimmFeatures.load(folder), folder.resolve().name, None
         digest, config = sha256(_timm_weights(folder)), (folder / "config.json").read_text(encoding="utf-8")
@@ -112,7 +118,7 @@ def _inception_file(given: str | Path | None) -> tuple[Path, str]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
+        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:  # the last: another hash
             raise UserError(f"the Inception weights {INCEPTION_FILE} are not at hand and did not arrive ({error}): {remedy}") from error
     digest = sha256(path)
     if digest != INCEPTION_SHA256:

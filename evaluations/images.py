@@ -3,6 +3,7 @@
 Letters: N images in the set, n in one block, H W image size.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -19,10 +20,10 @@ from PIL import Image, UnidentifiedImageError
 
 from models.errors import UserError, notice
 from models.files import sha256, write_whole
-from preprocessing.crop import center_crop
+from preprocessing.crop import center_crop, to_rgb
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError)  # zipfile and numpy, on a damaged file
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError)  # zipfile and numpy, on a damaged file
 STREAMED = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 READERS = min(8, os.cpu_count() or 1)  # threads that decode the files of a folder
 
@@ -76,9 +77,9 @@ def _require_form(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
         raise UserError(f"{name} holds {shape[0]} images: a score needs at least 2")
 
 
-def _cropped(image: Image.Image, crop: int | None) -> np.ndarray:
-    """uint8 (H, W, 3)"""
-    return np.array(image) if crop is None else np.array(center_crop(image, crop))
+def _cropped(image: Image.Image, crop: int) -> np.ndarray:
+    """uint8 (crop, crop, 3)"""
+    return np.array(center_crop(image, crop))
 
 
 # ------------------------------------------------------------------------------------------------------------------ a folder
@@ -100,6 +101,7 @@ def _open_folder(folder: Path, crop: int | None) -> ImageSet:
                                         "for example with preprocessing.dataset_tools convert")
                 yield np.stack(images)
 
+    @functools.cache
     def content() -> str:
         digest = hashlib.sha256(str(crop).encode())
         for file in files:
@@ -111,13 +113,15 @@ def _open_folder(folder: Path, crop: int | None) -> ImageSet:
 
 
 def _read_image(file: Path, crop: int | None) -> np.ndarray:
-    """uint8 (H, W, 3) of an RGB or grey image."""
+    """uint8 (H, W, 3) of an RGB or grey image; of any picture if it is cropped as `convert` does."""
     try:
         with Image.open(file) as image:
+            if crop is not None:
+                return _cropped(to_rgb(image, str(file)), crop)
             if image.mode not in ("RGB", "L"):
                 raise UserError(f"{file} has mode {image.mode}: expected RGB or grey (8 bits); convert it first, "
                                 "for example with preprocessing.dataset_tools convert")
-            return _cropped(image.convert("RGB"), crop)
+            return np.array(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:               # SyntaxError: Pillow on broken PNG chunks
         raise UserError(f"{file} is not a readable image ({error}): remove it or write it again") from error
 
@@ -175,7 +179,7 @@ def _open_npz(path: Path, crop: int | None) -> ImageSet:
         return (np.stack([_cropped(Image.fromarray(image), crop) for image in block]) for block in stream)
 
     return ImageSet(str(path), shape[0], shape[1:3] if crop is None else (crop, crop), lambda ranges: _ahead(blocks(ranges)), statistics,
-                    labels, lambda: f"{sha256(path)} {crop}")
+                    labels, functools.cache(lambda: f"{sha256(path)} {crop}"))
 
 
 def _read_header(member) -> tuple[tuple[int, ...] | None, np.dtype | None, bool]:
@@ -217,7 +221,7 @@ def _stream_npz(path: Path, shape: tuple[int, ...], ranges: Iterable[range]) -> 
                     raise EOFError(f"it ends within image {r.start + len(data) // row} of {shape[0]}")
                 position = r.stop
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(len(r), *shape[1:])  # PyTorch wants it writable
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): write or download it again") from error
 
 

@@ -114,7 +114,7 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
     numbers, and singular covariances are fine. Rounding leaves about 1e-12 of the traces (1e-8 when both covariances are
     singular), so that of a set with itself it can be slightly negative; it is not clipped.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double() for a in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))  # LAPACK's eigenvalues, anywhere
     with one_thread():
         values, vectors = torch.linalg.eigh(sigma1)
         root = vectors * values.clamp(min=0).sqrt()                               # (F, F), R
@@ -191,24 +191,25 @@ def _distances(u: torch.Tensor, v: torch.Tensor, mode: str) -> torch.Tensor:
     In mode "adm" each of its quantities is rounded to float16 (products are summed in float32), unless one in the block overflows.
     """
     if mode == "adm":
-        distances = _expansion(u.half(), v.half())
-        if distances.isfinite().all():
+        distances, finite = _expansion(u.half(), v.half())
+        if finite:
             return distances
-    return _expansion(u.float(), v.float())
+    return _expansion(u.float(), v.float())[0]
 
 
-def _expansion(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The expansion with every result rounded to the dtype of u and v, a few rows at a time to bound what lies between."""
+def _expansion(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The expansion with every result rounded to the dtype of u and v, a few rows at a time to bound what lies between; is it finite?"""
     with one_thread():
         uu, vv = (x.square().sum(dim=1, dtype=torch.float32).to(x.dtype) for x in (u, v))         # (m,), (n,)
     out, columns = torch.empty(len(u), len(v), device=u.device), v.float().T      # (m, n), (F, n)
 
-    def fill(here: slice) -> None:
+    def fill(here: slice) -> torch.Tensor:
         uv = (u[here].float() @ columns).to(u.dtype)
-        out[here] = ((uu[here, None] - 2 * uv) + vv).clamp(min=0)
+        out[here] = distances = ((uu[here, None] - 2 * uv) + vv).clamp(min=0)
+        return distances.isfinite().all()
 
-    side_by_side(fill, [slice(start, start + STRIP) for start in range(0, len(u), STRIP)], u.device)
-    return out
+    finite = side_by_side(fill, [slice(start, start + STRIP) for start in range(0, len(u), STRIP)], u.device)
+    return out, bool(torch.stack(finite).all())
 
 
 # ----------------------------------------------------------------------------------------------------------- kernel distance

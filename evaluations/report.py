@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 
 from models.checkpoint import CHECKPOINTS
+from models.errors import notice
 from models.files import write_whole
 
+METRICS = "metrics*.json"  # one for each feature network in which the samples of a folder were scored
 GUIDANCE = ("cls_cfg_scale", "guidance_low", "guidance_high")                     # mean nothing without guidance, scale 1
 # The table's columns before the scores. A distance is comparable to others of the same PROTOCOL only.
 PROTOCOL = ("num_samples", "labels", "features", "feature_weights", "reference")
@@ -25,9 +27,20 @@ def protocol(row: dict) -> tuple:
     return *(row[name] for name in PROTOCOL), distance_of(row)
 
 
-def read_row(metrics: Path) -> dict:
+def read_result(metrics: Path) -> dict | None:
+    """What the evaluator wrote of samples that generate.py made; None, said, if the file is of another form."""
+    try:
+        result = json.loads(metrics.read_text(encoding="utf-8"))
+    except ValueError:
+        result = {}
+    if not isinstance(result, dict) or not {"asked", "settings", "weights_sha256"} <= result.keys():
+        notice(f"{metrics} is passed over: it is no score that this version wrote of samples of generate.py")
+        return None
+    return result
+
+
+def read_row(metrics: Path, result: dict) -> dict:
     """A row of the table from a metrics.json, whose top-level fractions are the scores. None: does not apply, or as --cfg-scale."""
-    result = json.loads(metrics.read_text(encoding="utf-8"))
     settings, how = result["settings"], result["settings"]["sampling"]
     path = Path(settings["checkpoint"])
     row = {
@@ -44,7 +57,7 @@ def read_row(metrics: Path) -> dict:
 
 def read_rows(samples: Path) -> list[dict]:
     """A row for all that was scored below the folder, sorted; `best` is true for the lowest distance among those comparable to it."""
-    rows = sorted((read_row(path) for path in samples.glob("*/metrics.json")),
+    rows = sorted((read_row(path, result) for path in samples.glob(f"*/{METRICS}") if (result := read_result(path)) is not None),
                   key=lambda row: [(row[name] is not None, row[name]) for name in SETTINGS])
     lowest: dict[tuple, float] = {}
     for row in rows:

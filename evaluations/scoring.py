@@ -26,6 +26,7 @@ from models.errors import UserError, notice
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
 INCEPTION_METRICS = (*ADM_METRICS, "kid")
+NEIGHBOUR_METRICS = ("precision", "recall")
 OTHER_METRICS = ("fd", "kid")  # in any other features
 
 
@@ -35,7 +36,7 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
 
     Args:
         metrics: names among INCEPTION_METRICS, or OTHER_METRICS in other features; None: ADM's five, or the Frechet distance.
-        distances: of precision and recall: "adm" (float16, as in papers) or "exact" (float32).
+        distances: of precision and recall: "adm" (float16, as in papers), "exact" (float32), or "off": neither score.
         cache: folder for the reference's features; None: they are made anew.
     Returns:
         What metrics.json holds, on the first process; None on others. Counts are of the images in the set; with
@@ -45,7 +46,7 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: expected at least 1")
     sample, ref = open_images(sample, "the sample batch"), open_images(ref, "the reference batch")
-    metrics = choose(metrics, ref, sample, extractor)
+    metrics = choose(metrics, ref, sample, extractor, distances)
     distance = extractor.key if extractor.is_inception else "fd"
     shared = ({"gaussian"} if distance in metrics else set()) | ({"spatial"} if "sfid" in metrics else set())
     compared = {"pooled"} if {"precision", "recall", "kid"} & set(metrics) else set()
@@ -56,7 +57,7 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
 
     from_file = {name: bool(shared) and file_statistics(images, extractor) is not None
                  for name, images in (("sample", sample), ("reference", ref))}
-    _warn(ref, sample, extractor, metrics, a, b, from_file)
+    _warn(ref, sample, extractor, metrics, a, from_file)
     scores, modes = {}, {}
     with full_precision(extractor.device), all_threads():
         if "inception_score" in metrics:
@@ -69,12 +70,11 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
         if "sfid" in metrics:
             scores["sfid"] = frechet_distance(*a.spatial, *b.spatial)
         if "precision" in metrics or "recall" in metrics:
-            both = dict(zip(("precision", "recall"), precision_recall(b.pooled, a.pooled, distances), strict=True))
+            both = dict(zip(NEIGHBOUR_METRICS, precision_recall(b.pooled, a.pooled, distances), strict=True))
             scores |= {name: both[name] for name in both if name in metrics}
             modes["precision_recall"] = distances
         if "kid" in metrics:
-            key = "kid" if extractor.is_inception else f"kid_{extractor.name}"
-            scores[key], scores[f"{key}_std"] = kernel_distance(b.pooled, a.pooled)
+            scores[extractor.kid_key], scores[f"{extractor.kid_key}_std"] = kernel_distance(b.pooled, a.pooled)
             modes["kid"] = f"{SUBSETS} subsets of {min(SUBSET, sample.count, ref.count)}, seed 0"
     return scores | {
         "num_samples": sample.count,
@@ -93,13 +93,16 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
     }
 
 
-def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> tuple[str, ...]:
+def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extractor: Extractor, distances: str = "adm") -> tuple[str, ...]:
     """The metrics to compute. One that was asked for and cannot be had raises UserError; a default one is left out and named."""
     possible = INCEPTION_METRICS if extractor.is_inception else OTHER_METRICS
     for metric in metrics or ():
         if metric not in possible:
             raise UserError(f"--metrics names {metric!r}: in {extractor.name} features there are {', '.join(possible)}")
+        if metric in NEIGHBOUR_METRICS and distances == "off":
+            raise UserError(f"--metrics names {metric} and --precision-recall is off: leave one of them out")
     asked = metrics if metrics is not None else ADM_METRICS if extractor.is_inception else OTHER_METRICS[:1]
+    asked = [metric for metric in asked if metric not in NEIGHBOUR_METRICS or distances != "off"]
     obstacles = {metric: _obstacle(metric, ref, sample, extractor) for metric in asked}
     for reason in sorted({reason for reason in obstacles.values() if reason}):
         names = ", ".join(metric for metric in asked if obstacles[metric] == reason)
@@ -121,21 +124,25 @@ def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor
         elif images is sample or metric != "inception_score":
             if images.blocks is None:
                 return f"{images.name} holds statistics and no images (arr_0)"
-            if metric in ("precision", "recall") and images.count <= NEIGHBOURS:
+            if metric in NEIGHBOUR_METRICS and images.count <= NEIGHBOURS:
                 return f"{images.name} holds {images.count} images, and {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1}"
     return None
 
 
-def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics, a: Measured, b: Measured, from_file: dict[str, bool]) -> None:
+def warn_of_few(sets: list[tuple[int, str]], width: int, extractor: Extractor) -> None:
+    """Say so when one of the sets (count, what) is too small for a covariance of `width` features."""
+    few = [f"{count} {what}" for count, what in sets if count <= width]
+    if few:
+        notice(f"warning: {' and '.join(few)} are fewer than {extractor.name}'s {width} features + 1: the covariance is singular, "
+               "the distance is biased upward and comparable only at equal counts")
+
+
+def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics, a: Measured, from_file: dict[str, bool]) -> None:
     """Say what makes these scores incomparable to others."""
     if a.gaussian is not None:
-        width = len(a.gaussian[0])
-        few = [f"{images.count} {what}" for images, what, known in ((sample, "samples", from_file["sample"]),
-                                                                     (ref, "reference images", from_file["reference"]))
-               if not known and images.count <= width]
-        if few:
-            notice(f"warning: {' and '.join(few)} are fewer than {extractor.name}'s {width} features + 1: the covariance is singular, "
-                   "the distance is biased upward and comparable only at equal counts")
+        sets = [(images.count, what) for name, images, what in (("sample", sample, "samples"), ("reference", ref, "reference images"))
+                if not from_file[name]]
+        warn_of_few(sets, len(a.gaussian[0]), extractor)
     labels = sample.labels
     by_class = labels is not None and len(labels) > SPLIT and labels[0] != labels[-1] and (np.diff(labels) >= 0).all()
     if "inception_score" in metrics and by_class:

@@ -8,14 +8,13 @@ everything that was ever scored in the samples folder. Relative paths start wher
 
 import argparse
 import itertools
-import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from evaluations.report import GUIDANCE, as_text, distance_of, draw, protocol, read_rows, write_table
+from evaluations.report import GUIDANCE, METRICS, as_text, distance_of, draw, protocol, read_result, read_rows, write_table
 from models import checkpoint
 from models.errors import UserError, notice, without_traceback
 from models.files import sha256
@@ -123,16 +122,29 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def is_scored(metrics: Path, args: argparse.Namespace, tokens: bool) -> bool:
-    """Whether the file answers this call: the same reference and network, and the same scores were asked for."""
-    if not metrics.is_file():
-        return False
-    result = json.loads(metrics.read_text(encoding="utf-8"))
+def scored(folder: Path, args: argparse.Namespace, tokens: bool) -> Path | None:
+    """The folder's file that answers this call, if there is one: same reference and network, and the same scores were asked for."""
     weights = args.inception_weights or args.dinov2_weights
-    same_weights = result["weights_sha256"] == sha256(weights) if weights else result["weights_verified"] is not False
     asked = {"features": args.features, "metrics": args.metrics, "precision_recall": args.precision_recall}
-    return (Path(result["ref_batch"]) == args.ref_batch and same_weights and result.get("asked") == asked
-            and (not tokens or "class_token_cosine" in result))
+    for path in sorted(folder.glob(METRICS)):
+        result = read_result(path)
+        if (result is not None and result["asked"] == asked and Path(result["ref_batch"]) == args.ref_batch
+                and args.ref_batch.stat().st_mtime <= path.stat().st_mtime        # a reference made anew under the same name
+                and (result["weights_sha256"] == sha256(weights) if weights else result["weights_verified"] is not False)
+                and (not tokens or "class_token_cosine" in result)):
+            return path
+    return None
+
+
+def score(folder: Path, args: argparse.Namespace, scoring: list[str], tokens: bool) -> Path:
+    """Score the folder's samples to its metrics.json; an earlier score in other features is kept beside it under their name."""
+    metrics = folder / "metrics.json"
+    before = read_result(metrics) if metrics.is_file() else None
+    if before is not None and before["asked"]["features"] != args.features:
+        metrics.rename(folder / f"metrics-{before['features']}.json")
+    more = flags({"class_tokens": folder / "class_tokens.npz" if tokens else None})
+    print(run("models.processes", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)), end="")
+    return metrics
 
 
 def write_report(folders: list[Path]) -> list[str]:
@@ -165,18 +177,15 @@ def main(argv: list[str] | None = None) -> None:
         folders.append(folder)
         if args.ref_batch is None:
             continue
-        if not is_scored(folder / "metrics.json", args, tokens):
-            more = flags({"class_tokens": folder / "class_tokens.npz" if tokens else None})
-            run("models.processes", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"),
-                "--output", str(folder / "metrics.json"))
+        metrics = scored(folder, args, tokens) or score(folder, args, scoring, tokens)
         if is_first_node(os.environ):                             # after every setting: an interruption loses nothing
             said = write_report(folders)
 
     if args.ref_batch is None:
         raise UserError(f"the samples are in {', '.join(map(str, folders))}, but cannot be scored without a reference: set REF_BATCH to an "
                         ".npz or an image folder and give the same command; it does not sample again")
-    for folder in folders if len(folders) == 1 else []:
-        said += [f"grid: {folder / 'grid.png'}", f"metrics: {folder / 'metrics.json'}"]
+    if len(folders) == 1:
+        said += [f"grid: {folder / 'grid.png'}", f"metrics: {metrics}"]
     print("\n".join(said))
 
 

@@ -31,7 +31,7 @@ def without_traceback(main):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             sys.exit(2)
         except RuntimeError as error:
-            if "by peer" not in str(error):                       # a connection that another process closed
+            if "by peer" not in str(error) or os.environ.get("WORLD_SIZE", "1") == "1":  # a connection that another process closed
                 raise
             time.sleep(5)                                         # that one has said why, and the launcher is stopping this one
             print("error: another process ended in the middle of the work, and this one with it: see what it said", file=sys.stderr)

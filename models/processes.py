@@ -13,10 +13,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 
 from models.errors import UserError, without_traceback
+
+PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads, writes a file, or computes scores
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -107,7 +110,7 @@ def join_processes(cpu: bool = False):
 
     # Unlike Accelerator, PartialState does not look at ACCELERATE_USE_CPU, and joins nobody on a CPU unless told so.
     cpu = cpu or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    world = PartialState(cpu=cpu)
+    world = PartialState(cpu=cpu, timeout=PATIENCE)
     require_joined(world.num_processes)
     return world
 

@@ -5,12 +5,11 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dataset import IMAGE_EXTENSIONS, Store, decode_image, few, list_names, open_store, read_labels, read_metadata
 from models.errors import UserError
-from preprocessing.crop import center_crop
+from preprocessing.crop import center_crop, to_rgb
 from preprocessing.work import Destination, digest, load
 
 TRANSFORMS = ("center-crop-dhariwal", "none")
@@ -23,18 +22,6 @@ def parse_resolution(text: str) -> int:
     if not (width.isascii() and width.isdigit() and int(width) > 0) or (cross and height != width):
         raise UserError(f"--resolution {text} is not understood: expected a square like 256x256")
     return int(width)
-
-
-def to_rgb(image: Image.Image, where: str) -> Image.Image:
-    """Any picture -> RGB. Transparency is dropped and EXIF orientation not applied, as in ADM; 16-bit greys keep their upper 8 bits.
-
-    Raises UserError for floating-point pictures, whose range is unknown.
-    """
-    if image.mode == "F":
-        raise UserError(f"{where} is a floating-point picture: expected 8 or 16 bits per channel")
-    if image.mode.startswith("I"):  # PIL would clip 16 bits at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def source_labels(store: Store, names: np.ndarray) -> tuple[np.ndarray | None, str]:

@@ -1,6 +1,21 @@
-"""ADM's centre crop: the one way in which pictures of any size become square training images."""
+"""The one way in which pictures of any kind and size become square training images: to RGB, then ADM's centre crop."""
 
+import numpy as np
 from PIL import Image
+
+from models.errors import UserError
+
+
+def to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Any picture -> RGB. Transparency is dropped and EXIF orientation not applied, as in ADM; 16-bit greys keep their upper 8 bits.
+
+    Raises UserError for floating-point pictures, whose range is unknown.
+    """
+    if image.mode == "F":
+        raise UserError(f"{where} is a floating-point picture: expected 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # PIL would clip 16 bits at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:

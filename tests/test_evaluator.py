@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from evaluations import evaluator, extraction, features
 from evaluations.acceptance import PUBLISHED, Published, compare
 from evaluations.evaluator import main, parse_args
-from preprocessing.crop import center_crop
+from preprocessing.crop import center_crop, to_rgb
 from tests.conftest import random_images
 from tests.test_features import write_timm_folder
 
@@ -122,7 +122,7 @@ def test_distances_of_precision_and_recall_are_chosen(score, capsys, monkeypatch
     assert list(score("--precision-recall", "off", "--metrics", "sfid"))[0] == "sfid"
     with pytest.raises(SystemExit):
         score("--precision-recall", "off", "--metrics", "sfid,recall")
-    assert "--metrics sfid,recall came with --precision-recall off: leave one of them out" in capsys.readouterr().err
+    assert "--metrics names recall and --precision-recall is off: leave one of them out" in capsys.readouterr().err
 
 
 def test_program_with_other_features_never_says_fid(two_sets, tmp_path, capsys):
@@ -320,6 +320,36 @@ def test_statistics_of_other_features(two_sets, tmp_path, capsys):
     save_file({name: value + 1e-3 for name, value in load_file(model / "model.safetensors").items()}, model / "model.safetensors")
     sentence = refused(capsys, "--ref-batch", tmp_path / "stats.npz", "--sample-batch", sample, *flags)
     assert "stats.npz were made with other tiny weights" in sentence and "make the statistics again" in sentence
+
+
+def test_a_crop_takes_pictures_of_every_kind(stats, tmp_path):
+    """As `convert` does: raw data sets hold some."""
+    (tmp_path / "raw").mkdir()
+    kinds = {"RGB": "png", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA": "png", "I;16": "png"}
+    for i, (mode, suffix) in enumerate(kinds.items()):
+        picture = Image.fromarray(random_images(1, 20, 20, seed=i)[0])
+        picture = Image.fromarray(np.full((20, 20), 300 * i, np.uint16)) if mode == "I;16" else picture.convert(mode)
+        picture.save(tmp_path / "raw" / f"{i}.{suffix}")
+    path = stats(tmp_path / "raw", "--adm-crop", 16)
+    expected = [np.array(center_crop(to_rgb(Image.open(file), ""), 16)) for file in sorted((tmp_path / "raw").iterdir())]
+    with np.load(path) as file:
+        assert np.array_equal(file["arr_0"], expected)
+
+
+def test_dry_run_says_what_no_samples_can_mend(two_sets, tmp_path, capsys):
+    ref, _ = two_sets
+    write_timm_folder(tmp_path / "tiny", 0)
+    network = ("--features", f"local-dir:{tmp_path / 'tiny'}", "--device", "cpu")
+    assert "--metrics names 'fid'" in refused(capsys, "--ref-batch", ref, *network, "--metrics", "fid", "--dry-run")
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "holds statistics of other features and no images" in refused(capsys, "--ref-batch", tmp_path / "mu.npz", *network, "--dry-run")
+
+
+def test_readme_shows_the_published_rows():
+    readme = (ROOT / "README.md").read_text()
+    for row in PUBLISHED:
+        (line,) = (line for line in readme.splitlines() if row.sample in line)
+        assert [float(cell) for cell in line.strip("| ").split(" | ")[1:]] == list(row.scores.values())
 
 
 def test_mistakes_with_stats(two_sets, tmp_path, capsys):

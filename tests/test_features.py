@@ -54,7 +54,7 @@ def test_a_file_without_batch_counters_is_accepted(random_state, tmp_path):
     state = {key: value for key, value in random_state.items() if not key.endswith("num_batches_tracked")}
     assert len(random_state) == 566 and len(state) == 472
     torch.save(state, tmp_path / "472.pth")
-    loaded = load_extractor("inception", weights=tmp_path / "472.pth").network.state_dict()
+    loaded = load_extractor("inception", inception_weights=tmp_path / "472.pth").network.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
@@ -65,7 +65,7 @@ def test_the_published_hash_is_verified_under_either_name(tiny_inception, tiny_w
     with pytest.raises(UserError, match=f"{name} is damaged .*delete it, then download"):
         load_extractor("inception")
     shutil.copy(tiny_weights, hub / name)
-    for extractor in (load_extractor("inception"), load_extractor("inception", weights=hub / name)):
+    for extractor in (load_extractor("inception"), load_extractor("inception", inception_weights=hub / name)):
         assert extractor.weights_verified is True and extractor.weights_sha256 == features.INCEPTION_SHA256
         assert torch.equal(extractor.network.fc.weight, tiny_inception.network.fc.weight)
     assert not capsys.readouterr().err
@@ -102,28 +102,28 @@ def test_weights_of_another_network_are_refused(random_state, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({**random_state, "fc.weight": torch.zeros(1000, 2048)}, path)
     with pytest.raises(UserError, match=r"1 entries differ, for example fc.weight is \(1000, 2048\), expected \(1008, 2048\)"):
-        load_extractor("inception", weights=path)
+        load_extractor("inception", inception_weights=path)
 
 
 def test_files_that_are_no_inception_are_refused(tiny_inception, tmp_path):
     path, state = tmp_path / "weights.pth", tiny_inception.network.state_dict()
     torch.save({key: value for key, value in state.items() if key != "body.bias"}, path)
     with pytest.raises(UserError, match=r"1 entries differ, for example body.bias is missing, expected \(10,\)"):
-        load_extractor("inception", weights=path)
+        load_extractor("inception", inception_weights=path)
     torch.save({**state, "AuxLogits.fc.weight": torch.zeros(2)}, path)
     with pytest.raises(UserError, match=r"AuxLogits.fc.weight is \(2,\), expected none"):
-        load_extractor("inception", weights=path)
+        load_extractor("inception", inception_weights=path)
     torch.save([torch.zeros(2)], path)
     with pytest.raises(UserError, match="holds a list: expected the state dict"):
-        load_extractor("inception", weights=path)
+        load_extractor("inception", inception_weights=path)
     torch.save(torch.nn.Linear(2, 2), path)                                       # a pickled module is not unpickled
     with pytest.raises(UserError, match="weights_only"):
-        load_extractor("inception", weights=path)
+        load_extractor("inception", inception_weights=path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="weights_only"):
-        load_extractor("inception", weights=path)
+        load_extractor("inception", inception_weights=path)
     with pytest.raises(UserError, match="not found"):
-        load_extractor("inception", weights=tmp_path / "none.pth")
+        load_extractor("inception", inception_weights=tmp_path / "none.pth")
     with pytest.raises(UserError, match="expected 'inception', 'dinov2' or"):
         load_extractor("dino")
 
@@ -203,8 +203,8 @@ def test_a_folder_that_is_no_timm_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="config.json and model.safetensors"):
         load_extractor(f"local-dir:{tmp_path}")
     write_timm_folder(tmp_path / "tiny", 5)
-    with pytest.raises(UserError, match="give one of the two"):
-        load_extractor(f"local-dir:{tmp_path / 'tiny'}", weights="file.pth")
+    with pytest.raises(UserError, match="--inception-weights came with --features local-dir:"):
+        load_extractor(f"local-dir:{tmp_path / 'tiny'}", inception_weights="file.pth")
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="timm cannot build"):
         load_extractor(f"local-dir:{tmp_path / 'tiny'}")
@@ -229,7 +229,7 @@ SMALL = Spec("vit_small_patch14_dinov2.lvd142m", model_args=(("embed_dim", 32), 
 @pytest.fixture
 def dinov2(dinov2_file, monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, "dinov2-vit-l", SMALL)
-    return load_extractor("dinov2", weights=dinov2_file)
+    return load_extractor("dinov2", dinov2_weights=dinov2_file)
 
 
 def test_dinov2_is_the_large_ones_class_token(dinov2, dinov2_file):
@@ -267,13 +267,13 @@ def test_dinov2_out_of_reach_is_said(dinov2, tmp_path):
     with pytest.raises(UserError, match="dinov2-vit-l.*could not be fetched"):
         load_extractor("dinov2")                                                  # the hub is out of reach here
     with pytest.raises(UserError, match="no encoder weights at"):
-        load_extractor("dinov2", weights=tmp_path / "none.pth")
+        load_extractor("dinov2", dinov2_weights=tmp_path / "none.pth")
 
 
 def test_dinov2s_sentences_name_its_own_flag(dinov2, tmp_path):
     for weights in (None, tmp_path / "none.pth"):
         with pytest.raises(UserError, match="--dinov2-weights"):
-            load_extractor("dinov2", weights=weights)
+            load_extractor("dinov2", dinov2_weights=weights)
 
 
 def test_fetched_weights_are_known_by_their_numbers():

@@ -21,8 +21,8 @@ from models.errors import UserError
 from models.vae import LatentSpace, load_codec
 from preprocessing import convert as converting
 from preprocessing import encode as encoding
-from preprocessing.convert import convert, parse_resolution, to_rgb
-from preprocessing.crop import center_crop
+from preprocessing.convert import convert, parse_resolution
+from preprocessing.crop import center_crop, to_rgb
 from preprocessing.dataset_tools import main
 from preprocessing.encode import encode
 

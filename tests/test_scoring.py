@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from models.errors import UserError
 from tests.conftest import random_images
 from tests.test_features import write_timm_folder
 
+ROOT = Path(__file__).parents[1]
 SCORES = {*INCEPTION_METRICS, "kid_std"}
 
 
@@ -276,3 +281,42 @@ def test_the_reference_is_kept_and_the_sample_is_not(colours, tmp_path):
     np.savez(tmp_path / "sample.npz", random_images(7, seed=1))
     results = [evaluate(tmp_path / "ref.npz", tmp_path / "sample.npz", colours, cache=tmp_path / "cache") for _ in range(2)]
     assert results[0] == results[1] and calls == [5, 7, 7]
+
+
+def test_inception_score_is_of_all_images(tiny_inception):
+    """More than one piece of logits and not a whole number of them; the pieces only bound what one thread does."""
+    images = random_images(600, 8, 8)
+    pooled = torch.cat([tiny_inception(torch.from_numpy(part).permute(0, 3, 1, 2))[0] for part in np.array_split(images, 10)])
+    expected = inception_score(pooled @ tiny_inception.network.fc.weight.T)
+    assert evaluate(images[:5], images, tiny_inception, ["inception_score"])["inception_score"] == pytest.approx(expected, rel=1e-6)
+
+
+ON_BOTH = """
+import json, sys
+import numpy as np, torch
+from evaluations.features import load_extractor
+from evaluations.scoring import evaluate
+if not torch.cuda.is_available():
+    sys.exit(0)
+images = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+metrics = ["inception_score", "sfid", "kid", "precision", "recall"]
+networks = [load_extractor("inception", device, sys.argv[1]) for device in ("cpu", "cuda")]
+print(json.dumps([evaluate(images[:20], images[20:], network, metrics) for network in networks]))
+"""
+
+
+def test_a_gpu_gives_the_cpus_scores(weights_file, tmp_path):
+    """Features differ by the order of float32 sums, 1e-5; a distance by twice that, and one image of twenty may change sides."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if os.environ["VISIBLE_BEFORE"] != "all":
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ["VISIBLE_BEFORE"]
+    done = subprocess.run([sys.executable, "-c", ON_BOTH, str(weights_file)], cwd=ROOT, env=environment, check=True, capture_output=True,
+                          text=True)
+    if not done.stdout:
+        pytest.skip("no GPU")
+    cpu, gpu = json.loads(done.stdout.splitlines()[-1])
+    assert gpu["device"] != cpu["device"] == "cpu"
+    for name in ("inception_score", "sfid", "kid"):
+        assert gpu[name] == pytest.approx(cpu[name], rel=1e-4, abs=1e-6), name
+    for name in ("precision", "recall"):
+        assert abs(gpu[name] - cpu[name]) <= 1 / 20 + 1e-9, name

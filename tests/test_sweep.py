@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,9 +101,12 @@ def test_checkpoints_by_step(experiment):
 # ---------------------------------------------------------------------------------------------------- what runs, and what does not
 
 @pytest.fixture
-def programs(monkeypatch, experiment):
+def programs(monkeypatch, experiment, tmp_path):
     """Stands for the two programs: notes their command lines, and leaves what they would."""
     commands = []
+    monkeypatch.chdir(tmp_path)
+    for name in ("ref.npz", "there.npz"):
+        (tmp_path / name).touch()
 
     def run(command, stdout, text):
         assert command[1] == "-m"
@@ -226,14 +230,47 @@ def test_mistakes_end_before_any_program_runs(programs, experiment, capsys, flag
     ({}, ("--metrics", "fd,kid"), True),
     (asked(None, "exact"), (), True),
     (asked(None, "exact"), ("--precision-recall", "exact"), False)])
-def test_what_counts_as_scored(tmp_path, changed, flags, again):
+def test_what_counts_as_scored(tmp_path, monkeypatch, changed, flags, again):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ref.npz").touch()
     (tmp_path / "file").write_text("weights")
     fill = {"{file}": str(tmp_path / "file"), "{hash}": sha256(tmp_path / "file")}
     scored(tmp_path / "a", 1.0, **{name: fill.get(str(value), value) for name, value in changed.items()})
     args, _ = sweep.parse_args(["x", "--ref-batch", "ref.npz", "--features", "local-dir:some/net", *(fill.get(f, f) for f in flags)])
-    assert sweep.is_scored(tmp_path / "a" / "metrics.json", args, tokens=False) != again
-    assert not sweep.is_scored(tmp_path / "a" / "metrics.json", args, tokens=True)
-    assert not sweep.is_scored(tmp_path / "b" / "metrics.json", args, tokens=False)
+    assert sweep.scored(tmp_path / "a", args, tokens=False) == (None if again else tmp_path / "a" / "metrics.json")
+    assert not sweep.scored(tmp_path / "a", args, tokens=True)
+    assert not sweep.scored(tmp_path / "b", args, tokens=False)
+
+
+def test_a_reference_made_anew_under_its_name_is_scored_against_again(tmp_path):
+    (tmp_path / "ref.npz").touch()
+    scored(tmp_path / "a", 1.0, ref_batch=str(tmp_path / "ref.npz"))
+    args, _ = sweep.parse_args(["x", "--ref-batch", str(tmp_path / "ref.npz"), "--features", "local-dir:some/net"])
+    assert sweep.scored(tmp_path / "a", args, tokens=False)
+    os.utime(tmp_path / "ref.npz", (2e9, 2e9))
+    assert not sweep.scored(tmp_path / "a", args, tokens=False)
+
+
+def test_a_score_in_other_features_is_kept_beside(programs, experiment):
+    """And found again: both are rows of the table."""
+    for features in ("net", "local-dir:some/other", "net"):
+        sweep.main([str(experiment), "--ref-batch", "ref.npz", "--features", features])
+    assert [kind for kind in kinds(programs)] == ["check", "sample", "score", "check", "sample", "score", "check", "sample"]
+    assert sorted(path.name for path in experiment.glob("samples/*/*.json")) == ["metrics-net.json", "metrics.json"]
+    assert len(json.loads((experiment / "samples" / "sweep.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"fid": 2.0}'])
+def test_a_file_of_another_form_is_passed_over(programs, experiment, capsys, text):
+    sweep.main([str(experiment), "--ref-batch", "ref.npz", "--features", "net"])
+    (metrics,) = experiment.glob("samples/*/metrics.json")
+    metrics.write_text(text)
+    (experiment / "samples" / "foreign").mkdir()
+    (experiment / "samples" / "foreign" / "metrics.json").write_text(text)
+    programs.clear()
+    sweep.main([str(experiment), "--ref-batch", "ref.npz", "--features", "net"])
+    assert kinds(programs) == ["check", "sample", "score"] and f"{metrics} is passed over" in capsys.readouterr().err
+    assert len(json.loads((experiment / "samples" / "sweep.json").read_text())) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- table and plot

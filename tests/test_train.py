@@ -504,6 +504,17 @@ def test_scores_while_training_are_those_of_the_checkpoints_samples(train_flags,
     assert scores[3] == pytest.approx(result["fd_encoder"], rel=1e-4)  # threads may move a pixel by one level
 
 
+def test_a_score_says_of_how_many_samples():
+    assert train.score_name("fid", 10_000) == "fid_10k" and train.score_name("fid", 50_000) == "fid_50k"
+    assert train.score_name("fd_net", 2500) == "fd_net_2500"
+
+
+def test_fid_while_training_is_inceptions(train_flags, tmp_path, tiny_inception, tiny_weights):
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(1).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
+    run(train_flags, "--eval-steps", 2, "--eval-samples", 4, "--ref-batch", tmp_path / "reference.npz", "--inception-weights", tiny_weights)
+    assert lines(tmp_path)[-1].keys() == {"step", "fid_4"}
+
+
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--eval-steps", "2"], "without a reference"),
     (["--ref-batch", "x.npz"], "--eval-steps is 0"),
