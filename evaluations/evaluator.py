@@ -98,7 +98,7 @@ def _score_flags(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--enc-type", metavar="NAME", help="encoder of the class tokens (None: from the sample's settings.json)")
     scores.add_argument("--encoder-weights", metavar="FILE", help="its weights (None: as in training)")
     scores.add_argument("--cache", type=Path, default=reference_cache(), metavar="DIR",
-                        help="keeps the reference's features, by content")
+                        help="keeps the reference's features, by content; may be deleted at any time")
     scores.add_argument("--output", "--save_path", type=Path, metavar="OUT.json",
                         help="result; an existing folder gets metrics.json (None: print only)")
     scores.add_argument("--dry-run", action="store_true", help="check reference and feature network, and stop")
@@ -164,10 +164,17 @@ def lines(result: dict, extractor: Extractor) -> list[str]:
     kid = extractor.kid_key
     if kid in result:
         shown.append(f"KID{'' if extractor.is_inception else f' ({extractor.name})'}: {result[kid]} +- {result[f'{kid}_std']}")
-    counts = [f"{'statistics' if result[f'num_{of}'] is None else result[f'num_{of}']} {of}" for of in ("samples", "reference")]
+    counts = [counted(result["num_samples"], "samples", result["sample_statistics_from_file"], None),
+              counted(result["num_reference"], "reference images", result["reference_statistics_from_file"], result.get("reference_about"))]
     known = {True: ", the published file", False: ", NOT the published file", None: ""}[extractor.weights_verified]
     modes = [f"{name.replace('_', ' ')}: {mode}" for name, mode in result["modes"].items()]
     return [*shown, "; ".join([*counts, f"{extractor.name} with sha256 {extractor.weights_sha256}{known}", *modes])]
+
+
+def counted(images: int | None, what: str, from_file: bool, about: dict | None) -> str:
+    """How many images stand for one side, and whether its mean and covariance came from the file instead."""
+    statistics = f"{what}' statistics from the file" + (f" (of {about['images']})" if about else "")
+    return f"{images} {what}" if not from_file else statistics if images is None else f"{images} {what} and {statistics}"
 
 
 def make_statistics(args: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ METRICS = "metrics*.json"  # one for each feature network in which the samples o
 GUIDANCE = ("cls_cfg_scale", "guidance_low", "guidance_high")                     # mean nothing without guidance, scale 1
 # The table's columns before the scores. A distance is comparable to others of the same PROTOCOL only.
 PROTOCOL = ("num_samples", "labels", "features", "feature_weights", "reference")
-SETTINGS = ("experiment", "step", "weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE, "seed", "network_precision", "vae",
-            "block", *PROTOCOL)
+SETTINGS = ("experiment", "step", "checkpoint", "weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE, "seed",
+            "network_precision", "vae", "block", *PROTOCOL)
 
 
 def distance_of(row: dict) -> str | None:
@@ -45,7 +45,8 @@ def read_row(metrics: Path, result: dict) -> dict:
     path = Path(settings["checkpoint"])
     row = {
         "experiment": path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem,
-        "step": settings["step"], "weights": settings["weights"], "mode": how["mode"], "heun": how["heun"], "num_steps": how["num_steps"],
+        "step": settings["step"], "checkpoint": settings["checkpoint_sha256"][:8], "weights": settings["weights"],
+        "mode": how["mode"], "heun": how["heun"], "num_steps": how["num_steps"],
         "cfg_scale": how["cfg_scale"], **{name: None if how["cfg_scale"] == 1 else how[name] for name in GUIDANCE},
         "seed": how["seed"], "network_precision": how["precision"], "vae": settings["vae"], "block": settings["per_proc_batch_size"],
         "num_samples": result["num_samples"],
@@ -84,8 +85,11 @@ def write_table(samples: Path, rows: list[dict]) -> None:
 
 
 def differing(rows: list[dict], names=SETTINGS) -> list[str]:
-    """The settings in which the rows differ."""
-    return [name for name in names if len({row[name] for row in rows}) > 1]
+    """The settings in which the rows differ; the checkpoint's hash only where it says more than experiment and step."""
+    found = [name for name in names if len({row[name] for row in rows}) > 1]
+    if len({row["checkpoint"] for row in rows}) == len({(row["experiment"], row["step"]) for row in rows}):
+        found = [name for name in found if name != "checkpoint"]
+    return found
 
 
 def as_text(rows: list[dict]) -> str:

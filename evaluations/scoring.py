@@ -98,7 +98,7 @@ def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extra
     possible = INCEPTION_METRICS if extractor.is_inception else OTHER_METRICS
     for metric in metrics or ():
         if metric not in possible:
-            raise UserError(f"--metrics names {metric!r}: in {extractor.name} features there are {', '.join(possible)}")
+            raise UserError(f"--metrics names {metric!r}: in the features of {extractor.name!r} there are {', '.join(possible)}")
         if metric in NEIGHBOUR_METRICS and distances == "off":
             raise UserError(f"--metrics names {metric} and --precision-recall is off: leave one of them out")
     asked = metrics if metrics is not None else ADM_METRICS if extractor.is_inception else OTHER_METRICS[:1]
@@ -139,9 +139,16 @@ def warn_of_few(sets: list[tuple[int, str]], width: int, extractor: Extractor) -
 
 def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics, a: Measured, from_file: dict[str, bool]) -> None:
     """Say what makes these scores incomparable to others."""
+    if sample.size and ref.size and sample.size != ref.size:
+        notice(f"warning: the samples are {sample.size} and the reference {ref.size} (height, width): such scores compare with none")
+    for images in (sample, ref):
+        if images.statistics is not None and file_statistics(images, extractor) is None:
+            notice(f"the statistics in {images.name} are of other features than {extractor.name}'s: its {images.count} images are used")
     if a.gaussian is not None:
-        sets = [(images.count, what) for name, images, what in (("sample", sample, "samples"), ("reference", ref, "reference images"))
-                if not from_file[name]]
+        sets = []
+        for name, images, what in (("sample", sample, "samples"), ("reference", ref, "reference images")):
+            count = images.statistics.about.get("images") if from_file[name] else images.count
+            sets += [(count, what)] if count is not None else []  # ADM's files do not say how many
         warn_of_few(sets, len(a.gaussian[0]), extractor)
     labels = sample.labels
     by_class = labels is not None and len(labels) > SPLIT and labels[0] != labels[-1] and (np.diff(labels) >= 0).all()

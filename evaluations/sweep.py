@@ -7,6 +7,7 @@ everything that was ever scored in the samples folder. Relative paths start wher
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 import os
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     scoring.add_argument("--inception-weights", type=Path, default=os.environ.get("INCEPTION_WEIGHTS") or None, metavar="FILE",
                          help="weights of the Inception of 2015-12-05 (default: $INCEPTION_WEIGHTS, or cache and download)")
     scoring.add_argument("--dinov2-weights", type=Path, metavar="FILE", help="weights of --features dinov2")
-    scoring.add_argument("--metrics", metavar="LIST", help="scores to compute")
+    scoring.add_argument("--metrics", metavar="LIST", help="scores to compute (python -m evaluations.evaluator --help names them)")
     scoring.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
                          help="distances in float16 as papers, in float32, or neither score")
     scoring.add_argument("--cache", metavar="DIR", help="keeps the reference's features")
@@ -137,11 +138,12 @@ def scored(folder: Path, args: argparse.Namespace, tokens: bool) -> Path | None:
 
 
 def score(folder: Path, args: argparse.Namespace, scoring: list[str], tokens: bool) -> Path:
-    """Score the folder's samples to its metrics.json; an earlier score in other features is kept beside it under their name."""
+    """Score the folder's samples to its metrics.json; an earlier one, of other features, scores or reference, is kept beside it."""
     metrics = folder / "metrics.json"
     before = read_result(metrics) if metrics.is_file() else None
-    if before is not None and before["asked"]["features"] != args.features:
-        metrics.rename(folder / f"metrics-{before['features']}.json")
+    if before is not None:
+        identity = repr([before[name] for name in ("asked", "ref_batch", "weights_sha256")])
+        metrics.rename(folder / f"metrics-{before['features']}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}.json")
     more = flags({"class_tokens": folder / "class_tokens.npz" if tokens else None})
     print(run("models.processes", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)), end="")
     return metrics
@@ -166,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     scoring = ["evaluations.evaluator", *flags({name: getattr(args, name) for name in SCORING})]
     if args.ref_batch is not None:                                # what scoring lacks is said before the images are made
         run(*scoring, "--dry-run")
+    else:
+        notice("REF_BATCH is not set: samples are made and not scored")
 
     tokens = "--save-cls-tokens" in passed_on
     folders, said = [], []

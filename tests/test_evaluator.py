@@ -71,12 +71,19 @@ def test_adms_five_lines_in_adms_order(score, capsys):
 def test_the_last_line_says_what_was_compared_and_how(score, capsys, monkeypatch, tmp_path):
     result = score()
     network = f"inception with sha256 {result['weights_sha256']}"
-    assert capsys.readouterr().out.splitlines()[-1] == (f"28 samples; 30 reference; {network}, the published file; "
+    assert capsys.readouterr().out.splitlines()[-1] == (f"28 samples; 30 reference images; {network}, the published file; "
                                                         "inception score: slices of 5000 in file order; precision recall: adm")
     monkeypatch.setattr(features, "INCEPTION_SHA256", "another")
     np.savez(tmp_path / "mu.npz", mu=np.zeros(6), sigma=np.eye(6))
     score("--metrics", "fid", "--ref-batch", tmp_path / "mu.npz")
-    assert capsys.readouterr().out.splitlines()[-1] == f"28 samples; statistics reference; {network}, NOT the published file"
+    assert capsys.readouterr().out.splitlines()[-1] == ("28 samples; reference images' statistics from the file; "
+                                                        f"{network}, NOT the published file")
+
+
+def test_the_last_line_tells_kept_images_from_those_of_the_statistics(score, two_sets, tiny_weights, tmp_path, capsys):
+    run("stats", two_sets[0], tmp_path / "stats.npz", "--keep", 20, "--inception-weights", tiny_weights, "--device", "cpu")
+    score("--ref-batch", tmp_path / "stats.npz")
+    assert "; 20 reference images and reference images' statistics from the file (of 30); " in capsys.readouterr().out
 
 
 def test_metrics_json_says_how_the_scores_were_made(score, two_sets, tiny_inception):
@@ -111,7 +118,7 @@ def test_unknown_metrics_are_refused_before_images_are_read(score, capsys, monke
     monkeypatch.setattr(extraction, "extract", None)
     with pytest.raises(SystemExit):
         score("--metrics", "fid,is")
-    assert "error: --metrics names 'is': in inception features there are inception_score, fid, sfid" in capsys.readouterr().err
+    assert "error: --metrics names 'is': in the features of 'inception' there are inception_score, fid, sfid" in capsys.readouterr().err
 
 
 def test_distances_of_precision_and_recall_are_chosen(score, capsys, monkeypatch):
@@ -134,7 +141,7 @@ def test_program_with_other_features_never_says_fid(two_sets, tmp_path, capsys):
     printed, result = capsys.readouterr(), json.loads(output.read_text())
     assert printed.out.splitlines() == [f"Frechet distance (inception): {result['fd_inception']}",
                                         f"KID (inception): {result['kid_inception']} +- {result['kid_inception_std']}",
-                                        f"28 samples; 30 reference; inception with sha256 {result['weights_sha256']}; "
+                                        f"28 samples; 30 reference images; inception with sha256 {result['weights_sha256']}; "
                                         "kid: 100 subsets of 28, seed 0"]
     assert "fid" not in printed.out.lower() and not [key for key in result if "fid" in key.lower()]
     assert result["fd_inception"] > 0 and result["weights_verified"] is None

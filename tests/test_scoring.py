@@ -16,7 +16,7 @@ from PIL import Image
 
 from evaluations import scoring
 from evaluations.features import load_extractor
-from evaluations.images import ImageSet, open_images
+from evaluations.images import FileStatistics, ImageSet, open_images
 from evaluations.metrics import frechet_distance, gaussian_statistics, inception_score, kernel_distance, precision_recall
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, evaluate
 from models.errors import UserError
@@ -225,9 +225,9 @@ def test_what_stats_wrote_of_the_reference_goes_into_the_result(tiny_inception, 
 
 
 def test_unknown_metrics_are_refused(tiny_inception, colours):
-    with pytest.raises(UserError, match="names 'fd': in inception features there are inception_score, fid, sfid, precision, recall, kid"):
+    with pytest.raises(UserError, match="names 'fd': in the features of 'inception' there are inception_score, fid, sfid, precision"):
         evaluate(random_images(4), random_images(4), tiny_inception, ["fid", "fd"])
-    with pytest.raises(UserError, match="names 'fid': in colours features there are fd, kid"):
+    with pytest.raises(UserError, match="names 'fid': in the features of 'colours' there are fd, kid"):
         evaluate(random_images(4), random_images(4), colours, ["fid"])
 
 
@@ -320,3 +320,23 @@ def test_a_gpu_gives_the_cpus_scores(weights_file, tmp_path):
         assert gpu[name] == pytest.approx(cpu[name], rel=1e-4, abs=1e-6), name
     for name in ("precision", "recall"):
         assert abs(gpu[name] - cpu[name]) <= 1 / 20 + 1e-9, name
+
+
+def test_sets_of_two_sizes_and_statistics_of_other_features_are_said(colours, tmp_path, capsys):
+    np.savez(tmp_path / "ref.npz", random_images(9, 16, 16), mu=np.zeros(2048), sigma=np.eye(2048))
+    evaluate(tmp_path / "ref.npz", random_images(9, 8, 8), colours)
+    said = capsys.readouterr().err
+    assert "the samples are (8, 8) and the reference (16, 16)" in said
+    assert "are of other features than colours's: its 9 images are used" in said
+    evaluate(random_images(9, 8, 8), random_images(9, 8, 8), colours)
+    assert not capsys.readouterr().err
+
+
+def test_the_images_behind_a_files_statistics_are_counted_when_it_says_so(tiny_inception, capsys):
+    def statistics(**about):
+        return FileStatistics(np.zeros(6), np.eye(6), np.zeros(4), np.eye(4), {"distance": "fid", **about})
+
+    images = open_images(random_images(9))
+    for about, said in (({}, False), ({"images": 6}, True), ({"images": 7}, False)):
+        evaluate(replace(images, statistics=statistics(**about)), images, tiny_inception, ["fid"])
+        assert ("6 reference images are fewer than" in capsys.readouterr().err) == said

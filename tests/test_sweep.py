@@ -17,12 +17,12 @@ from models.files import sha256
 
 
 def scored(folder: Path, score: float | None, cfg_scale=2.3, low=0.0, high=0.85, cls=None, samples=50, labels="random", step=3, mode="sde",
-           seed=0, classes=None, key="fd_net", **result) -> dict:
+           seed=0, classes=None, key="fd_net", checkpoint=None, **result) -> dict:
     """Write a metrics.json as the evaluator does, of samples that generate.py made."""
     sampling = dict(mode=mode, num_steps=9, heun=False, cfg_scale=cfg_scale, cls_cfg_scale=cls, guidance_low=low, guidance_high=high,
                     seed=seed, labels=labels, classes=classes, path_type="linear", precision="fp32")
-    settings = dict(checkpoint=f"exps/run/checkpoints/{step:07d}.pt", step=step, weights="ema", vae="vae", sampling=sampling,
-                    per_proc_batch_size=64, num_images=samples)
+    settings = dict(checkpoint=f"exps/run/checkpoints/{step:07d}.pt", checkpoint_sha256=checkpoint or f"{step:064d}"[::-1], step=step,
+                    weights="ema", vae="vae", sampling=sampling, per_proc_batch_size=64, num_images=samples)
     metrics = {"num_samples": samples, "features": "net", "weights_sha256": "0123456789", "weights_verified": None, "ref_batch": "ref.npz",
                "modes": {}, **asked(), **({} if score is None else {key: score}), **result, "settings": settings}
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,8 +256,25 @@ def test_a_score_in_other_features_is_kept_beside(programs, experiment):
     for features in ("net", "local-dir:some/other", "net"):
         sweep.main([str(experiment), "--ref-batch", "ref.npz", "--features", features])
     assert [kind for kind in kinds(programs)] == ["check", "sample", "score", "check", "sample", "score", "check", "sample"]
-    assert sorted(path.name for path in experiment.glob("samples/*/*.json")) == ["metrics-net.json", "metrics.json"]
+    kept, last = sorted(path.name for path in experiment.glob("samples/*/*.json"))
+    assert kept.startswith("metrics-net-") and last == "metrics.json"
     assert len(json.loads((experiment / "samples" / "sweep.json").read_text())) == 2
+
+
+def test_fewer_scores_do_not_replace_the_first_ones(programs, experiment):
+    for more in ((), ("--metrics", "kid"), ()):
+        sweep.main([str(experiment), "--ref-batch", "ref.npz", "--features", "net", *more])
+    assert kinds(programs).count("score") == 2 and len(list(experiment.glob("samples/*/metrics*.json"))) == 2
+
+
+def test_rows_of_a_checkpoint_that_was_replaced_can_be_told(tmp_path):
+    scored(tmp_path / "old", 2.0, checkpoint="a" * 64, cfg_scale=1.0)
+    scored(tmp_path / "new", 3.0, checkpoint="b" * 64)
+    rows = report.read_rows(tmp_path)
+    assert {row["checkpoint"] for row in rows} == {"a" * 8, "b" * 8} and "checkpoint" in report.as_text(rows)
+    (tmp_path / "old" / "metrics.json").unlink()
+    scored(tmp_path / "other step", 3.0, step=20)
+    assert "checkpoint" not in report.as_text(report.read_rows(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"fid": 2.0}'])
@@ -278,8 +295,9 @@ def test_a_file_of_another_form_is_passed_over(programs, experiment, capsys, tex
 def test_every_row_says_what_decides_its_score(tmp_path):
     scored(tmp_path / "guided", 2.5, cls=1.5, low=0.1, labels="random", classes=[4, 2], precision=0.7)
     row, = report.read_rows(tmp_path)
-    assert row == {"experiment": "run", "step": 3, "weights": "ema", "mode": "sde", "heun": False, "num_steps": 9, "cfg_scale": 2.3,
-                   "cls_cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.85, "seed": 0, "network_precision": "fp32", "vae": "vae",
+    assert row == {"experiment": "run", "step": 3, "checkpoint": "30000000", "weights": "ema", "mode": "sde", "heun": False,
+                   "num_steps": 9, "cfg_scale": 2.3, "cls_cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.85, "seed": 0,
+                   "network_precision": "fp32", "vae": "vae",
                    "block": 64, "num_samples": 50, "labels": "classes 4 2", "features": "net", "feature_weights": "01234567",
                    "reference": "ref.npz", "fd_net": 2.5, "precision": 0.7, "folder": "guided", "best": True}
 
