@@ -274,7 +274,10 @@ def test_statistics_are_of_all_images_when_few_are_kept(score, stats, folder):
     with np.load(whole) as a:
         for path in (few, again, other):
             with np.load(path) as b:
-                assert all(np.array_equal(a[name], b[name]) for name in ("mu", "sigma", "mu_s", "sigma_s"))
+                for name in ("mu", "sigma", "mu_s", "sigma_s"):
+                    # Products of 7 rows may sum their 48 float32 terms in another order than of 8: 48 * 2^-24 = 3e-6.
+                    tolerance = 3e-6 * np.abs(a[name]).max() if path == again else 0
+                    assert np.abs(a[name] - b[name]).max() <= tolerance
                 rows = [int(np.flatnonzero((images == image).all(axis=(1, 2, 3))).item()) for image in b["arr_0"]]
                 assert len(rows) == 8 and rows == sorted(set(rows)) and b["arr_1"].tolist() == [row % 4 for row in rows]
                 kept.append(rows)
