@@ -10,8 +10,14 @@ copies the memory that fork shares), so names and labels are numpy arrays, names
 import hashlib
 import io
 import json
+import lzma
+import multiprocessing
 import os
+import re
 import struct
+import sys
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from models.errors import UserError, notice
 
@@ -29,6 +35,23 @@ IMAGE_EXTENSIONS = (b".png", b".jpg", b".jpeg", b".webp", b".bmp", b".tif", b".t
 MOMENTS_EXTENSIONS = (b".npy",)
 METADATA = "dataset.json"
 UNFINISHED = ".unfinished.json"  # lies in a folder that is still being written, and holds the settings it is written with
+
+# What comes from elsewhere may be damaged or made to do harm.
+MAX_PIXELS = 2**27      # of a picture: half a GiB decoded (4 bytes a pixel), which each worker holds; nearly all cameras make less
+MAX_CLASSES = 10**7     # an embedding of XL's width for each takes 46 GB
+MAX_INFLATED = 2**30    # bytes that one compressed file may grow to; a dataset.json of a million labels is a tenth of it
+MAX_NAME = 4096         # bytes of a file's name in a zip, as many as a system takes: all names are as wide as the longest
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # IMAGE_EXTENSIONS; Pillow would run Ghostscript for some others
+# What Pillow, numpy and zipfile raise on damaged bytes.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError, struct.error,
+              zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
+# Pillow warns of large pictures before MAX_PIXELS refuses them; warnings.catch_warnings is not for threads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def shown(name: bytes | str | os.PathLike) -> str:
+    """A name or text of others in a message: on one line and in any encoding, with escapes for what cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(name))
 
 
 # ---- folder or zip --------------------------------------------------------------------------------------------------------------------
@@ -40,38 +63,61 @@ class FolderStore:
         self.path = str(path)
 
     def names(self) -> np.ndarray:
-        """Relative paths of all files that are not hidden, sorted, as bytes with `/` (n,); no file is opened. Raises UserError."""
-        found, todo = [], [b""]
+        """Relative paths of all files that are not hidden, sorted, as bytes with `/` (n,); no file is opened.
+
+        Links are followed. Raises UserError for a folder that cannot be listed, or that a link leads back to.
+        """
+        found: list[bytes] = []
+        todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]                # a folder, and the folders that hold it
         while todo:
-            prefix = todo.pop()
+            prefix, above = todo.pop()
             try:
-                entries = list(os.scandir(os.path.join(os.fsencode(self.path), prefix)))
+                folder = os.stat(self._path(prefix))
+                inside = above | {(folder.st_dev, folder.st_ino)}
+                if inside == above:
+                    raise UserError(f"{self.where(prefix)} is a link to a folder that holds it: remove the link")
+                with os.scandir(self._path(prefix)) as entries:
+                    for entry in entries:
+                        if entry.name.startswith(b"."):
+                            continue
+                        if entry.is_dir():
+                            todo.append((prefix + entry.name + b"/", inside))
+                        elif entry.is_file() or not os.path.exists(entry.path):   # a broken link is named when it is read; no pipes
+                            found.append(prefix + entry.name)
             except OSError as error:
-                raise UserError(f"cannot list {self.where(prefix)}: {error.strerror}") from error
-            for entry in entries:
-                if not entry.name.startswith(b"."):
-                    (todo.append(prefix + entry.name + b"/") if entry.is_dir() else found.append(prefix + entry.name))
+                raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}") from error
         return np.sort(np.array(found, dtype=bytes))
+
+    def _path(self, name: bytes | str) -> bytes:
+        return os.path.join(os.fsencode(self.path), os.fsencode(name))
 
     def where(self, name: bytes | str) -> str:
         """The file's full name, for messages."""
-        return os.path.join(self.path, os.fsdecode(name))
+        return shown(self._path(name))
 
     def __contains__(self, name: bytes | str) -> bool:
-        return os.path.exists(self.where(name))
+        return os.path.exists(self._path(name))
 
     def read(self, name: bytes | str) -> bytes:
         try:
-            return Path(self.where(name)).read_bytes()
+            with open(self._path(name), "rb") as file:
+                return file.read()
         except OSError as error:
             raise UserError(f"cannot read {self.where(name)}: {error.strerror}") from error
+
+
+def is_zip_name(name: str) -> bool:
+    """Whether a file in a zip may have this name: relative, inside of its folder, and the same file on every system."""
+    plain = not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name and name[1:2] != ":"
+    return plain and len(os.fsencode(name)) <= MAX_NAME
 
 
 class ZipStore:
     """The files of a zip, stored or deflated, read by offset.
 
     zipfile keeps an object for every entry and one file position for all readers. Here the central directory becomes arrays and
-    every read names its own offset, so that threads and forked or spawned workers share the store. Raises UserError like FolderStore.
+    every read names its own offset, so that threads and forked or spawned workers share the store. Raises UserError like FolderStore,
+    and when it is opened for names that lead out of a folder, for one name twice, and for sizes and places that cannot be.
     """
 
     def __init__(self, path: str | Path):
@@ -79,17 +125,28 @@ class ZipStore:
         self._file = None
         try:
             with zipfile.ZipFile(path) as archive:
-                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not a readable zip file ({error}): write it again") from error
-        for entry in entries:
+                listed, end = archive.infolist(), os.path.getsize(path)
+        except UNREADABLE as error:
+            raise UserError(f"{shown(path)} is not a readable zip file ({shown(str(error))}): write it again") from error
+        for entry in listed:
+            where = f"{shown(path)} holds {shown(entry.orig_filename)}"
+            if not is_zip_name(entry.orig_filename.removesuffix("/")):
+                raise UserError(f"{where}: expected relative names without \"..\", backslashes or drive letters; write the zip again")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
-                raise UserError(f"{path} holds {entry.filename} encrypted or with an unusual compression: store it plainly (zip -0)")
+                raise UserError(f"{where} encrypted or with an unusual compression: store it plainly (zip -0)")
+            if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > MAX_INFLATED:
+                raise UserError(f"{where} of {entry.file_size} bytes, compressed: expected at most {MAX_INFLATED}; remove it or use zip -0")
+            if not 0 <= entry.header_offset <= end - 30 - entry.compress_size:
+                raise UserError(f"{where} outside of its {end} bytes: write the zip again")
+        entries = [entry for entry in listed if not entry.is_dir()]
         names = np.array([os.fsencode(entry.filename) for entry in entries], dtype=bytes)
         order = np.argsort(names, kind="stable")
         self._names = names[order]
-        table = np.array([(e.header_offset, e.compress_size, e.compress_type, e.CRC) for e in entries], dtype=np.int64)
-        self._table = table.reshape(-1, 4)[order]                                 # (n, 4)
+        twice = np.flatnonzero(self._names[1:] == self._names[:-1])
+        if len(twice):
+            raise UserError(f"{shown(path)} holds two files named {few(self._names[twice[:1]])}: write the zip again")
+        table = np.array([(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries], dtype=np.int64)
+        self._table = table.reshape(-1, 5)[order]                                 # (n, 5)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
@@ -100,7 +157,7 @@ class ZipStore:
         return self._names[~np.array(hidden, dtype=bool)]
 
     def where(self, name: bytes | str) -> str:
-        return f"{self.path}:{os.fsdecode(name)}"
+        return shown(f"{self.path}:{os.fsdecode(name)}")
 
     def _row(self, name: bytes | str) -> int | None:
         name = os.fsencode(name)
@@ -114,8 +171,8 @@ class ZipStore:
     def read(self, name: bytes | str) -> bytes:
         row = self._row(name)
         if row is None:
-            raise UserError(f"{self.path} holds no file {os.fsdecode(name)}")
-        offset, size, method, crc = self._table[row].tolist()
+            raise UserError(f"{shown(self.path)} holds no file {shown(name)}")
+        offset, size, inflated, method, crc = self._table[row].tolist()
         try:
             if self._file is None:
                 self._file = open(self.path, "rb")  # noqa: SIM115  (kept open for the store's life)
@@ -124,11 +181,11 @@ class ZipStore:
             name_length, extra_length = struct.unpack("<HH", os.pread(handle, 30, offset)[26:])
             data = os.pread(handle, size, offset + 30 + name_length + extra_length)
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(data, -zlib.MAX_WBITS)
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, inflated + 1)  # one more would be told by the length
         except (OSError, struct.error, zlib.error) as error:
             raise UserError(f"cannot read {self.where(name)}: {error}") from error
-        if zlib.crc32(data) != crc:
-            raise UserError(f"{self.where(name)} is damaged (wrong checksum): write the zip again")
+        if len(data) != inflated or zlib.crc32(data) != crc:
+            raise UserError(f"{self.where(name)} is damaged (wrong size or checksum): write the zip again")
         return data
 
 
@@ -140,11 +197,11 @@ def open_store(path: str | Path) -> Store:
     if os.path.isdir(path):
         store = FolderStore(path)
         if UNFINISHED in store and METADATA not in store:
-            raise UserError(f"{path} is not finished: give the command that writes it again, it continues")
+            raise UserError(f"{shown(path)} is not finished: give the command that writes it again, it continues")
         return store
     if os.path.isfile(path):
         return ZipStore(path)
-    raise UserError(f"{path} does not exist: expected a folder or a zip file")
+    raise UserError(f"{shown(path)} does not exist: expected a folder or a zip file")
 
 
 def read_metadata(store: Store) -> dict:
@@ -154,7 +211,7 @@ def read_metadata(store: Store) -> dict:
     data = store.read(METADATA)
     try:
         metadata = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{store.where(METADATA)} is not JSON ({error}): write it again") from error
     if not isinstance(metadata, dict):
         raise UserError(f'{store.where(METADATA)} must be an object like {{"labels": [["00000/img00000000.png", 7], ...]}}')
@@ -175,7 +232,7 @@ def key_of(name: bytes) -> bytes:
 
 def few(names: np.ndarray) -> str:
     """The first names of an array of bytes, for messages."""
-    return ", ".join(os.fsdecode(name) for name in names[:3].tolist()) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3].tolist())) + (", ..." if len(names) > 3 else "")
 
 
 def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
@@ -192,26 +249,32 @@ def list_keyed(store: Store, extensions: tuple[bytes, ...]) -> tuple[np.ndarray,
     keys, names = keys[order], names[order]
     twice = np.flatnonzero(keys[1:] == keys[:-1])
     if len(twice):
-        raise UserError(f"{store.path}: {few(names[twice[0]:twice[0] + 2])} have the same key {few(keys[twice[:1]])}: remove one of them")
+        raise UserError(f"{shown(store.path)}: {few(names[twice[0]:twice[0] + 2])} have the same key {few(keys[twice[:1]])}: "
+                        "remove one of them")
     return keys, names
 
 
 def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
     """The labels (n,) int64 of `keys` from the store's dataset.json, None where it has none; `key` maps its names to keys.
 
-    Raises UserError when a label is no whole number >= 0 or a key has none.
+    Raises UserError when a label is no whole number >= 0 or beyond MAX_CLASSES, or a key has none or two.
     """
     entries = read_metadata(store).get("labels")
     if entries is None:
         return None
     where = store.where(METADATA)
+    if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
+        raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     try:
-        listed = np.array([key(os.fsencode(name)) for name, _ in entries], dtype=bytes)
-        values = np.array([label for _, label in entries])
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{where}: expected "labels" to be [[name, whole number], ...] or null') from error
-    if len(values) and (values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0):
-        raise UserError(f"{where}: expected every label to be a whole number >= 0")
+        named = [(key(os.fsencode(name)), label) for name, label in entries]
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} names {shown(error.object)}, which no file can be called: correct it") from error
+    named = [pair for pair in named if len(pair[0]) <= keys.itemsize]             # all would be as wide as the longest
+    listed = np.array([name for name, _ in named], dtype=bytes)
+    values = np.array([label for _, label in named], dtype=np.int64)
+    if (values >= MAX_CLASSES).any():
+        raise UserError(f"{where} has label {values.max()}, expected labels below {MAX_CLASSES}, as every class has an embedding: "
+                        "number the classes from 0")
     order = np.argsort(listed, kind="stable")
     listed, values = listed[order], values[order]
     found = np.searchsorted(listed, keys).clip(max=max(len(listed) - 1, 0))
@@ -219,18 +282,38 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
     if not known.all():
         raise UserError(f"{where} has no label for {(~known).sum()} of {len(keys)} files ({few(keys[~known])}): "
                         'complete it, or set "labels" to null')
-    return values[found].astype(np.int64)
+    differing = np.flatnonzero((listed[1:] == listed[:-1]) & (values[1:] != values[:-1]))
+    differing = differing[np.isin(listed[differing], keys)]
+    if len(differing):
+        i = differing[0]
+        raise UserError(f"{where} lists {few(listed[[i]])} with label {values[i]} and with label {values[i + 1]}: remove one of them")
+    return values[found]
+
+
+def _is_labelled(entry: object) -> bool:
+    """Whether it is [name, label]; true and false are no labels, and a NUL is in no file's name."""
+    return (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is str and "\0" not in entry[0]
+            and type(entry[1]) is int and 0 <= entry[1] < 2**63 - 1)
 
 
 # ---- one file -------------------------------------------------------------------------------------------------------------------------
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """A file's bytes -> the loaded picture, in its own mode and size; raises UserError naming `where` when it cannot be decoded."""
+    """A file's bytes -> the loaded picture, in its own mode and size; of an animation the first frame.
+
+    Raises UserError naming `where` when it cannot be decoded, or when its header says more than MAX_PIXELS.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is not a readable image ({error}): replace or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where} has more than {MAX_PIXELS} pixels: make it smaller or remove it") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} is not a readable image (none of {', '.join(FORMATS)}): replace or remove it") from error
+    except UNREADABLE as error:
+        raise UserError(f"{where} is not a readable image ({shown(str(error))}): replace or remove it") from error
     return image
 
 
@@ -249,12 +332,17 @@ def read_moments(store: Store, name: bytes, shape: tuple[int, int, int] | None =
     data = store.read(name)
     try:
         moments = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{store.where(name)} is not a readable npy file ({error}): remove it and encode again") from error
+    except UNREADABLE as error:
+        raise UserError(f"{store.where(name)} is not a readable npy file ({shown(str(error))}): remove it and encode again") from error
     found = getattr(moments, "shape", None)
-    if found is None or moments.dtype.kind != "f" or (found != shape if shape else len(found) != 3 or found[0] % 2 or found[1] != found[2]):
+    fits = found is not None and moments.dtype.kind == "f" and (found == shape if shape else _is_moments(found))
+    if not fits:
         raise UserError(f"{store.where(name)} has shape {found}, expected {shape or '(2C, H, H)'} floats: remove it and encode again")
     return moments.astype(np.float32)
+
+
+def _is_moments(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and min(shape) > 0 and shape[0] % 2 == 0 and shape[1] == shape[2]
 
 
 # ---- the data set ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +351,7 @@ def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
     for name in candidates:
         if (data_dir / name).exists():
             return open_store(data_dir / name)
-    raise UserError(f"{data_dir} holds no {what}: looked for {', '.join(candidates)}; "
+    raise UserError(f"{shown(data_dir)} holds no {what}: looked for {', '.join(candidates)}; "
                     "prepare it with `python -m preprocessing.dataset_tools`")
 
 
@@ -275,8 +363,9 @@ def _find_resolution(given: int | None, image: int | None, latent: int, record: 
     if record:
         fitting = latent * record["downsampling"]
         if resolution and resolution != fitting:
-            raise UserError(f"resolution {resolution} does not fit the moments: {latent}x{latent} latents of {record.get('vae')} "
-                            f"belong to {fitting} px; give the resolution they were encoded at, or encode again")
+            raise UserError(f"resolution {resolution} does not fit the moments: {latent}x{latent} latents of "
+                            f"{shown(str(record.get('vae')))} belong to {fitting} px; give the resolution they were encoded at, "
+                            "or encode again")
         return fitting
     if resolution and resolution % latent:
         raise UserError(f"resolution {resolution} does not fit the moments of {latent}x{latent}: encode the images again")
@@ -303,7 +392,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None, with_images: bool = True):
         data_dir = Path(data_dir)
         if not data_dir.is_dir():
-            raise UserError(f"the data folder {data_dir} does not exist: expected a folder with images/ and vae-sd/")
+            raise UserError(f"the data folder {shown(data_dir)} does not exist: expected a folder with images/ and vae-sd/")
         self.moments = _find(data_dir, MOMENTS, "moments")
         self.images = _find(data_dir, IMAGES, "images") if with_images else None
         self.keys, self._moments_names = list_keyed(self.moments, MOMENTS_EXTENSIONS)
@@ -311,11 +400,13 @@ class LatentDataset(torch.utils.data.Dataset):
             image_keys, self._image_names = list_keyed(self.images, IMAGE_EXTENSIONS)
             self._require_pairs(image_keys)
         if not len(self.keys):
-            raise UserError(f"{self.moments.path} holds no .npy file: encode the images with `preprocessing.dataset_tools encode`")
+            raise UserError(f"{shown(self.moments.path)} holds no .npy file: encode the images with `preprocessing.dataset_tools encode`")
 
         self.labels = self._read_labels(data_dir)
         top = int(self.labels.argmax())
         self.num_classes = int(self.labels[top]) + 1 if num_classes is None else num_classes
+        if self.num_classes > MAX_CLASSES:
+            raise UserError(f"num_classes is {num_classes}, expected at most {MAX_CLASSES}, as every class has an embedding: give fewer")
         if self.labels[top] >= self.num_classes:
             raise UserError(f"{self.key(top)} has label {self.labels[top]}, expected labels below num_classes {num_classes}: "
                             f"give at least {self.labels[top] + 1}")
@@ -333,7 +424,7 @@ class LatentDataset(torch.utils.data.Dataset):
         for kind, keys, store, other in (("images", image_keys, self.moments, self.keys), ("moments", self.keys, self.images, image_keys)):
             alone = np.setdiff1d(keys, other)
             if len(alone):
-                faults.append(f"{len(alone)} of {len(keys)} {kind} have no partner in {store.path} ({few(alone)})")
+                faults.append(f"{len(alone)} of {len(keys)} {kind} have no partner in {shown(store.path)} ({few(alone)})")
         raise UserError(f"{' and '.join(faults)}: encode again, or remove what has no partner")
 
     def _read_labels(self, data_dir: Path) -> np.ndarray:
@@ -347,7 +438,7 @@ class LatentDataset(torch.utils.data.Dataset):
                                 f"{self.moments.where(METADATA)}: encode again, or correct one of them")
             labels = other if labels is None else labels
         if labels is None:
-            notice(f"{data_dir} has no labels: every image counts as class 0")
+            notice(f"{shown(data_dir)} has no labels: every image counts as class 0")
             labels = np.zeros(len(self.keys), dtype=np.int64)
         return labels
 
@@ -355,15 +446,19 @@ class LatentDataset(torch.utils.data.Dataset):
         record = read_metadata(self.moments).get("vae")
         if record is None:
             return None
-        if not isinstance(record, dict) or not {"channels", "downsampling"} <= record.keys():
+        known = record if isinstance(record, dict) else {}
+        if not all(type(known.get(name)) is int and known[name] > 0 for name in ("channels", "downsampling")):
             raise UserError(f'{self.moments.where(METADATA)}: expected "vae" to record channels and downsampling: encode again')
+        if not all(type(known.get(name, 0)) in (int, float) and abs(known.get(name, 0)) < np.inf for name in ("scale", "shift")):
+            raise UserError(f'{self.moments.where(METADATA)}: expected "vae" to record a finite scale and shift: encode again')
         if self.moments_shape[0] != 2 * record["channels"]:
-            raise UserError(f"{self.moments.path} holds moments of shape {self.moments_shape}, expected mean and std of "
+            raise UserError(f"{shown(self.moments.path)} holds moments of shape {self.moments_shape}, expected mean and std of "
                             f"{record['channels']} channels as its {METADATA} says: encode again")
         return record
 
     def key(self, i: int) -> str:
-        return os.fsdecode(self.keys[i])
+        """The key of entry i, for messages."""
+        return shown(self.keys[i])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -412,3 +507,80 @@ class GlobalBatchSampler:
                 position += len(part)
             for micro in batch.reshape(self.accumulation, self.world_size, piece):
                 yield micro[self.rank].tolist()
+
+
+class Reading:
+    """What each loader worker of this rank is reading, known also when the system kills it.
+
+    Around the loop (`with Reading(workers) as reading:`) it turns the death of a worker into a UserError that names the file; PyTorch
+    may raise it anywhere in the loop.
+    """
+
+    def __init__(self, workers: int):
+        self.entries: LatentDataset | None = None
+        self._table = multiprocessing.RawArray("q", 2 * max(workers, 1))          # process id and index, for each worker
+
+    def note(self, i: int) -> None:
+        worker = torch.utils.data.get_worker_info()
+        slot = 0 if worker is None else 2 * worker.id
+        self._table[slot:slot + 2] = [os.getpid(), i]
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error) or self.entries is None:
+            return
+        named = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        died = {int(number) for number in re.findall(r"\d+", named[1])} if named else set()
+        begun = {pid: i for pid, i in zip(self._table[::2], self._table[1::2], strict=True) if pid}
+        keys = [self.entries.key(i) for pid, i in begun.items() if pid in died or not died & begun.keys()]
+        raise UserError(f"a data loader worker was killed while it was reading {' or '.join(dict.fromkeys(keys)) or 'its first file'} in "
+                        f"{self.entries.moments.path}: look at that file, or leave more memory to the workers (--num-workers)") from error
+
+
+class WatchedDataset(torch.utils.data.Dataset):
+    """`watched[i]` -> image, moments and label of entries[i], and -1; what is being read is noted in `reading`.
+
+    An entry that cannot be read raises UserError. With `skip_bad` = N its next neighbour stands in, the same one in every run, or the
+    one after, N at most; the last item is then i instead of -1.
+    """
+
+    def __init__(self, entries: LatentDataset, reading: Reading, skip_bad: int = 0):
+        self.entries, self.reading, self.skip_bad = entries, reading, skip_bad
+        reading.entries = entries
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        self.reading.note(i)
+        fault = None
+        for neighbour in range(i, i + 1 + self.skip_bad):
+            try:
+                return *self.entries[neighbour % len(self.entries)], -1 if fault is None else i
+            except UserError as error:
+                fault = fault or error
+        raise fault
+
+
+class BadSamples:
+    """The unreadable entries that were met, each said once; more than `most` raise UserError."""
+
+    def __init__(self, entries: LatentDataset, most: int):
+        self.entries, self.most, self.found = entries, most, set()
+
+    def note(self, indices: list[int]) -> None:
+        for i in sorted(set(indices) - self.found):
+            self.found.add(i)
+            try:
+                self.entries[i]
+                fault = f"{self.entries.key(i)} could not be read"
+            except UserError as error:
+                fault = str(error)
+            print(f"passed over, {len(self.found)} of at most {self.most}: {fault}", file=sys.stderr, flush=True)
+        self.join([])
+
+    def join(self, indices: list[int]) -> None:
+        """Count those that other ranks have met and said, too."""
+        self.found |= set(indices)
+        if len(self.found) > self.most:
+            raise UserError(f"{len(self.found)} entries cannot be read, more than --skip-bad-samples {self.most} "
+                            f"({', '.join(self.entries.key(i) for i in sorted(self.found)[:3])}, ...): mend them, or allow more")

@@ -1,37 +1,31 @@
 """Sample a checkpoint: an .npz for scoring, images as PNG, a grid for people, class tokens on request; `bash eval.sh` also scores.
 
 Image i depends on (seed, i) alone. Work is cut into fixed blocks of consecutive indices, dealt whole to the processes, so the
-images are bit-equal for any number of processes. The same command again makes only what is not there.
+images are bit-equal for any number of processes. The same command again makes only what is not there: a block whose file is whole is
+kept, any other is made again whole, so that an interruption at any moment does not show in the result.
 """
 
 import argparse
-import functools
 import hashlib
-import json
+import math
 import platform
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from evaluations.images import open_images, pick, write_npz
+from evaluations.sample_folder import SampleFolder, blocks_to_make, finish, prepare, write_block, write_outputs
 from models import checkpoint
 from models.errors import UserError, notice, without_traceback
-from models.files import make_folder, sha256, write_whole
+from models.files import sha256
+from models.interpolant import PATHS
 from models.processes import join_processes
 from models.sit import SiT, SiT_models
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from samplers import Sampling, image_label, image_rng, sample_images
-
-GRID_IMAGES, GRID_COLUMNS = 64, 8
-BLOCKS, TOKEN_BLOCKS = "blocks", "class_tokens"                   # folders that last until samples.npz is written
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -70,8 +64,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Sampling:
     """The sampling settings. Raises UserError for what would be ignored, or cannot be."""
-    if not args.cfg_scale >= 1:                                   # nan too
-        raise UserError(f"--cfg-scale is {args.cfg_scale}, and guidance below 1 would be ignored: give 1 for none, or more")
+    if not 1 <= args.cfg_scale < math.inf:                        # nan too
+        raise UserError(f"--cfg-scale is {args.cfg_scale}: give 1 for no guidance, or a number above")
+    if args.cls_cfg_scale is not None and not math.isfinite(args.cls_cfg_scale):
+        raise UserError(f"--cls-cfg-scale is {args.cls_cfg_scale}: give a number, or leave it out to take --cfg-scale")
+    if path_type not in PATHS:
+        raise UserError(f"the checkpoint was trained on the path {path_type!r}: expected {' or '.join(PATHS)}, use another file")
     if args.cls_cfg_scale is not None and (model.cls_token_dim is None or args.cfg_scale == 1):
         why = "the model has no class token" if model.cls_token_dim is None else "with --cfg-scale 1 nothing is guided"
         raise UserError(f"--cls-cfg-scale {args.cls_cfg_scale} would be ignored, since {why}: leave it out")
@@ -102,6 +100,12 @@ def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Samplin
     return Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cfg_scale=args.cfg_scale, cls_cfg_scale=args.cls_cfg_scale,
                     guidance_low=args.guidance_low, guidance_high=args.guidance_high, seed=args.global_seed, labels=args.labels,
                     classes=classes, path_type=path_type, precision=args.precision)
+
+
+def sample_dir(path: Path, args: argparse.Namespace) -> Path:
+    """Where the folders of samples are: beside the checkpoints of an experiment, if not said otherwise."""
+    ours = path.parent.name == checkpoint.CHECKPOINTS
+    return Path(args.sample_dir or (path.parent.parent / "samples" if ours else "samples"))
 
 
 def folder_name(path: Path, how: Sampling, args: argparse.Namespace, vae: str) -> str:
@@ -141,69 +145,16 @@ def describe(path: Path, state: dict, how: Sampling, args: argparse.Namespace, v
     }
 
 
-def decisive(settings: dict) -> dict:
-    """The part of settings.json that decides every image; an unguided image has no interval."""
-    names = ("checkpoint_sha256", "weights", "vae", "sampling", "num_images", "per_proc_batch_size")
-    settings = {name: settings.get(name) for name in names}
-    if settings["sampling"]["cfg_scale"] == 1:
-        settings["sampling"] = {**settings["sampling"], "guidance_low": None, "guidance_high": None}
-    return json.loads(json.dumps(settings))                       # tuples become lists, as in a file
+def labels_of(count: int, num_classes: int, how: Sampling) -> np.ndarray:
+    """The classes (N,) of images 0 to `count` - 1."""
+    return np.array([image_label(i, image_rng(how.seed, i), num_classes, how) for i in range(count)])
 
 
-def already_there(folder: Path, settings: Callable[[], dict], args: argparse.Namespace) -> bool:
-    """Whether `folder` holds the images of `settings` whole, and the class tokens if asked for. Looks at files only."""
-    wanted = ["samples.npz", "settings.json", *(["class_tokens.npz"] if args.save_cls_tokens else [])]
-    if not all((folder / name).is_file() for name in wanted):
-        return False
-    return decisive(json.loads((folder / "settings.json").read_text())) == decisive(settings())
-
-
-def unpack(folder: Path, count: int) -> None:
-    """The PNG files of samples that were made without."""
-    if not (folder / "images" / f"{count - 1:06d}.png").exists():
-        make_folder(folder / "images")
-        for index, image in enumerate(pick(open_images(folder / "samples.npz"), range(count))):
-            to_pil_image(image).save(folder / "images" / f"{index:06d}.png")
-
-
-def prepare(folder: Path, settings: dict, args: argparse.Namespace) -> None:
-    """Main process, before all blocks: settings.json and empty folders. What an earlier run left here is of other images, or not whole."""
-    make_folder(folder)
-    for stale in [*folder.glob("metrics*.json"), *(folder / name for name in ("samples.npz", "class_tokens.npz", "grid.png"))]:
-        stale.unlink(missing_ok=True)
-    for name in ("images", BLOCKS, TOKEN_BLOCKS):
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    for name in (BLOCKS, *([] if args.no_png else ["images"]), *([TOKEN_BLOCKS] if args.save_cls_tokens else [])):
-        make_folder(folder / name)
-    write_whole(folder / "settings.json", lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
-
-
-def make_blocks(folder: Path, starts: range, model: SiT, codec: Codec, how: Sampling, args: argparse.Namespace, show: bool) -> None:
-    """One process's blocks of images, from each of `starts` on, as arrays (B, R, R, 3), PNGs and class tokens (B, E)."""
-    for start in tqdm(starts, desc="sampling", unit="block", disable=not show):
-        indices = range(start, min(start + args.per_proc_batch_size, args.num_fid_samples))
-        images, _, cls_tokens = sample_images(model, codec, indices, how)
-        np.save(folder / BLOCKS / f"{start:08d}.npy", images.permute(0, 2, 3, 1).numpy())
-        if not args.no_png:
-            for index, image in zip(indices, images, strict=True):
-                to_pil_image(image).save(folder / "images" / f"{index:06d}.png")
-        if args.save_cls_tokens:
-            np.save(folder / TOKEN_BLOCKS / f"{start:08d}.npy", cls_tokens.numpy())
-
-
-def write_outputs(folder: Path, starts: range, how: Sampling, num_classes: int, args: argparse.Namespace) -> None:
-    """Main process, after all blocks: grid.png, class_tokens.npz and, last, samples.npz."""
-    blocks, token_blocks = ([folder / part / f"{start:08d}.npy" for start in starts] for part in (BLOCKS, TOKEN_BLOCKS))
-    labels = np.array([image_label(i, image_rng(how.seed, i), num_classes, how) for i in range(args.num_fid_samples)])
-    first = np.concatenate([np.load(block) for block in blocks[:-(-GRID_IMAGES // starts.step)]])[:GRID_IMAGES]
-    grid = make_grid(torch.from_numpy(first).permute(0, 3, 1, 2), nrow=GRID_COLUMNS)                           # (3, rows, columns)
-    to_pil_image(grid).save(folder / "grid.png")
-    if args.save_cls_tokens:
-        np.savez(folder / "class_tokens.npz", class_tokens=np.concatenate([np.load(block) for block in token_blocks]), labels=labels)
-        shutil.rmtree(folder / TOKEN_BLOCKS)
-    write_npz(folder / "samples.npz", map(np.load, tqdm(blocks, desc="npz", unit="block")), len(labels), first.shape[1:3], arr_1=labels)
-    shutil.rmtree(folder / BLOCKS)
+def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Codec, how: Sampling, show: bool) -> None:
+    """One process's `blocks`, from indices to files."""
+    for block in tqdm(blocks, desc="sampling", unit="block", disable=not show):
+        images, _, class_tokens = sample_images(model, codec, block, how)
+        write_block(folder, block, images, class_tokens)
 
 
 @without_traceback
@@ -217,37 +168,43 @@ def main(argv=None) -> None:
 
     vae = args.vae or space.decoder
     vae = SHORTHANDS.get(vae, vae)
-    ours = path.parent.name == checkpoint.CHECKPOINTS
-    sample_dir = Path(args.sample_dir or (path.parent.parent / "samples" if ours else "samples"))
-    folder = sample_dir / folder_name(path, how, args, vae)
+    folder = SampleFolder(sample_dir(path, args) / folder_name(path, how, args, vae), args.num_fid_samples, args.per_proc_batch_size,
+                          side=model.input_size * space.downsampling, png=not args.no_png,
+                          token_width=model.cls_token_dim if args.save_cls_tokens else None)
 
     world = join_processes()
     if world.device.type == "cpu":
         torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    settings = functools.partial(describe, path, state, how, args, vae, world.device)
-    there = already_there(folder, settings, args)
-    world.wait_for_everyone()                                     # all have looked before one of them writes
-    if there:
-        notice(f"already there: {args.num_fid_samples} images of these settings in {folder}")
-        if world.is_main_process and not args.no_png:
-            unpack(folder, args.num_fid_samples)
+    settings = missing = None
+    if world.is_main_process:
+        settings = describe(path, state, how, args, vae, world.device)
+        missing = blocks_to_make(folder, settings)
+    from accelerate.utils import broadcast_object_list  # slow to import
+
+    missing, = broadcast_object_list([missing])                   # one answer for all: they may see a shared disk at different times
+    if missing is None:
+        notice(f"already there: {folder.count} images of these settings in {folder.path}")
     else:
         codec = load_codec(vae, world.device)
         space.require_same(codec.space, "the checkpoint", "the decoder")
+        there = len(folder.blocks) - len(missing)
+        if there:
+            notice(f"goes on: {there} of {len(folder.blocks)} blocks are there")
         if world.is_main_process:
-            prepare(folder, settings(), args)
+            prepare(folder, there > 0, settings)
         world.wait_for_everyone()
-        starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
-        make_blocks(folder, starts[world.process_index::world.num_processes], model.to(world.device), codec, how, args,
-                    show=world.is_main_process)
+        make_blocks(folder, missing[world.process_index::world.num_processes], model.to(world.device), codec, how, world.is_main_process)
         world.wait_for_everyone()
         if world.is_main_process:
-            write_outputs(folder, starts, how, model.num_classes, args)
-            notice(f"{args.num_fid_samples} images in {folder}: {', '.join(sorted(part.name for part in folder.iterdir()))}")
-        world.wait_for_everyone()
+            write_outputs(folder, labels_of(folder.count, model.num_classes, how))
+    if world.is_main_process:
+        finish(folder, made=missing or [])
+        if missing is not None:
+            notice(f"{folder.count} images in {folder.path}: {', '.join(sorted(part.name for part in folder.path.iterdir()))}")
+    world.wait_for_everyone()
     if world.is_local_main_process:                               # on every node, so that each can go on with the file
-        print(folder / "samples.npz")
+        print(folder.samples)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ Two counters: `step` counts optimiser updates, `draws` global batches taken. Dat
 
 import argparse
 import json
-import math
 import netrc
 import os
+import sys
 import time
+import uuid
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
@@ -20,13 +22,13 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dataset import GlobalBatchSampler, LatentDataset
+from dataset import BadSamples, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset
 from evaluations.extraction import reference_cache
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images
@@ -34,11 +36,13 @@ from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
 from models.encoders import Encoder, load_encoders, require_class_tokens
-from models.errors import UserError, notice, without_traceback
-from models.files import make_folder, write_whole
+from models.errors import UserError, notice, say, without_traceback
+from models.files import write_whole
 from models.interpolant import PATHS
+from models.meter import Log, Meter, Skips
 from models.processes import require_joined
 from models.sit import SiT, SiT_models
+from models.stopping import STOPPED, StopRequest
 from models.vae import Codec, LatentSpace, load_codec
 from samplers import Sampling, sample_images
 
@@ -46,6 +50,7 @@ GRID_IMAGES = 16             # a training grid: so many EMA samples, with this s
 GRID = Sampling(mode="ode", num_steps=50)
 SCORED = Sampling(mode="ode", num_steps=50, cfg_scale=1.0)  # --eval-samples: unguided, cheap enough to be drawn while training
 SCORED_BLOCK = 64            # of which so many are drawn at a time
+PATIENCE = timedelta(hours=1)  # the others wait while the first process writes its last checkpoint or draws a grid
 SHOWN = ("loss", "denoising_loss", "cls_loss", "align_cosine", "grad_norm", "images_per_second")  # of a log line, on the terminal
 
 
@@ -61,6 +66,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument("--resolution", type=int, default=None, metavar="PIXELS", help="side of the images; None: as the data set has it")
     data.add_argument("--num-classes", type=int, default=None, metavar="N", help="number of classes; None: what the data set says")
     data.add_argument("--num-workers", type=int, default=4, metavar="N", help="data loader processes per rank")
+    data.add_argument("--skip-bad-samples", type=int, default=0, metavar="N",
+                      help="so many unreadable files are named and replaced by their neighbours; one more ends the run")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", type=str, default="exps", metavar="DIR", help="holds one folder per experiment")
@@ -68,6 +75,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     output.add_argument("--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker beside metrics.jsonl")
     output.add_argument("--logging-steps", type=int, default=100, metavar="STEPS", help="steps between log lines")
     output.add_argument("--checkpointing-steps", type=int, default=50_000, metavar="STEPS", help="steps between checkpoints")
+    output.add_argument("--keep-last", type=int, default=0, metavar="K", help="checkpoints to keep, the newest; 0: all")
+    output.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="keep every checkpoint of these steps, too; 0: none")
+    output.add_argument("--resume", type=str, default="auto", metavar="FILE|auto|none",
+                        help="go on from a checkpoint; auto: the experiment's newest whole one; none: a new experiment")
+    output.add_argument("--resume-step", type=int, default=0, metavar="STEP", help="go on from the experiment's checkpoint of this step")
     output.add_argument("--sampling-steps", type=int, default=10_000, metavar="STEPS",
                         help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, "
                              f"scale {GRID.cfg_scale} in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
@@ -121,6 +133,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default=None,
                        help="autocast; None: bf16 where CUDA has it, else no")
     optim.add_argument("--allow-tf32", action=flag, default=True, help="TF32 for what stays in float32 on CUDA")
+    optim.add_argument("--max-skipped-updates", type=int, default=20, metavar="K",
+                       help="an update with non-finite gradients is skipped; so many in a row end the run")
     optim.add_argument("--seed", type=int, default=0, metavar="SEED", help="of initialisation, data order and all noise")
     return parser.parse_args(argv)
 
@@ -142,6 +156,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if not 1 <= args.encoder_depth <= size["depth"]:
         raise UserError(f"--encoder-depth {args.encoder_depth} came, but {args.model} has {size['depth']} blocks: use 1 to {size['depth']}")
     args.exp_name = args.exp_name or f"{args.method}-{args.model.lower().replace('/', '-')}"
+    if args.resume_step:
+        if args.resume != "auto":
+            raise UserError(f"--resume-step {args.resume_step} came with --resume {args.resume}: give one of them")
+        args.resume = str(checkpoint.checkpoint_path(Path(args.output_dir) / args.exp_name, args.resume_step))
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -157,9 +175,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 # The least a flag may be, and where it must also stay below 1.
 AT_LEAST = {2: ("eval_samples",),
-            1: ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps", "projector_dim"),
-            0: ("num_workers", "seed", "sampling_steps", "eval_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon",
-                "adam_weight_decay", "proj_coeff", "cls", "cfg_prob", "ema_decay", "max_grad_norm")}
+            1: ("batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "checkpointing_steps", "projector_dim",
+                "max_skipped_updates", "resolution", "num_classes"),
+            0: ("num_workers", "seed", "sampling_steps", "eval_steps", "keep_last", "keep_every", "resume_step", "skip_bad_samples",
+                "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "proj_coeff", "cls", "cfg_prob",
+                "ema_decay", "max_grad_norm")}
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "cfg_prob")
 
 
@@ -167,7 +187,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     """Raise UserError for a number that makes no sense; `not >=` also refuses nan."""
     for least, names in AT_LEAST.items():
         for name in names:
-            if not getattr(args, name) >= least:
+            if getattr(args, name) is not None and not getattr(args, name) >= least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least {least}")
     for name in SHARES:
         if getattr(args, name) > 1:
@@ -276,6 +296,7 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of this process; refuses a launcher whose processes do not see each other."""
     # Accumulation is written out in the loop: accelerate must not divide the loss once more, whatever its own configuration says.
     accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
                               log_with=None if args.report_to == "none" else args.report_to,
                               project_dir=str(Path(args.output_dir) / args.exp_name))
     require_joined(accelerator.num_processes)
@@ -283,22 +304,29 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def require_same_run(state: dict, args: argparse.Namespace, data: LatentDataset, space: LatentSpace, path: Path) -> None:
-    """Raise UserError where the checkpoint belongs to other data or another order of it; say which other settings have changed."""
-    missing = {"opt", "draws", "latent_space", "data"} - state.keys()
+# What makes a run the same one; every other setting may change on the way, and the change is said.
+SAME_RUN = ("method", "align", "model", "enc_type", "encoder_depth", "projector_dim", "qk_norm", "path_type", "weighting", "resolution",
+            "num_classes", "batch_size", "seed")
+
+
+def require_same_run(state: dict, args: argparse.Namespace, data: LatentDataset, space: LatentSpace, path: Path, processes: int) -> None:
+    """Raise UserError where the checkpoint belongs to another model, other data or another order of it; say what else has changed."""
+    missing = {"model", "ema", "opt", "scaler", "args", "steps", "draws", "latent_space", "data"} - state.keys()
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}, without which it cannot be resumed: start from its weights with "
                         f"--init-weights {path} and another --exp-name")
     LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {path}", "the data set")
     if state["data"] != data.fingerprint:
-        raise UserError(f"{path} was trained on other data than {args.data_dir} (files or labels differ): "
-                        "use its data set, or another --exp-name")
+        raise UserError(f"{path} was trained on other data than {args.data_dir} (files or labels differ: fingerprint "
+                        f"{state['data'][:12]}, now {data.fingerprint[:12]}): use its data set, or another --exp-name")
     before = state["args"]
-    for name in ("method", "batch_size", "seed"):
-        if before[name] != getattr(args, name):
-            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}, now {getattr(args, name)} came: "
+    for name in SAME_RUN:
+        if before.get(name) != getattr(args, name):
+            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {before.get(name)}, now {getattr(args, name)} came: "
                             "keep it, or use another --exp-name")
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items() if before.get(name) != value]
+    now = {**vars(args), "processes": processes}
+    then = {**before, "processes": state.get("processes")}
+    changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if changed:
         notice(f"resuming with changed settings: {', '.join(changed)}")
 
@@ -329,10 +357,31 @@ def backward(accelerator: Accelerator, model, objective: SILoss, batch: dict, ar
     return terms, total
 
 
+def update(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler | None, args) -> torch.Tensor:
+    """Clip, AdamW and EMA from the gradients of all ranks; returns their norm, a scalar.
+
+    Where the norm is not finite, weights, EMA and AdamW's state stay as they are: a bad number on any rank makes it so on all. That is
+    decided on the device, and the host does not wait for it. The fp16 scaler halves its scale on the same occasion.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    skipped = (~grad_norm.isfinite()).float()
+    optimizer.found_inf = skipped                                 # where fused AdamW looks, as it is told by GradScaler
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()
+    update_ema(ema, model, args.ema_decay, 1 - skipped)
+    return grad_norm
+
+
 @torch.no_grad()
-def update_ema(ema: SiT, model: SiT, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, in a few launches for all parameters."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def update_ema(ema: SiT, model: SiT, decay: float, taken: torch.Tensor) -> None:
+    """ema <- decay * ema + (1 - decay) * model where `taken` is 1, in a few launches for all parameters; 0 leaves it."""
+    change = torch._foreach_sub(list(model.parameters()), list(ema.parameters()))
+    torch._foreach_mul_(change, (1 - decay) * taken)
+    torch._foreach_add_(list(ema.parameters()), change)
 
 
 def prepare_batch(images, moments, labels, space: LatentSpace, encoders: list[Encoder], args, accelerator: Accelerator) -> dict:
@@ -352,71 +401,76 @@ def prepare_batch(images, moments, labels, space: LatentSpace, encoders: list[En
 
 # -------------------------------------------------------------------------------------------------------------------- logging
 
-class Meter:
-    """Sums kept on the device between two log lines, so that logging waits for the device only when a line is written."""
-
-    def __init__(self):
-        self.start()
-
-    def start(self) -> None:
-        self.sums, self.counts, self.waited, self.since = {}, {}, 0.0, time.perf_counter()
-
-    def add(self, name: str, values: torch.Tensor, count: torch.Tensor | None = None) -> None:
-        """Add values whose mean is wanted: their sum, over `count` of them (default: as many as there are)."""
-        values = values.detach().float()
-        self.sums[name] = self.sums.get(name, 0) + values.sum()
-        self.counts[name] = self.counts.get(name, 0) + (values.numel() if count is None else count)
-
-    def add_terms(self, terms: Terms, total: torch.Tensor) -> None:
-        self.add("loss", total)
-        self.add("denoising_loss", terms.denoising)
-        for quarter in range(4):                                  # t in [0, 1/4), ..., [3/4, 1]
-            inside = (terms.t * 4).long().clamp(max=3) == quarter
-            self.add(f"denoising_loss_t{quarter + 1}of4", terms.denoising * inside, inside.sum())
-        if terms.cls is not None:
-            self.add("cls_loss", terms.cls)
-        if terms.proj is not None:
-            self.add("proj_loss", terms.proj)
-            self.add("align_cosine", -terms.proj)
-
-    def read(self, accelerator: Accelerator, images: int) -> dict[str, float]:
-        """Means over all ranks since the last reading, images/s and the share of time spent waiting for data."""
-        table = torch.stack([torch.stack([s, torch.as_tensor(self.counts[name]).to(s)]) for name, s in self.sums.items()])
-        sums, counts = accelerator.reduce(table, "sum").T.tolist()                        # the one wait for the device
-        means = {name: s / n if n else math.nan for name, s, n in zip(self.sums, sums, counts, strict=True)}
-        elapsed = time.perf_counter() - self.since
-        means |= {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
-        self.start()
-        return means
+def add_terms(meter: Meter, terms: Terms, total: torch.Tensor) -> None:
+    """The terms of a micro-batch, the denoising loss also by quarters of t."""
+    meter.add("loss", total)
+    meter.add("denoising_loss", terms.denoising)
+    for quarter in range(4):                                      # t in [0, 1/4), ..., [3/4, 1]
+        meter.add(f"denoising_loss_t{quarter + 1}of4", terms.denoising, (terms.t * 4).long().clamp(max=3) == quarter)
+    if terms.cls is not None:
+        meter.add("cls_loss", terms.cls)
+    if terms.proj is not None:
+        meter.add("proj_loss", terms.proj)
+        meter.add("align_cosine", -terms.proj)
 
 
-def log_line(experiment: Path, accelerator: Accelerator, line: dict, shown: tuple[str, ...]) -> None:
-    """One line to metrics.jsonl and to the tracker, and the names in `shown` to the terminal."""
-    accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
-    if accelerator.is_main_process:
-        with open(experiment / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({name: value if value == value else None for name, value in line.items()}) + "\n")
-        print(" · ".join([f"step {line['step']:7d}", *(f"{name} {line[name]:.4f}" for name in shown if name in line)]), flush=True)
+def named(terms: list[Terms], grad_norm: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """What an update came from: the terms of its micro-batches, and the norm of all ranks' gradients."""
+    parts = {"denoising_loss": [micro.denoising for micro in terms], "cls_loss": [micro.cls for micro in terms],
+             "proj_loss": [micro.proj for micro in terms], "grad_norm": [grad_norm]}
+    return {name: values for name, values in parts.items() if values[0] is not None}
+
+
+def start_trackers(accelerator: Accelerator, experiment: Path, args: argparse.Namespace) -> None:
+    """The tracker that --report-to asks for; wandb goes on with the run whose id is kept in the experiment's folder."""
+    settings = {}
+    if args.report_to == "wandb":
+        kept = experiment / "wandb_id.txt"
+        if not kept.exists():
+            write_whole(kept, lambda partial: partial.write_text(uuid.uuid4().hex))
+        settings = {"wandb": {"name": args.exp_name, "id": kept.read_text(), "resume": "allow"}}
+    accelerator.init_trackers("REG", config={name: str(value) for name, value in vars(args).items()}, init_kwargs=settings)
+
+
+def log_line(log: Log | None, accelerator: Accelerator, line: dict, shown: tuple[str, ...]) -> None:
+    """One line to metrics.jsonl (`log`, on the first process) and to the tracker, and the names in `shown` to the terminal."""
+    accelerator.log({name: value for name, value in line.items() if name not in ("step", "skipped")}, step=line["step"])
+    if log is not None:
+        log.append(line)
+        say(" · ".join([f"step {line['step']:7d}", *(f"{name} {line[name]:.4f}" for name in shown if name in line)]))
+
+
+def grid_path(experiment: Path, step: int) -> Path:
+    return experiment / "grids" / f"{step:07d}.png"
 
 
 def draw_grid(experiment: Path, accelerator: Accelerator, ema: SiT, codec: Codec, how: Sampling, step: int) -> None:
     """A grid of EMA samples with fixed labels and noise, as PNG and to the tracker."""
     images, _, _ = sample_images(ema, codec, range(GRID_IMAGES), how)
     grid = make_grid(images, nrow=round(GRID_IMAGES**0.5))                                # uint8 (3, ., .)
-    path = experiment / "grids" / f"{step:07d}.png"
-    path.parent.mkdir(exist_ok=True)
-    to_pil_image(grid).save(path)
+    try:
+        write_whole(grid_path(experiment, step), lambda partial: to_pil_image(grid).save(partial, "png"))
+    except UserError as error:                                    # a full disk, say: no reason to end a run
+        notice(f"warning: {error}")
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
 
 
-def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, args: argparse.Namespace) -> dict[str, float]:
-    """The Frechet distance of EMA samples to the reference, on the first process; {} on others."""
+class Interrupted(Exception):
+    """Scoring was given up, on all ranks at the same block."""
+
+
+def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, args: argparse.Namespace, processes: int,
+                  stop: StopRequest) -> dict[str, float]:
+    """The Frechet distance of EMA samples to the reference, on the first process; {} on others. Raises Interrupted on a signal."""
     how = replace(SCORED, seed=args.seed, path_type=args.path_type)
+    rounds = args.eval_samples // (SCORED_BLOCK * processes)      # in which every rank has a block
 
     def blocks(ranges):
-        for indices in ranges:
+        for number, indices in enumerate(ranges):
+            if number < rounds and stop.agreed():
+                raise Interrupted
             yield sample_images(ema, codec, indices, how)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
 
     samples = ImageSet("EMA samples", args.eval_samples, (args.resolution, args.resolution), blocks)
@@ -430,15 +484,6 @@ def score_name(key: str, count: int) -> str:
     return f"{key}_{count // 1000}k" if count % 1000 == 0 else f"{key}_{count}"
 
 
-def cut_metrics(experiment: Path, step: int) -> None:
-    """Drop the log lines after `step`: a resumed run writes them again."""
-    path = experiment / "metrics.jsonl"
-    if path.exists():
-        # A line that was cut off with the run does not end in a brace.
-        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
-
-
 # ------------------------------------------------------------------------------------------------------------------- the loop
 
 @without_traceback
@@ -446,13 +491,21 @@ def main(argv=None) -> None:
     args = resolve(parse_args(argv))
     if args.dry_run:
         return dry_run(args)
+    with StopRequest() as stop, Reading(args.num_workers) as reading:
+        run(args, stop, reading)
 
+
+def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
+    """Train until --max-train-steps, or until a signal; then everything is saved, and the exit status is STOPPED."""
     # The door: everything that can be wrong with the data, the launcher or the weights shows before the first step.
     data, space = open_data(args)
     accelerator = open_accelerator(args)
     batches = GlobalBatchSampler(len(data), args.batch_size, seed=args.seed, accumulation=args.gradient_accumulation_steps,
                                  rank=accelerator.process_index, world_size=accelerator.num_processes)
     experiment = Path(args.output_dir) / args.exp_name
+    resumed = checkpoint.resumable(experiment, args.resume)
+    if resumed is not None:
+        require_same_run(resumed[1], args, data, space, resumed[0], accelerator.num_processes)
     with accelerator.local_main_process_first():                  # one process downloads, the others find the cache
         encoders = open_encoders(args, space, accelerator.device)
         decodes = args.eval_steps or args.sampling_steps and accelerator.is_main_process
@@ -464,89 +517,150 @@ def main(argv=None) -> None:
     reseed(args.seed)
     model = build_model(args, space, encoders).to(accelerator.device)
     ema = deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, eps=args.adam_epsilon,
-                                  betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay)
+    adamw = dict(lr=args.learning_rate, eps=args.adam_epsilon, betas=(args.adam_beta1, args.adam_beta2),
+                 weight_decay=args.adam_weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **adamw)
     aligned = args.align if args.method == "reg" and args.align else "all"                # without a slot, all tokens are patches
     objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned)
 
-    # The same command resumes: the newest checkpoint holds all the state there is.
+    # The same command resumes: the newest whole checkpoint holds all the state there is.
     step = draws = 0
-    resumed = checkpoint.newest(experiment)
+    meter, skips = Meter(), Skips(args.max_skipped_updates)
     if resumed is not None:
-        state = checkpoint.read(resumed, mmap=False)
-        require_same_run(state, args, data, space, resumed)
+        path, state = resumed
         checkpoint.load_weights(model, state, "model")
         checkpoint.load_weights(ema, state, "ema")
+        try:
+            optimizer.load_state_dict(state["opt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds the state of another optimiser ({error}): start from its weights with --init-weights {path} and "
+                            "another --exp-name") from error
+        for group in optimizer.param_groups:
+            group.update(adamw)                                   # the flags count, not what the checkpoint was trained with
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
         step, draws = state["steps"], state["draws"]
-        accelerator.print(f"resumed {resumed} at step {step}")
-        if step >= args.max_train_steps:
-            accelerator.print(f"nothing to do: {experiment} has its {args.max_train_steps} steps; raise --max-train-steps to go on")
-            return accelerator.end_training()
+        if "log" in state:
+            meter.resume(state["log"]["meter"], accelerator)
+            skips.events, skips.in_a_row = state["log"]["skipped"], state["log"]["in_a_row"]
+        resumed = state = None                                    # a checkpoint is several times the model: let it go
+        say(f"resumed {path} at step {step}")
     elif args.init_weights is not None:
         for network in (model, ema):
             checkpoint.load_weights(network, args.init_weights)
-    make_folder(experiment)
     unwrapped = model
-    model, optimizer = accelerator.prepare(model.train(), optimizer)
-    if resumed is not None:
-        optimizer.load_state_dict(state["opt"])                   # after `prepare`, which would move AdamW's step counts to the device
-        if accelerator.scaler is not None and state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        state = None                                              # a checkpoint is several times the model: let it go
+    model = accelerator.prepare(model.train())
     starts = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"the processes would start at steps {starts}: {experiment} must be on a disk that all nodes share")
 
+    saver = log = None                                            # the first process writes
     if accelerator.is_main_process:
-        cut_metrics(experiment, step)
-        checkpoint.save_args(experiment, vars(args))
-    accelerator.init_trackers("REG", config={name: str(value) for name, value in vars(args).items()},
-                              init_kwargs={"wandb": {"name": args.exp_name}})
+        saver = checkpoint.Saver(experiment, args.keep_last, args.keep_every)
+        checkpoint.set_aside(experiment, step)
+        log = Log(experiment / "metrics.jsonl", step)
+        if step < args.max_train_steps:
+            checkpoint.save_args(experiment, vars(args))
+        else:
+            say(f"nothing to do: {experiment} has its {args.max_train_steps} steps; raise --max-train-steps to go on")
+        start_trackers(accelerator, experiment, args)
     batches.start = draws
-    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.num_workers, pin_memory=accelerator.device.type == "cuda"))
-    accelerator.print(f"{args.model}, {args.method}: {len(data):,} images, {args.num_classes} classes, {accelerator.num_processes} "
-                      f"process(es), mixed precision {args.mixed_precision}, step {step} of {args.max_train_steps}")
+    watched = WatchedDataset(data, reading, skip_bad=args.skip_bad_samples)
+    loader = iter(DataLoader(watched, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=stop.shield,
+                             pin_memory=accelerator.device.type == "cuda"))
+    say(f"{args.model}, {args.method}: {len(data):,} images, {args.num_classes} classes, {accelerator.num_processes} process(es), "
+        f"mixed precision {args.mixed_precision}, step {step} of {args.max_train_steps}")
 
-    meter, logged = Meter(), step
-    while step < args.max_train_steps:
+    def due(every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == args.max_train_steps)
+
+    def save() -> None:
+        """The first process copies the state, and writes it while training goes on; all take part, unless a log line was just written."""
+        unlogged = {"meter": meter.state(accelerator), "skipped": skips.events, "in_a_row": skips.in_a_row}
+        if saver is not None:
+            saver.wait()                                          # one copy at a time
+            saver.start(checkpoint.capture(model=unwrapped, ema=ema, optimizer=optimizer, scaler=accelerator.scaler, args=vars(args),
+                                           step=step, draws=draws, latent_space=space.to_record(), data=data.fingerprint,
+                                           processes=accelerator.num_processes, log=unlogged))
+
+    def show(owed: bool = False) -> None:
+        """The grid and the score that are due at this step; `owed`: where a run that ended did not come to them."""
+        nonlocal interrupted
+        if due(args.sampling_steps):
+            if accelerator.is_main_process and not (owed and grid_path(experiment, step).exists()):
+                draw_grid(experiment, accelerator, ema, codec, replace(GRID, seed=args.seed, path_type=args.path_type), step)
+            accelerator.wait_for_everyone()
+        if scoring is not None and due(args.eval_steps):
+            name = score_name(scoring[1].key, args.eval_samples)
+            there = owed and log is not None and any(line["step"] == step and name in line for line in log.lines)
+            if broadcast_object_list([there])[0]:
+                return
+            try:
+                scores = score_samples(ema, codec, *scoring, args, accelerator.num_processes, stop)
+            except Interrupted:
+                interrupted = True
+            else:
+                log_line(log, accelerator, {"step": step, **scores}, tuple(scores))
+
+    interrupted = False
+    if step > 0:
+        show(owed=True)
+
+    bad = BadSamples(data, args.skip_bad_samples)
+    saved, logged = step, draws
+    while step < args.max_train_steps and not stop.agreed():
+        all_terms = []
         for micro in range(args.gradient_accumulation_steps):
             before = time.perf_counter()
-            images, moments, labels = next(loader)
+            images, moments, labels, replaced = next(loader)
             meter.waited += time.perf_counter() - before
+            bad.note(replaced[replaced >= 0].tolist())
             reseed(args.seed, draws, micro, accelerator.process_index)
             batch = prepare_batch(images, moments, labels, space, encoders, args, accelerator)
             terms, total = backward(accelerator, model, objective, batch, args, last=micro == args.gradient_accumulation_steps - 1)
-            meter.add_terms(terms, total)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        draws += 1
-        if accelerator.optimizer_step_was_skipped:                # the fp16 scaler backs off: no update, and another batch next
-            continue
-        update_ema(ema, unwrapped, args.ema_decay)
+            add_terms(meter, terms, total)
+            all_terms.append(terms)
+        grad_norm = update(unwrapped, ema, optimizer, accelerator.scaler, args)
         meter.add("grad_norm", grad_norm)
-        step += 1
+        skips.note(named(all_terms, grad_norm))
+        draws += 1
+        step += 1                                                 # taken as made until something is due, and the device is asked
+        if not any(map(due, (args.logging_steps, args.checkpointing_steps, args.sampling_steps, args.eval_steps))):
+            continue
+        skipped = skips.settle(accelerator, step, draws)
+        step -= skipped
+        if skips.too_many:
+            break
+        if skipped:
+            continue                                              # what seemed to be due is not yet
 
-        if step % args.logging_steps == 0 or step == args.max_train_steps:
-            line = {"step": step, "draws": draws, **meter.read(accelerator, (step - logged) * args.batch_size), "lr": args.learning_rate}
-            log_line(experiment, accelerator, line, SHOWN)
-            logged = step
+        if due(args.logging_steps):
+            bad.join(gather_object(sorted(bad.found)) if args.skip_bad_samples else [])
+            line = {"step": step, "draws": draws, **meter.read(accelerator, (draws - logged) * args.batch_size), "lr": args.learning_rate,
+                    **skips.read()}
+            log_line(log, accelerator, line, SHOWN)
+            logged = draws
         paused = time.perf_counter()
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            if accelerator.is_main_process:
-                saved = checkpoint.save(experiment, model=unwrapped, ema=ema, optimizer=optimizer, scaler=accelerator.scaler,
-                                        args=vars(args), step=step, draws=draws, latent_space=space.to_record(), data=data.fingerprint)
-                print(f"saved {saved}", flush=True)
-            accelerator.wait_for_everyone()
-        if args.sampling_steps and (step % args.sampling_steps == 0 or step == args.max_train_steps):
-            if accelerator.is_main_process:
-                draw_grid(experiment, accelerator, ema, codec, replace(GRID, seed=args.seed, path_type=args.path_type), step)
-            accelerator.wait_for_everyone()
-        if scoring is not None and (step % args.eval_steps == 0 or step == args.max_train_steps):
-            scores = score_samples(ema, codec, *scoring, args)
-            log_line(experiment, accelerator, {"step": step, **scores}, tuple(scores))
+        if due(args.checkpointing_steps):
+            save()
+            saved = step
+        elif due(args.logging_steps) and saver is not None and saver.failure is not None:
+            save()                                                # again, by the first process alone: nothing is unlogged
+        show()
         meter.since += time.perf_counter() - paused               # of the next line's images/s only training counts
+
+    step -= skips.settle(accelerator, step, draws)
+    if saved != step:
+        save()
+    if saver is not None:
+        saver.finish()
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    if skips.too_many:
+        raise skips.too_many
+    if step < args.max_train_steps or interrupted:
+        notice(f"stopped by {stop.asked.name} after step {step}: give the same command again to go on")
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 # Environment:  METHOD=reg|repa|sit   DATA_DIR   OUTPUT_DIR   REPORT_TO=none|wandb|tensorboard   PYTHON=python
 #               NUM_GPUS   GPUs per node, default all; on a machine without one it counts CPU processes, default 1
 #               NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; default Slurm's own, one task per node (srun)
+#               REQUEUE=1  SIGTERM and SIGUSR1 also give the Slurm job back to the queue
+#
+# SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit with status 75; a second signal kills.
 # Relative paths start at this folder; several nodes need OUTPUT_DIR on a disk that they share.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -53,7 +56,7 @@ case "$RECIPE" in
     *) echo "error: unknown recipe '$RECIPE': bash train.sh xl|l|b|toy [flags of train.py]" >&2; exit 2 ;;
 esac
 
-"$PYTHON" -c 'import torch, accelerate, timm' 2>/dev/null || {
+"$PYTHON" -c 'from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("torch", "accelerate", "timm"))))' 2>/dev/null || {
     echo "error: $PYTHON lacks torch, accelerate or timm: pip install -r requirements.txt, or set PYTHON" >&2; exit 2
 }
 exec "$PYTHON" -m models.processes train.py "${recipe[@]}" --method "$METHOD" --exp-name "$METHOD-$RECIPE" \

@@ -1,6 +1,5 @@
 """Scores of the class token, the half of REG's output that no other model has. Letters: N images, E encoder width, K classes."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from evaluations.features import Extractor, sha256_of_parameters
 from evaluations.images import ImageSet
 from models.encoders import LOCAL, load_encoders, require_class_tokens
 from models.errors import UserError, notice
+from preprocessing.crop import UNREADABLE
 
 
 class ClassToken(nn.Module):
@@ -45,7 +45,9 @@ def read_class_tokens(path: Path, count: int) -> tuple[torch.Tensor, torch.Tenso
     try:
         with np.load(path, allow_pickle=False) as file:
             tokens, labels = file["class_tokens"], file["labels"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if tokens.dtype.kind != "f" or labels.dtype.kind not in "iuf" or not np.isfinite(tokens).all():
+            raise ValueError(f"tokens of {tokens.dtype} and labels of {labels.dtype}, or not finite")
+    except (*UNREADABLE, AttributeError) as error:                # the last: of an npy, in `with`, before Python 3.11
         raise UserError(f"{path} is not readable as class tokens ({error}): expected class_tokens and labels, "
                         "as generate.py --save-cls-tokens writes them") from error
     if tokens.ndim != 2 or len(tokens) != count or labels.shape != (count,):

@@ -27,7 +27,7 @@ from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images, pick, write_npz
 from evaluations.metrics import NEIGHBOURS
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
-from models.errors import UserError, without_traceback
+from models.errors import UserError, say, without_traceback
 from models.files import write_whole
 from models.processes import join_processes
 
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def score(args: argparse.Namespace) -> None:
     # Everything that can be wrong with the arguments is said before weights are downloaded or images read.
-    output = _output(args.output)
+    output = _output(args.output, args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights, args.dinov2_weights)
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if args.precision_recall == "exact" and args.features != "inception":
         raise UserError(f"--precision-recall exact came with --features {args.features}, in which there are neither: leave it out")
@@ -143,8 +143,8 @@ def score(args: argparse.Namespace) -> None:
     extractor = open_extractor(args, args.features, args.dinov2_weights)
     encoder = tokens and load_class_token_extractor(tokens.enc_type, extractor.device, sample.size[0], tokens.weights,
                                                     width=tokens.tokens.shape[1])
-    token_scores = tokens and class_token_scores(tokens.tokens, tokens.labels, ref, sample, encoder, args.batch_size, args.cache)
     result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size, args.cache)
+    token_scores = tokens and class_token_scores(tokens.tokens, tokens.labels, ref, sample, encoder, args.batch_size, args.cache)
     if result is None:                                            # the first process writes
         return
     result = (token_scores or {}) | result
@@ -152,7 +152,7 @@ def score(args: argparse.Namespace) -> None:
                "asked": {name: getattr(args, name) for name in ASKED}}
     if settings is not None:
         result["settings"] = settings
-    print("\n".join(lines(result, extractor)))
+    say("\n".join(lines(result, extractor)))
     if output is not None:
         write_whole(output, lambda partial: partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
 
@@ -184,7 +184,7 @@ def make_statistics(args: argparse.Namespace) -> None:
         raise UserError(f"--adm-crop is {args.adm_crop}: give the side in pixels")
     if args.output.suffix != ".npz":
         raise UserError(f"the output is {args.output}: give it a name that ends in .npz")
-    output = _output(args.output)
+    output = _output(args.output, args.source, args.inception_weights, args.dinov2_weights)
     images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None)   # a file's own are not of its images
     if images.blocks is None:
         raise UserError(f"{args.source} holds statistics and no images: name images")
@@ -203,7 +203,7 @@ def make_statistics(args: argparse.Namespace) -> None:
     if images.labels is not None:
         arrays["arr_1"] = images.labels[rows]
     write_npz(output, pick(images, rows.tolist()), len(rows), images.size, **arrays)
-    print(f"{output}: statistics of {images.count} images, {len(rows)} of them kept")
+    say(f"{output}: statistics of {images.count} images, {len(rows)} of them kept")
 
 
 def selftest(args: argparse.Namespace) -> None:
@@ -216,9 +216,9 @@ def selftest(args: argparse.Namespace) -> None:
         result = evaluate(args.folder / row.ref, args.folder / row.sample, extractor, ADM_METRICS, "adm", args.batch_size)
         if result is None:
             continue
-        print(f"{row.sample}\n{'':16} {'published':>12} {'here':>12}")
+        say(f"{row.sample}\n{'':16} {'published':>12} {'here':>12}")
         for name, published, measured, close in compare(row.scores, result):
-            print(f"{PRINTED[name]:16} {published:12.6g} {measured:12.6g}   {'equal' if close else 'DIFFERENT'}")
+            say(f"{PRINTED[name]:16} {published:12.6g} {measured:12.6g}   {'equal' if close else 'DIFFERENT'}")
             passed &= close
     if not passed:
         raise UserError("the scores differ from the published ones by more than two implementations should: "
@@ -284,20 +284,26 @@ def read_settings(sample: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): sample again, or move the file away") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("training") or {}, dict):
+        raise UserError(f"{path} is no object as generate.py writes it: sample again, or move the file away")
+    return settings
 
 
-def _output(path: Path | None) -> Path | None:
-    """The file to write, in a folder that exists."""
+def _output(path: Path | None, *inputs: Path | None) -> Path | None:
+    """The file to write, whose folder is made when it is written. Raises UserError where it cannot be, or is one of the inputs."""
     if path is None:
         return None
     path = path / "metrics.json" if path.is_dir() else path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): name a file in a folder of yours") from error
+    for given in inputs:
+        if given is not None and os.path.exists(given) and os.path.exists(path) and given.samefile(path):
+            raise UserError(f"the output {path} is the input {given}, which would be lost: name another file")
+    home = next(folder for folder in path.parents if os.path.exists(folder))
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written ({home} is {'closed to you' if home.is_dir() else 'no folder'}): "
+                        "name a file in a folder of yours")
     return path
 
 

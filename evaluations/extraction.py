@@ -152,6 +152,9 @@ def file_statistics(images: ImageSet, extractor: Extractor) -> FileStatistics | 
     if own.about.get("weights_sha256", extractor.weights_sha256) != extractor.weights_sha256:
         raise UserError(f"the statistics of {images.name} were made with other {extractor.name} weights ({own.about['weights_sha256']}, "
                         f"now {extractor.weights_sha256}): use the same weights, or make the statistics again")
+    if not extractor.is_inception and len(own.mu) != extractor.width:
+        raise UserError(f"{images.name} has mu of {len(own.mu)} numbers and {extractor.name} gives {extractor.width}: "
+                        "make the statistics again with these features, or name another file")
     widths = Inception.pooled, Inception.spatial
     if extractor.is_inception and (len(own.mu), widths[1] if own.mu_s is None else len(own.mu_s)) != widths:
         raise UserError(f"{images.name} has mu of {len(own.mu)} and mu_s of {0 if own.mu_s is None else len(own.mu_s)} numbers: "

@@ -3,21 +3,20 @@
 Letters: B batch, H W image size, F feature width, S spatial width (0 but for Inception).
 """
 
+import functools
 import hashlib
 import http.client
-import pickle
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 
 from evaluations.inception import Inception
 from evaluations.metrics import full_precision
-from models.encoders import LOCAL, load_encoder
+from models.encoders import LOCAL, cannot_build, load_encoder
 from models.errors import UserError, notice
 from models.files import sha256
 
@@ -44,6 +43,11 @@ class Extractor:
     def is_inception(self) -> bool:
         """A Frechet distance is called FID in Inception's features only, whatever name a folder has."""
         return isinstance(self.network, Inception)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """F, as a black image shows it."""
+        return self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
 
     @property
     def key(self) -> str:
@@ -130,12 +134,12 @@ def _load_inception(path: Path) -> Inception:
     network = Inception()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except Exception as error:                                    # garbage can make the unpickler raise anything
         raise UserError(f"{path} is no state dict that torch.load(weights_only=True) reads: expected {INCEPTION_FILE}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}: expected the state dict {INCEPTION_FILE}")
     # Converters leave the batch counters out; they mean nothing in inference.
-    shapes, expected = ({k: tuple(getattr(v, "shape", ())) for k, v in d.items() if not k.endswith("num_batches_tracked")}
+    shapes, expected = ({str(k): _form(v) for k, v in d.items() if not str(k).endswith("num_batches_tracked")}
                         for d in (state, network.state_dict()))
     wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
     if wrong:
@@ -143,6 +147,13 @@ def _load_inception(path: Path) -> Inception:
                         f"{shapes.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}")
     network.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
     return network
+
+
+def _form(value) -> tuple[int, ...] | str:
+    """The shape of a tensor of floats; of all else, its kind."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return tuple(value.shape) if value.is_floating_point() and value.layout == torch.strided else f"{value.dtype}, {value.layout}"
 
 
 class DinoFeatures(nn.Module):
@@ -192,10 +203,8 @@ class TimmFeatures(nn.Module):
         _timm_weights(folder)
         try:
             return cls(timm.create_model(f"{LOCAL}{folder}", pretrained=True))
-        except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"timm cannot build the model in {folder} ({reason}): "
-                            "expected the folder as timm's save_for_hf writes it") from error
+        except Exception as error:                                # an edited config.json can make timm raise anything
+            raise cannot_build(folder, error) from error
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()                                                        # (B, 3, H, W)

@@ -9,21 +9,21 @@ import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from models.errors import UserError, notice
 from models.files import sha256, write_whole
-from preprocessing.crop import center_crop, to_rgb
+from preprocessing.crop import MAX_PIXELS, UNREADABLE, center_crop, decode_image, shown, to_rgb
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError)  # zipfile and numpy, on a damaged file
+LOADED = ("arr_1", "mu", "sigma", "mu_s", "sigma_s", "about")  # what is loaded whole of an npz file, and may be compressed there
+MAX_LOADED = 2**30  # bytes of each: Inception's sigma is a thirtieth
 STREAMED = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 READERS = min(8, os.cpu_count() or 1)  # threads that decode the files of a folder
 
@@ -52,10 +52,11 @@ class ImageSet:
     content: Callable[[], str] | None = None                      # sha256 of names and pixels' files; None: nothing to cache by
 
 
-def open_images(source, name: str = "the images", crop: int | None = None) -> ImageSet:
+def open_images(source, name: str = "the images", crop: int | None = None, least: int = 2) -> ImageSet:
     """An npz file, a folder of images, an array uint8 (N, H, W, 3), or an ImageSet as it is.
 
-    `crop` cuts and resizes every image as ADM did, to so many pixels. Raises UserError when the source is missing or not of its form.
+    `crop` cuts and resizes every image as ADM did, to so many pixels. Raises UserError when the source is missing or not of its form,
+    and when an npz file holds fewer than `least` images: a score needs 2.
     """
     if isinstance(source, ImageSet):
         return source
@@ -67,28 +68,31 @@ def open_images(source, name: str = "the images", crop: int | None = None) -> Im
         return _open_folder(path, crop)
     if not path.is_file():
         raise UserError(f"{name} {path} not found: expected an npz file (arr_0, uint8, NHWC) or a folder of images")
-    return _open_npz(path, crop)
+    return _open_npz(path, crop, least)
 
 
-def _require_form(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
+def _require_form(shape: tuple[int, ...], dtype: np.dtype, name: str, least: int = 2) -> None:
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise UserError(f"{name} is {dtype} {shape}: expected uint8 (N, H, W, 3), RGB")
-    if shape[0] < 2:
+    if not 0 < shape[1] * shape[2] <= MAX_PIXELS or min(shape) < 0:
+        raise UserError(f"{name} is {shape}: expected images of 1 to {MAX_PIXELS} pixels")
+    if shape[0] < least:
         raise UserError(f"{name} holds {shape[0]} images: a score needs at least 2")
 
 
-def _cropped(image: Image.Image, crop: int) -> np.ndarray:
+def _cropped(image: Image.Image, crop: int, where: str) -> np.ndarray:
     """uint8 (crop, crop, 3)"""
-    return np.array(center_crop(image, crop))
+    return np.array(center_crop(image, crop, where))
 
 
 # ------------------------------------------------------------------------------------------------------------------ a folder
 
 def _open_folder(folder: Path, crop: int | None) -> ImageSet:
     """All images below the folder, sorted by path, so that class folders and REPA's `00000/img00000000.png` work alike."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=_refuse_folder) for name in names
+                   if Path(name).suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
-        raise UserError(f"{folder} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}): a score needs at least 2")
+        raise UserError(f"{shown(folder)} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}): a score needs at least 2")
     first = _read_image(files[0], crop)
 
     def blocks(ranges: Iterable[range]) -> Iterator[np.ndarray]:
@@ -97,33 +101,41 @@ def _open_folder(folder: Path, crop: int | None) -> ImageSet:
                 images = list(pool.map(lambda file: _read_image(file, crop), files[r.start:r.stop]))
                 for file, image in zip(files[r.start:r.stop], images, strict=True):
                     if image.shape != first.shape:
-                        raise UserError(f"{file} is {_size(image)} and {files[0]} {_size(first)}: bring all images to one size first, "
-                                        "for example with preprocessing.dataset_tools convert")
+                        raise UserError(f"{shown(file)} is {_size(image)} and {shown(files[0])} {_size(first)}: bring all images to "
+                                        "one size first, for example with preprocessing.dataset_tools convert")
                 yield np.stack(images)
 
     @functools.cache
     def content() -> str:
         digest = hashlib.sha256(str(crop).encode())
         for file in files:
-            digest.update(f"{file.relative_to(folder)} {sha256(file)}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
         return digest.hexdigest()
 
     return ImageSet(str(folder), len(files), first.shape[:2], lambda ranges: _ahead(blocks(ranges)), labels=_folder_labels(folder, files),
                     content=content)
 
 
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}") from error
+
+
 def _read_image(file: Path, crop: int | None) -> np.ndarray:
     """uint8 (H, W, 3) of an RGB or grey image; of any picture if it is cropped as `convert` does."""
+    where = shown(file)
     try:
-        with Image.open(file) as image:
-            if crop is not None:
-                return _cropped(to_rgb(image, str(file)), crop)
-            if image.mode not in ("RGB", "L"):
-                raise UserError(f"{file} has mode {image.mode}: expected RGB or grey (8 bits); convert it first, "
-                                "for example with preprocessing.dataset_tools convert")
-            return np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:               # SyntaxError: Pillow on broken PNG chunks
-        raise UserError(f"{file} is not a readable image ({error}): remove it or write it again") from error
+        if not file.is_file() and file.exists():
+            raise UserError(f"{where} is no file but a pipe or device: remove it")
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror}") from error
+    image = decode_image(data, where)
+    if crop is not None:
+        return _cropped(to_rgb(image, where), crop, where)
+    if image.mode not in ("RGB", "L"):
+        raise UserError(f"{where} has mode {image.mode}: expected RGB or grey (8 bits); convert it first, "
+                        "for example with preprocessing.dataset_tools convert")
+    return np.array(image.convert("RGB"))
 
 
 def _size(image: np.ndarray) -> str:
@@ -134,27 +146,34 @@ def _folder_labels(folder: Path, files: list[Path]) -> np.ndarray | None:
     """Labels (N,) from the folder's dataset.json, in StyleGAN's form; None where it has none for all files."""
     try:
         listed = dict(json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"])
-        return np.array([listed[file.relative_to(folder).as_posix()] for file in files], dtype=np.int64)
-    except (OSError, ValueError, KeyError, TypeError):
+        labels = [listed[file.relative_to(folder).as_posix()] for file in files]
+        return np.array(labels, dtype=np.int64) if all(type(label) is int for label in labels) else None
+    except UNREADABLE:
         return None
 
 
 # --------------------------------------------------------------------------------------------------------------- an npz file
 
-def _open_npz(path: Path, crop: int | None) -> ImageSet:
+def _open_npz(path: Path, crop: int | None, least: int) -> ImageSet:
     """Header of `arr_0`, labels of `arr_1`, and statistics where the file has them; other keys are left alone."""
     array, shape, labels, statistics = None, None, None, None
     try:
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
+            for member in archive.infolist():
+                if member.file_size > MAX_LOADED and member.filename.removesuffix(".npy") in LOADED:
+                    raise UserError(f"{shown(path)} holds {member.filename} of {member.file_size} bytes: expected at most {MAX_LOADED}")
             if "arr_0" in keys:
                 with archive.open("arr_0.npy") as member:
                     shape, dtype, streamed = _read_header(member)
+                    promised = member.tell() + (math.prod(shape) * dtype.itemsize if streamed else 0)
                 if not streamed:
                     notice(f"{path} is in Fortran order or of a later npy version: it is loaded whole")
                     array = np.ascontiguousarray(file["arr_0"])
                     shape, dtype = array.shape, array.dtype
-                _require_form(shape, dtype, f"arr_0 of {path}")
+                _require_form(shape, dtype, f"arr_0 of {path}", least)
+                if promised > archive.getinfo("arr_0.npy").file_size:
+                    raise EOFError(f"arr_0 ends before the {shape[0]} images that it says")
             if "arr_1" in keys and shape is not None:
                 with archive.open("arr_1.npy") as member:
                     labelled, kind, _ = _read_header(member)
@@ -165,10 +184,11 @@ def _open_npz(path: Path, crop: int | None) -> ImageSet:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{path} is not a readable npz file ({error}): expected arr_0 (uint8, NHWC) as np.savez writes it") from error
+        raise UserError(f"{shown(path)} is not a readable npz file ({shown(str(error))}): "
+                        "expected arr_0 (uint8, NHWC) as np.savez writes it") from error
     if shape is None:
         if statistics is None:
-            raise UserError(f"{path} has no arr_0 but {', '.join(sorted(keys)) or 'nothing'}: "
+            raise UserError(f"{shown(path)} has no arr_0 but {shown(', '.join(sorted(keys))) or 'nothing'}: "
                             "expected images as arr_0 (uint8, NHWC), or statistics as mu and sigma")
         return ImageSet(str(path), None, None, None, statistics)
 
@@ -176,7 +196,7 @@ def _open_npz(path: Path, crop: int | None) -> ImageSet:
         stream = _stream_npz(path, shape, ranges) if array is None else (array[r.start:r.stop] for r in ranges)
         if crop is None:
             return stream
-        return (np.stack([_cropped(Image.fromarray(image), crop) for image in block]) for block in stream)
+        return (np.stack([_cropped(Image.fromarray(image), crop, str(path)) for image in block]) for block in stream)
 
     return ImageSet(str(path), shape[0], shape[1:3] if crop is None else (crop, crop), lambda ranges: _ahead(blocks(ranges)), statistics,
                     labels, functools.cache(lambda: f"{sha256(path)} {crop}"))
@@ -203,7 +223,10 @@ def _read_statistics(path: Path, file, keys: set[str]) -> FileStatistics:
                             "expected (F,) and (F, F), or images alone")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"{mean} and {covariance} of {path} are not finite: write or download the file again")
-    return FileStatistics(**found, about=json.loads(str(file["about"])) if "about" in keys else {})
+    about = json.loads(str(file["about"])) if "about" in keys else {}
+    if not isinstance(about, dict):
+        raise UserError(f"about of {path} is no JSON object: write the file again")
+    return FileStatistics(**found, about=about)
 
 
 def _stream_npz(path: Path, shape: tuple[int, ...], ranges: Iterable[range]) -> Iterator[np.ndarray]:
@@ -221,8 +244,9 @@ def _stream_npz(path: Path, shape: tuple[int, ...], ranges: Iterable[range]) -> 
                     raise EOFError(f"it ends within image {r.start + len(data) // row} of {shape[0]}")
                 position = r.stop
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(len(r), *shape[1:])  # PyTorch wants it writable
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): write or download it again") from error
+    except UNREADABLE as error:
+        raise UserError(f"{shown(path)} is damaged ({shown(str(error))}): delete it, then download it again, or "
+                        "give the command again that made it") from error
 
 
 def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

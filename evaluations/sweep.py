@@ -11,15 +11,15 @@ import hashlib
 import itertools
 import math
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from evaluations.report import GUIDANCE, METRICS, as_text, distance_of, draw, protocol, read_result, read_rows, write_table
 from models import checkpoint
-from models.errors import UserError, notice, without_traceback
+from models.errors import UserError, notice, say, without_traceback
 from models.files import sha256
-from models.processes import is_first_node
+from models.processes import is_first_node, supervise
 
 # Flags of generate.py that take several values here: type, test, what to give. It tests them too, but each when its turn has come.
 SWEPT = {
@@ -117,10 +117,12 @@ def checkpoints(experiment: str, steps: str | None) -> list[Path]:
 
 def run(*command: str) -> str:
     """Run a program and return what it printed; stderr is shared. Its failure, which it has explained, ends this one with its status."""
-    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as printed:
+        status, signals = supervise([sys.executable, "-m", *command], [{}], printed)
+        if status != 0 or signals:
+            sys.exit(status or 128 + signals[0])
+        printed.seek(0)
+        return printed.read()
 
 
 def scored(folder: Path, args: argparse.Namespace, tokens: bool) -> Path | None:
@@ -145,7 +147,7 @@ def score(folder: Path, args: argparse.Namespace, scoring: list[str], tokens: bo
         identity = repr([before[name] for name in ("asked", "ref_batch", "weights_sha256")])
         metrics.rename(folder / f"metrics-{before['features']}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}.json")
     more = flags({"class_tokens": folder / "class_tokens.npz" if tokens else None})
-    print(run("models.processes", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)), end="")
+    say(run("models.processes", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)).rstrip())
     return metrics
 
 
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
                         ".npz or an image folder and give the same command; it does not sample again")
     if len(folders) == 1:
         said += [f"grid: {folder / 'grid.png'}", f"metrics: {metrics}"]
-    print("\n".join(said))
+    say("\n".join(said))
 
 
 if __name__ == "__main__":

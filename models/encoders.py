@@ -128,14 +128,19 @@ def _local_spec(name: str) -> tuple[Spec, int, int | None]:
     config_file = Path(name.removeprefix(LOCAL)) / "config.json"
     try:
         config = json.loads(config_file.read_text())
-        architecture, cfg = config["architecture"], config["pretrained_cfg"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the encoder {name!r} needs a folder in timm's form, but {config_file} is missing or lacks 'architecture' or "
-                        "'pretrained_cfg': name a folder with config.json and model.safetensors") from error
-    model_args = config.get("model_args", {})
-    native = model_args.get("img_size") or (cfg["input_size"][-1] if "input_size" in cfg else None)
-    spec = Spec(name, normalisation=(tuple(cfg.get("mean", IMAGENET[0])), tuple(cfg.get("std", IMAGENET[1]))))
-    return spec, model_args.get("patch_size") or _patch_size(architecture), native
+        architecture, cfg, model_args = str(config["architecture"]), config["pretrained_cfg"], config.get("model_args", {})
+        native = model_args.get("img_size") or (cfg["input_size"][-1] if "input_size" in cfg else None)
+        patch = model_args.get("patch_size")
+        if not isinstance(patch, int | None) or (patch is not None and patch < 1):
+            raise ValueError(f"patch_size {patch!r}")
+        normalisation = tuple(tuple(map(float, cfg.get(key, usual))) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
+        if any(len(values) != 3 for values in normalisation):
+            raise ValueError(f"mean and std {normalisation}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the encoder {name!r} needs a folder in timm's form, but {config_file} is missing or lacks a usable "
+                        f"'architecture', 'pretrained_cfg' or 'model_args' ({_first_words(error)}): "
+                        "name a folder with config.json and model.safetensors") from error
+    return Spec(name, normalisation=normalisation), patch or _patch_size(architecture), native
 
 
 def _patch_size(timm_name: str) -> int:
@@ -147,6 +152,12 @@ def _patch_size(timm_name: str) -> int:
 
 def _first_words(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def cannot_build(folder: Path, error: Exception) -> UserError:
+    """What to say when timm fails on a folder in its own form."""
+    return UserError(f"timm cannot build the model in {folder} ({_first_words(error)}): "
+                     "expected the folder as timm's save_for_hf writes it")
 
 
 def load_encoder(name: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True, grid: int | None = None,
@@ -175,10 +186,12 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of {name} ({spec.timm_name}) do not fit or are damaged ({_first_words(error)}): "
                         "place the file again, or name another with --encoder-weights FILE") from error
-    except TypeError as error:
-        if "img_size" not in str(error):
+    except Exception as error:                                    # an edited config.json can make timm raise anything
+        if isinstance(error, TypeError) and "img_size" in str(error):
+            raise UserError(f"{name!r} is no vision transformer whose input size can be set: an encoder needs patch tokens") from error
+        if not name.startswith(LOCAL):
             raise
-        raise UserError(f"{name!r} is no vision transformer whose input size can be set: an encoder needs patch tokens") from error
+        raise cannot_build(Path(name.removeprefix(LOCAL)), error) from error
     if weights is not None:
         try:
             model.load_state_dict(read_weights(Path(weights), model))

@@ -4,16 +4,30 @@ import functools
 import os
 import sys
 import time
+from typing import IO
 
 
 class UserError(ValueError):
     """A mistake in what the user gave. The message is one line: what came, what was expected, what to do."""
 
 
-def notice(message: str) -> None:
-    """Say something on stderr, by the first process only."""
+def say(message: str, stream: IO | None = None) -> None:
+    """Print at once, to stdout by default, by the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        _print(message, stream or sys.stdout)
+
+
+def _print(message: str, stream: IO) -> None:
+    """Where nobody reads any more (`| tee log` after Ctrl-C), the program goes on in silence."""
+    try:
+        print(message, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def notice(message: str) -> None:
+    """`say` on stderr."""
+    say(message, sys.stderr)
 
 
 def without_traceback(main):
@@ -28,13 +42,14 @@ def without_traceback(main):
             time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 3)
             # A data loader worker hands its error over as a printed traceback, whose last line is the sentence.
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            _print(f"error: {sentence}", sys.stderr)
             sys.exit(2)
         except RuntimeError as error:
             if "by peer" not in str(error) or os.environ.get("WORLD_SIZE", "1") == "1":  # a connection that another process closed
                 raise
-            time.sleep(5)                                         # that one has said why, and the launcher is stopping this one
-            print("error: another process ended in the middle of the work, and this one with it: see what it said", file=sys.stderr)
+            if "SUPERVISED" not in os.environ:                    # models.processes knows it, and that one has said why
+                time.sleep(5)
+                _print("error: another process ended in the middle of the work, and this one with it: see what it said", sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             notice("interrupted: the same command goes on from what is whole")

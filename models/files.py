@@ -3,23 +3,44 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from models.errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path beside it)` and rename, so that `path` is whole or absent. Raises UserError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Call `write(temporary path beside it)`, flush to the disk and rename, so that `path` is whole or absent, even after a power cut.
+
+    Raises UserError where it cannot be written; what was there before is then untouched.
+    """
+    partial = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
+        _flush(partial)
         os.replace(partial, path)
+        with suppress(OSError):                                   # some network disks refuse it for folders
+            _flush(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or choose another folder") from error
     finally:
         if partial.is_file():
             partial.unlink()
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary file beside `path`; a killed process may leave it."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: Path) -> Path:

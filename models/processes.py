@@ -1,4 +1,4 @@
-"""Starting one program on every GPU of one or several nodes, and joining the processes that were started.
+"""Starting one program on every GPU of one or several nodes, stopping it, and joining the processes that were started.
 
     python -m models.processes train.py [flags]         # what train.sh calls
     python -m models.processes -m package.module [flags]
@@ -6,20 +6,35 @@
 Environment:
     NUM_GPUS     GPUs on this node, default all; on a machine without one it counts CPU processes, default 1
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes; default Slurm's own, one task per node (srun)
+    REQUEUE=1    under Slurm, give the job back to the queue when SIGTERM or SIGUSR1 has ended it
+
+SIGTERM, SIGUSR1 and Ctrl-C are forwarded to every rank, once; a second signal kills them. The exit status is that of the rank that
+failed first, 128 + N for one that died of signal N. No rank outlives this process.
+
+The ranks are started here and not by torchrun, which ends on SIGUSR1 without them, and after SIGTERM with status 1 and a kill after
+30 seconds: a checkpoint may take longer. What both do is the same: set RANK, WORLD_SIZE, MASTER_ADDR and the like, and wait.
 """
 
-import logging
+import contextlib
+import ctypes
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import IO
 
 import torch
 
-from models.errors import UserError, without_traceback
+from models.errors import UserError, notice, without_traceback
+from models.stopping import REPEATED, STOP_SIGNALS, STOPPED, SUPERVISED
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads, writes a file, or computes scores
+GRACE = 30                      # seconds that rank 0 has to finish its checkpoint when another rank has failed
+LAST_RANKS = 60                 # seconds that the last ranks have to end after the first has stopped on a signal
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -47,22 +62,28 @@ def _first_host(nodes: str) -> str:
     return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> tuple[list[str], dict[str, str]]:
-    """torchrun's arguments ([]: one process needs no launcher) and the variables to set, for a machine with `gpus` and `cores`.
+def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> list[dict[str, str]]:
+    """The variables to set for each rank of this node, on a machine with `gpus` and `cores`.
 
     Raises UserError when the environment asks for what is not there or leaves several nodes without their place.
     """
     processes = _count(environment, "NUM_GPUS", gpus or 1)
     if gpus and processes > gpus:
         raise UserError(f"NUM_GPUS is {processes}, but this machine has {gpus}: give at most {gpus}")
-    variables = {}
+    common = {}
     if not gpus:
         # Without the first, processes on a CPU do not find each other; threads that spin in waiting starve the data loader.
-        variables = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, cores // processes))}
+        common = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, cores // processes))}
+    elif processes > 1:
+        common = {"OMP_NUM_THREADS": "1"}                         # what a GPU leaves to the CPU is little, and the cores are the loaders'
+    common = {name: environment.get(name) or value for name, value in common.items()}
     nodes = _nodes(environment)
     if _count(environment, "SLURM_STEP_NUM_TASKS", 1) > _count(environment, "SLURM_STEP_NUM_NODES", 1):
         raise UserError(f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks on {environment.get('SLURM_STEP_NUM_NODES', 1)} nodes, "
                         "and each would take all GPUs: use one task per node (--ntasks-per-node=1)")
+    if nodes * processes == 1:
+        return [common]
+    node, address, port = 0, "127.0.0.1", None
     if nodes > 1:
         rank = _node_rank(environment)
         address = environment.get("MASTER_ADDR")
@@ -70,28 +91,118 @@ def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> tuple[
             address = _first_host(environment["SLURM_JOB_NODELIST"])
         if not rank or not address:
             raise UserError(f"NNODES is {nodes}, but NODE_RANK or MASTER_ADDR is not set: set both on each node, or use srun")
-        return ["--nnodes", str(nodes), "--node_rank", rank, "--master_addr", address,
-                "--master_port", environment.get("MASTER_PORT") or "29500", "--nproc_per_node", str(processes)], variables
-    return (["--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []), variables
+        if not rank.isdecimal() or int(rank) >= nodes:
+            raise UserError(f"NODE_RANK is {rank!r}, but NNODES is {nodes}: give 0 to {nodes - 1}")
+        node, port = int(rank), environment.get("MASTER_PORT") or "29500"
+    common |= {"MASTER_ADDR": address, "MASTER_PORT": port or _free_port(), "WORLD_SIZE": str(nodes * processes),
+               "LOCAL_WORLD_SIZE": str(processes)}
+    return [{**common, "RANK": str(node * processes + i), "LOCAL_RANK": str(i)} for i in range(processes)]
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# ------------------------------------------------------------------------------------------------------- starting and stopping
+
+def supervise(command: list[str], ranks: list[dict[str, str]], stdout: IO | None = None) -> tuple[int, list[int]]:
+    """Run `command` once with each of the variables in `ranks`, and wait; what it prints goes to the file `stdout`.
+
+    Returns the exit status and the signals that came meanwhile. The first rank that fails ends the others; rank 0, which alone writes
+    checkpoints, may finish one. Each rank leads a session of its own: Ctrl-C reaches it from here alone, once.
+    """
+    received, times = [], []
+
+    def note(number: int, _) -> None:
+        times.append(time.monotonic())
+        if len(times) == 1 or times[-1] - times[0] > REPEATED:
+            received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    running = []
+    try:
+        for variables in ranks:
+            running.append(subprocess.Popen(command, env={**os.environ, SUPERVISED: "1", **variables}, stdout=stdout,
+                                            start_new_session=True, preexec_fn=_die_with_the_parent))
+        return _wait(running, received), received
+    finally:
+        for rank in running:
+            _kill(rank)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
+    """Until all have ended, one has failed, or a second signal came; returns the exit status."""
+    forwarded, stopped_at, failed_at = False, None, None
+    while True:
+        if len(received) > 1:
+            notice("a second signal came: the ranks are killed, and what came after the last checkpoint is lost")
+            return 128 + received[1]
+        if received and not forwarded:
+            forwarded = True
+            for rank in ranks:
+                rank.send_signal(received[0])                     # nothing, if it has ended
+        statuses = [rank.poll() for rank in ranks]
+        failed = [(rank, status) for rank, status in enumerate(statuses) if status not in (None, 0, STOPPED)]
+        if failed and failed_at is None:
+            failed_at, (rank, status) = time.monotonic(), failed[0]
+            if status < 0 and not received:
+                notice(f"rank {rank} of this node was killed by {signal.Signals(-status).name}" + " (out of memory?)" * (status == -9))
+            for other in ranks[1:]:
+                _kill(other)
+        if failed_at is not None and (statuses[0] is not None or time.monotonic() - failed_at > GRACE):
+            return status if status > 0 else 128 - status
+        if None not in statuses:
+            return max(statuses)
+        if STOPPED in statuses:
+            stopped_at = stopped_at or time.monotonic()
+            if time.monotonic() - stopped_at > LAST_RANKS:
+                return STOPPED
+        time.sleep(0.05)
+
+
+def _die_with_the_parent() -> None:
+    """In a new rank: the kernel kills it when this process ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                # 1: PR_SET_PDEATHSIG
+
+
+def _kill(rank: subprocess.Popen) -> None:
+    """The rank, if it still runs, and the loader workers that it left."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):                        # all have ended
+        os.killpg(rank.pid, signal.SIGKILL)
+    rank.wait()
+
+
+def requeue(environment: Mapping[str, str]) -> None:
+    """Give this Slurm job back to the queue, from its first node; say so, or why not."""
+    job = environment.get("SLURM_JOB_ID")
+    if job is None:
+        notice("REQUEUE is set, but this is no Slurm job: give the same command again")
+    elif is_first_node(environment):
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            notice(f"Slurm did not requeue job {job}: {(getattr(error, 'stderr', None) or str(error)).strip()}")
+        else:
+            notice(f"requeued Slurm job {job}")
 
 
 @without_traceback
 def main(argv: list[str]) -> None:
-    """Run a program with the plan for this machine; end with the exit status of the rank that failed first."""
-    arguments, variables = launch_plan(os.environ, torch.cuda.device_count(), os.cpu_count() or 1)
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
-    if not arguments:
-        os.execv(sys.executable, [sys.executable, *argv])
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    """Run a program with the plan for this machine, and end with its status."""
+    ranks = launch_plan(os.environ, torch.cuda.device_count(), os.cpu_count() or 1)
+    status, received = supervise([sys.executable, *argv], ranks)
+    stopped = status == STOPPED or len(received) == 1 and status != 0                     # Slurm may signal the ranks alone
+    if stopped and signal.SIGINT not in received and os.environ.get("REQUEUE") == "1":
+        requeue(os.environ)
+    sys.exit(status)
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)   # the failing rank has said what is wrong
-    try:
-        run(parse_args([*arguments, *argv]))
-    except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
 
+# --------------------------------------------------------------------------------------------------------------------- joining
 
 def require_joined(num_processes: int) -> None:
     """Raise UserError when the launcher started more processes than accelerate joined: each would do the whole work alone."""

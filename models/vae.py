@@ -31,10 +31,15 @@ class LatentSpace:
 
     @classmethod
     def from_record(cls, record: dict) -> "LatentSpace":
-        """The inverse of `to_record`; raises UserError when a number is missing."""
+        """The inverse of `to_record`; raises UserError when a number is missing or is none."""
         missing = [field.name for field in fields(cls) if field.name not in record]
         if missing:
             raise UserError(f"the VAE record {record} lacks {', '.join(missing)}: encode the data set again to write it")
+        for field in fields(cls):
+            value = record[field.name]
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise UserError(f"the VAE record {record} has {field.name} {value!r}, expected {field.type.__name__}: "
+                                "encode the data set again")
         return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     def to_record(self) -> dict:
@@ -102,10 +107,16 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"no VAE at {name}: use an existing folder, a hub id like {SHORTHANDS['ema']}, or {' or '.join(SHORTHANDS)}")
     try:
-        vae = AutoencoderKL.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        vae, loading = AutoencoderKL.from_pretrained(name, output_loading_info=True)
+        if loading["missing_keys"]:                               # diffusers leaves these without numbers
+            raise ValueError(f"{len(loading['missing_keys'])} weights are missing")
+        codec = Codec(vae.eval().requires_grad_(False), name)
+    except Exception as error:                                    # an edited config.json can make diffusers raise anything
+        if not folder and not isinstance(error, (OSError, ValueError)):
+            raise
         where = (f"the folder {name} holds no readable AutoencoderKL (config.json and diffusion_pytorch_model.safetensors)" if folder else
                  f"the VAE {name!r} is neither a folder nor reachable on the hub or in its cache")
         raise UserError(f"{where}: download config.json and diffusion_pytorch_model.safetensors of it into a folder "
                         "and name that folder instead") from error
-    return Codec(vae.to(device).eval().requires_grad_(False), name)
+    vae.to(device)
+    return codec

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import LatentDataset
+from dataset import LatentDataset, shown
 from models.errors import UserError
 from models.files import write_whole
 from models.vae import Codec, LatentSpace, load_codec
@@ -60,10 +60,10 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
     """
     picture = Path(output)
     if picture.suffix != ".png" or not picture.parent.is_dir():
-        raise UserError(f"--output {output}: expected the name of a .png in a folder that exists")
+        raise UserError(f"--output {shown(output)}: expected the name of a .png in a folder that exists")
     entries = LatentDataset(source)
     if entries.vae_record is None:
-        print(f"{source} does not record its VAE: taking {LatentSpace()}")
+        print(f"{shown(source)} does not record its VAE: taking {LatentSpace()}")
     space = LatentSpace.from_record(entries.vae_record) if entries.vae_record else LatentSpace()
     side = entries.resolution // space.downsampling
     if entries.moments_shape != (2 * space.channels, side, side):
@@ -81,5 +81,5 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
 
     drawn, psnr = side_by_side(entries, space, codec)
     write_whole(picture, lambda partial: drawn.save(partial, "png"))
-    print(f"{source}: {len(entries)} images of {entries.resolution} px, moments {entries.moments_shape}, {entries.num_classes} classes, "
-          f"all readable; images above their decoded latents in {output} (PSNR {psnr:.1f} dB)")
+    print(f"{shown(source)}: {len(entries)} images of {entries.resolution} px, moments {entries.moments_shape}, "
+          f"{entries.num_classes} classes, all readable; images above their decoded latents in {shown(output)} (PSNR {psnr:.1f} dB)")

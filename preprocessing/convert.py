@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import IMAGE_EXTENSIONS, Store, decode_image, few, list_names, open_store, read_labels, read_metadata
+from dataset import IMAGE_EXTENSIONS, Store, decode_image, few, list_names, open_store, read_labels, read_metadata, shown
 from models.errors import UserError
-from preprocessing.crop import center_crop, to_rgb
+from preprocessing.crop import MAX_PIXELS, center_crop, to_rgb
 from preprocessing.work import Destination, digest, load
 
 TRANSFORMS = ("center-crop-dhariwal", "none")
@@ -19,9 +19,10 @@ CHUNK = 16  # pictures a worker converts at a time
 def parse_resolution(text: str) -> int:
     """`256x256` or `256` -> 256; raises UserError."""
     width, cross, height = text.lower().partition("x")
-    if not (width.isascii() and width.isdigit() and int(width) > 0) or (cross and height != width):
-        raise UserError(f"--resolution {text} is not understood: expected a square like 256x256")
-    return int(width)
+    side = int(width) if width.isascii() and width.isdigit() and len(width) < 10 else 0
+    if not 0 < side * side <= MAX_PIXELS or (cross and height != width):
+        raise UserError(f"--resolution {shown(text)} is not understood: expected a square like 256x256")
+    return side
 
 
 def source_labels(store: Store, names: np.ndarray) -> tuple[np.ndarray | None, str]:
@@ -37,7 +38,7 @@ def source_labels(store: Store, names: np.ndarray) -> tuple[np.ndarray | None, s
     if loose.all():
         return None, "nowhere: a flat folder has none"
     if loose.any():
-        raise UserError(f"{store.path} holds {loose.sum()} pictures beside its class folders ({few(names[loose])}): "
+        raise UserError(f"{shown(store.path)} holds {loose.sum()} pictures beside its class folders ({few(names[loose])}): "
                         "move them into folders, or list all labels in dataset.json")
     classes, labels = np.unique(folders, return_inverse=True)
     return labels.astype(np.int64), f"{len(classes)} sorted folders ({few(classes)})"
@@ -68,7 +69,7 @@ class _Conversion(torch.utils.data.Dataset):
         where = self.store.where(name)
         image = to_rgb(decode_image(self.store.read(name), where), where)
         if self.transform != "none":
-            image = center_crop(image, self.resolution)
+            image = center_crop(image, self.resolution, where)
         if image.size != (self.resolution, self.resolution):
             raise UserError(f"{where} is {image.width}x{image.height} px, expected {self.resolution}x{self.resolution}: "
                             "use --transform=center-crop-dhariwal")
@@ -86,7 +87,7 @@ def convert(source: str, dest: str, resolution: str, transform: str, workers: in
     store = open_store(source)
     names = list_names(store, IMAGE_EXTENSIONS)
     if not len(names):
-        raise UserError(f"the source {source} holds no pictures: expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
+        raise UserError(f"the source {shown(source)} holds no pictures: expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
     if max_images is not None and max_images < 1:
         raise UserError(f"--max-images {max_images}: expected at least 1")
     labels, origin = source_labels(store, names)
@@ -94,12 +95,12 @@ def convert(source: str, dest: str, resolution: str, transform: str, workers: in
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(store, names), "images": len(names),
                 "transform": transform, "resolution": side}
     destination = Destination(dest, settings, source)
-    if destination.finished:
-        print(f"{dest} is finished already ({len(names)} images): nothing to do")
+    outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
+    if destination.is_finished(outputs):
+        print(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     destination.begin()
 
-    outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     missing = np.flatnonzero(destination.is_missing(outputs))
     work = _Conversion(store, names, missing, destination, side, transform)
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
@@ -108,4 +109,4 @@ def convert(source: str, dest: str, resolution: str, transform: str, workers: in
 
     listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels[:max_images], strict=True)]
     destination.finish(outputs, {"labels": listed, "transform": {"name": transform, "resolution": side}})
-    print(f"{dest}: {len(names)} images of {side}x{side}, labels from {origin}")
+    print(f"{shown(dest)}: {len(names)} images of {side}x{side}, labels from {origin}")

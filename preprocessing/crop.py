@@ -1,9 +1,13 @@
-"""The one way in which pictures of any kind and size become square training images: to RGB, then ADM's centre crop."""
+"""The one way in which pictures of any kind and size become square training images: decoded, to RGB, then ADM's centre crop."""
 
 import numpy as np
 from PIL import Image
 
+# The limits and faults of pictures have their home beside the data set's own reader; the evaluator takes them from here.
+from dataset import MAX_PIXELS, UNREADABLE, decode_image, shown
 from models.errors import UserError
+
+__all__ = ["MAX_PIXELS", "UNREADABLE", "center_crop", "decode_image", "shown", "to_rgb"]
 
 
 def to_rgb(image: Image.Image, where: str) -> Image.Image:
@@ -18,16 +22,20 @@ def to_rgb(image: Image.Image, where: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+def center_crop(image: Image.Image, resolution: int, where: str = "the picture") -> Image.Image:
     """A picture of any size -> its central square, `resolution` px on a side, enlarging where it is smaller.
 
     The FID of this literature depends on it, so it follows ADM (arXiv 2105.05233, released code) to the pixel: halve with a box
     filter while the short side is at least twice the target, resize bicubically until it is the target, cut out the centre.
-    Give it RGB: palettes and bits cannot be averaged.
+    Give it RGB: palettes and bits cannot be averaged. Raises UserError for a strip so narrow that it would be enlarged beyond MAX_PIXELS.
     """
+    width, height = image.size
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scaled = round(image.width * scale), round(image.height * scale)
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise UserError(f"{where} is {width}x{height} px and would be enlarged to {scaled[0]}x{scaled[1]}: cut or remove it")
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))

@@ -9,6 +9,7 @@ Several GPUs: `accelerate launch -m preprocessing.dataset_tools encode ...`.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")         # class names may hold letters that the terminal's encoding has not
     arguments = vars(build_parser().parse_args(argv))
     if arguments["workers"] < 0:
         raise UserError(f"--workers is {arguments['workers']}: give 0 or more")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import IMAGE_EXTENSIONS, Store, list_keyed, open_store, read_image, read_labels
+from dataset import IMAGE_EXTENSIONS, Store, list_keyed, open_store, read_image, read_labels, shown
 from models.errors import UserError
 from models.processes import join_processes
 from models.vae import SHORTHANDS, load_codec
@@ -56,17 +56,19 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     store = open_store(source)
     keys, names = list_keyed(store, IMAGE_EXTENSIONS)
     if not len(keys):
-        raise UserError(f"the source {source} holds no images: expected what `convert` writes")
+        raise UserError(f"the source {shown(source)} holds no images: expected what `convert` writes")
     labels = read_labels(store, keys)
     resolution = read_image(store, names[0]).shape[-1]
     # Not where the images are: a data folder may move while it is being encoded.
     settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names),
                 "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype}
     destination = Destination(dest, settings, source)
+    outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
+    destination.require_names(outputs)
     state = join_processes()
-    if destination.finished:
+    if destination.is_finished(outputs):
         if state.is_main_process:
-            print(f"{dest} is finished already ({len(names)} images): nothing to do")
+            print(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     codec = load_codec(model_url, state.device)
     if resolution % codec.space.downsampling:
@@ -75,7 +77,6 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     destination.begin()
     state.wait_for_everyone()
 
-    outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
     missing = destination.is_missing(outputs)
     mine = range(state.process_index * batch_size, len(names), state.num_processes * batch_size)
     starts = [start for start in mine if missing[start:start + batch_size].any()]
@@ -94,4 +95,4 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     if state.is_main_process:
         listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels, strict=True)]
         destination.finish(outputs, {"labels": listed, "vae": codec.space.to_record()})
-        print(f"{dest}: moments of {len(names)} images by {codec.space.vae}, {dtype}")
+        print(f"{shown(dest)}: moments of {len(names)} images by {codec.space.vae}, {dtype}")

@@ -1,4 +1,8 @@
-"""What the commands share: a destination that never looks whole before it is, and a loop over all cores."""
+"""What the commands share: a destination that never looks whole before it is, and a loop over all cores.
+
+A program that is killed loses nothing and leaves nothing half-written. A power failure may: files are not flushed one by one, which
+would take longer than the work. What it leaves of them empty is written again; `check` reads everything and finds the rest.
+"""
 
 import hashlib
 import json
@@ -13,8 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import METADATA, UNFINISHED, FolderStore, Store, few, open_store, read_metadata
+from dataset import METADATA, UNFINISHED, FolderStore, Store, few, is_zip_name, open_store, read_metadata, shown
 from models.errors import UserError
+from models.files import write_whole
+
+LONGEST_FILE = 255  # bytes of one file's name, without folders: what nearly all file systems take
 
 
 def all_cores() -> int:
@@ -50,16 +57,16 @@ class Destination:
         self.zipped = self.path.suffix == ".zip"
         self.folder = self.path.with_name(self.path.name + ".partial") if self.zipped else self.path
         self.settings = settings
+        self.name = shown(path)                                   # for messages
         if Path(source).resolve() in (self.path.resolve(), *self.path.resolve().parents):
-            raise UserError(f"the destination {path} lies in the source {source}: choose a --dest outside of it")
+            raise UserError(f"the destination {self.name} lies in the source {shown(source)}: choose a --dest outside of it")
         if self.path.exists() and self.path.is_dir() == self.zipped:
-            raise UserError(f"the destination {path} is a {'folder' if self.zipped else 'file'}: give a folder, or a name ending in .zip")
-        self.finished = self._look()
-        if self.finished:
-            self._clean()
+            raise UserError(f"the destination {self.name} is a {'folder' if self.zipped else 'file'}: "
+                            "give a folder, or a name ending in .zip")
+        self._closed = self._look()
 
     def _look(self) -> bool:
-        """Whether the work is done already."""
+        """Whether the work was finished once."""
         if self.path.exists() and (self.zipped or METADATA in FolderStore(self.path)):
             store = open_store(self.path) if self.zipped else FolderStore(self.path)
             self._require_same(read_metadata(store).get("made_with"))
@@ -67,51 +74,82 @@ class Destination:
         if self.folder.exists():
             store = FolderStore(self.folder)
             if UNFINISHED in store:
-                self._require_same(json.loads(store.read(UNFINISHED)))
+                self._require_same(self._begun_with(store))
             elif len(store.names()):
-                raise UserError(f"the destination {self.folder} holds other files: choose another --dest or empty it")
+                raise UserError(f"the destination {shown(self.folder)} holds other files: choose another --dest or empty it")
         return False
 
-    def _require_same(self, found: dict | None) -> None:
+    def _begun_with(self, store: FolderStore) -> object:
+        try:
+            return json.loads(store.read(UNFINISHED))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{store.where(UNFINISHED)} is damaged: remove {shown(self.folder)} and begin again") from error
+
+    def _require_same(self, found: object) -> None:
         if found == self.settings:
             return
-        if found is None:
-            raise UserError(f"the destination {self.path} holds a data set that this program did not write: choose another --dest")
+        if not isinstance(found, dict):
+            raise UserError(f"the destination {self.name} holds a data set that this program did not write: choose another --dest")
         other = [name for name in self.settings if found.get(name) != self.settings[name]]
         if other == ["source_contents"] or other == ["source_contents", "images"]:
-            raise UserError(f"the destination {self.path} was begun from other files or labels ({found.get('images')} images, now "
+            raise UserError(f"the destination {self.name} was begun from other files or labels ({found.get('images')} images, now "
                             f"{self.settings['images']} images), numbered otherwise: choose another --dest or remove it")
-        raise UserError(f"the destination {self.path} was made with {', '.join(f'{name} {found.get(name)}' for name in other)}, now "
-                        f"{', '.join(f'{name} {self.settings[name]}' for name in other)} is asked for: choose another --dest or remove it")
+        was, now = (shown(", ".join(f"{name} {made.get(name)}" for name in other)) for made in (found, self.settings))
+        raise UserError(f"the destination {self.name} was made with {was}, now {now} is asked for: choose another --dest or remove it")
+
+    def is_finished(self, names: np.ndarray) -> bool:
+        """Whether nothing is left to do. A folder's files may have been removed since, because `check` found them damaged."""
+        done = self._closed and (self.zipped or not self.is_missing(names).any())
+        if done:
+            self._clean()                                         # an interrupted run may not have come to it
+        return done
+
+    def require_names(self, names: np.ndarray) -> None:
+        """Raise UserError when one of the names (n,) cannot be written: too long for the file system, or not fit for a zip."""
+        for name in names.tolist():
+            text = os.fsdecode(name)
+            if max(map(len, name.split(b"/"))) > LONGEST_FILE:
+                raise UserError(f"the name {shown(name)} in {self.name} is longer than {LONGEST_FILE} bytes: rename its image")
+            if self.zipped and (not is_zip_name(text) or text != name.decode(errors="replace")):
+                raise UserError(f"{shown(name)} cannot be named in the zip {self.name}, which takes UTF-8 without backslashes or "
+                                "drive letters: give a folder as --dest, or rename its image")
 
     def begin(self) -> None:
         """Create it, or take it as it is."""
         try:
             (self.folder / ".tmp").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot create {self.folder}: {error.strerror}") from error
+            raise UserError(f"cannot create {shown(self.folder)}: {error.strerror}") from error
         self.write(UNFINISHED, json.dumps(self.settings).encode())
 
     def is_missing(self, names: np.ndarray) -> np.ndarray:
         """Which of the names (n,) are still to be written: bool (n,)."""
-        return ~np.isin(names, FolderStore(self.folder).names())
+        there = np.isin(names, FolderStore(self.folder).names())
+        folder = os.fsencode(self.folder)
+        # A file without a byte is one that a power failure took before it was on the disk.
+        return np.array([not found or os.path.getsize(os.path.join(folder, name)) == 0
+                         for found, name in zip(there.tolist(), names.tolist(), strict=True)], dtype=bool)
 
     def write(self, name: bytes | str, data: bytes) -> None:
         """Write one whole file or none."""
         name = os.fsdecode(name)
         temporary = self.folder / ".tmp" / uuid.uuid4().hex
         try:
-            temporary.write_bytes(data)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                if name in (METADATA, UNFINISHED):                # the few that others depend on
+                    file.flush()
+                    os.fsync(file.fileno())
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, self.folder / name)
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / name}: {error.strerror}") from error
+            raise UserError(f"cannot write {shown(self.folder / name)}: {error.strerror}") from error
 
     def finish(self, names: np.ndarray, metadata: dict) -> None:
         """Close it: dataset.json, then the zip. Raises UserError when one of `names` is missing or the disk is too small."""
         missing = self.is_missing(names)
         if missing.any():  # one process of several failed, or a network folder does not show its files yet
-            raise UserError(f"{self.folder} lacks {missing.sum()} of {len(names)} files ({few(names[missing])}): "
+            raise UserError(f"{shown(self.folder)} lacks {missing.sum()} of {len(names)} files ({few(names[missing])}): "
                             "give the same command again")
         self.write(METADATA, json.dumps({**metadata, "made_with": self.settings}).encode())
         if self.zipped:
@@ -127,18 +165,15 @@ class Destination:
             (self.folder / UNFINISHED).unlink(missing_ok=True)
 
     def _zip(self, names: list[str]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        need = sum((self.folder / name).stat().st_size + 2 * len(name) + 128 for name in names)
+        need = sum((self.folder / name).stat().st_size + 2 * len(os.fsencode(name)) + 128 for name in names)
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise UserError(f"{self.path} needs {need / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free: "
-                            f"make room and give the same command again, or use the folder {self.folder}")
-        try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            raise UserError(f"{self.name} needs {need / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free: "
+                            f"make room and give the same command again, or use the folder {shown(self.folder)}")
+
+        def write(partial: Path) -> None:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
                 for name in tqdm(names, desc="zip", unit="file"):  # a fixed date: equal contents are equal bytes
                     archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), (self.folder / name).read_bytes())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+        write_whole(self.path, write)

@@ -2,9 +2,12 @@
 
 import argparse
 import pickle
+import resource
+import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models import checkpoint
 from models.checkpoint import build_for_sampling, load_weights
@@ -14,10 +17,14 @@ from models.vae import LatentSpace
 from tests.test_sit import inputs, randomised, small
 
 
-def saved(folder, model, ema, step=7):
+def content(model, ema, step=7) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
-    return checkpoint.save(folder, model=model, ema=ema, optimizer=optimizer, scaler=None, args={"seed": 1}, step=step, draws=9,
-                           latent_space=LatentSpace().to_record(), data="")
+    return checkpoint.capture(model=model, ema=ema, optimizer=optimizer, scaler=None, args={"seed": 1, "resume": "auto"}, step=step,
+                              draws=9, latent_space=LatentSpace().to_record(), data="", processes=1, log={})
+
+
+def saved(folder, model, ema, step=7):
+    return checkpoint.save(folder, content(model, ema, step))
 
 
 def released(model) -> dict:
@@ -41,7 +48,7 @@ def test_names_and_keys(tmp_path):
     assert path == tmp_path / "checkpoints" / "0000007.pt"
     state = torch.load(path, weights_only=True)
     assert {"model", "ema", "opt", "args", "steps"} <= state.keys()
-    assert state["args"] == {"seed": 1} and (state["steps"], state["draws"]) == (7, 9)
+    assert state["args"] == {"seed": 1, "resume": "auto"} and (state["steps"], state["draws"]) == (7, 9)
     assert [p.name for p in path.parent.iterdir()] == ["0000007.pt"]               # no partial file stays
 
 
@@ -144,3 +151,169 @@ def test_files_that_are_no_checkpoint(tmp_path):
         load_weights(small(), {"weights": {}, "epoch": 3})
     with pytest.raises(UserError, match="not a SiT"):
         build_for_sampling({"ema": {"conv.weight": torch.zeros(1)}}, "SiT-T/2")
+
+
+# ---- whole or absent
+
+@pytest.fixture
+def three(tmp_path):
+    """An experiment with checkpoints of steps 1, 2 and 3."""
+    for step in (1, 2, 3):
+        saved(tmp_path, small(), small(), step)
+    return tmp_path
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[:len(data) // 2]
+    elif how == "flipped":
+        data[len(data) // 2] ^= 1
+    elif how == "text":
+        data = b"hello"
+    else:
+        data = b""
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "text", "empty"])
+def test_a_damaged_newest_one_gives_way_to_the_one_before(three, how, capsys):
+    paths = [checkpoint.checkpoint_path(three, step) for step in (1, 2, 3)]
+    damage(paths[2], how)
+    for mmap in (False, True):
+        with pytest.raises(UserError, match="0000003.pt cannot be read"):
+            checkpoint.read(paths[2], mmap=mmap)
+    path, state = checkpoint.resumable(three, "auto")
+    assert path == paths[1] and state["steps"] == 2
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and str(paths[2]) in warning and str(paths[1]) in warning
+    damage(paths[0], how)
+    damage(paths[1], how)
+    with pytest.raises(UserError, match="none of the checkpoints can be read"):
+        checkpoint.resumable(three, "auto")
+    assert len(checkpoint.saved(three)) == 3
+
+
+def test_none_starts_afresh_only_where_nothing_is(three, tmp_path):
+    assert checkpoint.resumable(tmp_path / "new", "none") is None and checkpoint.resumable(tmp_path / "new", "auto") is None
+    with pytest.raises(UserError, match="holds 3 checkpoints up to step 3"):
+        checkpoint.resumable(three, "none")
+
+
+def test_a_run_goes_back_to_a_file_once(three, tmp_path, capsys):
+    first = checkpoint.checkpoint_path(three, 1)
+    path, state = checkpoint.resumable(three, str(first))
+    assert path == first
+    checkpoint.set_aside(three, state["steps"])
+    assert sorted(p.name for p in first.parent.iterdir()) == ["0000001.pt", "0000002.pt.aside", "0000003.pt.aside"]
+    assert capsys.readouterr().err.count("the run goes on at step 1") == 2
+    since = content(small(), small(), step=2)
+    since["args"]["resume"] = str(first)                                          # what the run that went back saves
+    checkpoint.save(three, since)
+    assert checkpoint.resumable(three, str(first))[0].name == "0000002.pt"
+
+
+def test_another_experiments_file_begins_a_new_run_only(three, tmp_path):
+    other = saved(tmp_path / "other", small(), small(), 9)
+    assert checkpoint.resumable(tmp_path / "new", str(other))[0] == other
+    with pytest.raises(UserError, match="holds checkpoints of its own"):
+        checkpoint.resumable(three, str(other))
+
+
+@pytest.mark.parametrize(("last", "every", "left"), [
+    (0, 0, [1, 2, 3, 4, 5, 6]), (1, 0, [6]), (2, 0, [5, 6]), (1, 2, [2, 4, 6]), (2, 3, [3, 5, 6]), (9, 0, [1, 2, 3, 4, 5, 6])])
+def test_what_is_kept(tmp_path, last, every, left):
+    saver = checkpoint.Saver(tmp_path, last, every)
+    for step in range(1, 7):
+        saver.start(content(small(), small(), step))
+    saver.wait()
+    assert list(checkpoint.saved(tmp_path)) == left and saver.failure is None
+
+
+def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The state is a copy: what changes after `capture` is not in the file."""
+    model = small()
+    began, may_end = threading.Event(), threading.Event()
+    original = torch.save
+    monkeypatch.setattr(torch, "save", lambda *a: (began.set(), may_end.wait(10), original(*a)))
+    saver = checkpoint.Saver(tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saver.start(content(model, model))
+    assert began.wait(10) and checkpoint.newest(tmp_path) is None                 # nothing looks whole before it is
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    may_end.set()
+    saver.wait()
+    state = checkpoint.read(checkpoint.newest(tmp_path))
+    assert all(torch.equal(state["model"][name], value) for name, value in before.items())
+
+
+def test_a_full_disk_leaves_the_older_ones_and_is_tried_again(three, capsys):
+    before = {path: path.read_bytes() for path in checkpoint.saved(three).values()}
+    saver = checkpoint.Saver(three, keep_last=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))                    # a file may not grow beyond
+    try:
+        saver.start(content(small(), small(), 4))
+        saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "0000004.pt" in str(saver.failure) and "full disk" in str(saver.failure)
+    assert capsys.readouterr().err.count("tries again") == 1
+    assert before == {path: path.read_bytes() for path in (three / "checkpoints").iterdir()}
+    saver.start(content(small(), small(), 4))
+    saver.wait()
+    assert saver.failure is None and list(checkpoint.saved(three)) == [4]
+
+
+def test_what_a_killed_run_was_writing_is_removed(three):
+    partial = three / "checkpoints" / ".0000004.pt.partial"
+    partial.write_bytes(b"half")
+    checkpoint.Saver(three)
+    assert not partial.exists() and len(checkpoint.saved(three)) == 3
+
+
+# ---- weights to share
+
+def test_exported_weights_are_a_checkpoint_for_sampling(tmp_path, capsys):
+    ema = randomised(small())
+    path = saved(tmp_path, small(), ema)
+    out = tmp_path / "shared.safetensors"
+    checkpoint.main(["export", str(path), str(out)])
+    assert str(out) in capsys.readouterr().out
+    state, original = checkpoint.read(out), checkpoint.read(path)
+    assert same(build_for_sampling(state), build_for_sampling(original)) and "opt" not in state
+    assert (state["latent_space"], state["args"], state["steps"]) == (original["latent_space"], {"seed": 1}, 7)      # paths are private
+    with pytest.raises(UserError, match="no 'model' weights but ema: change --weights"):
+        build_for_sampling(state, which="model")
+    checkpoint.main(["export", str(path), str(tmp_path / "last.safetensors"), "--weights", "model"])
+    last = checkpoint.read(tmp_path / "last.safetensors")
+    assert same(build_for_sampling(last, which="model"), build_for_sampling(original, which="model"))
+
+
+def test_a_released_file_is_exported_with_its_model_named(tmp_path):
+    model = randomised(SiT_models["SiT-T/2"](input_size=8, in_channels=4, num_classes=11, cls_token_dim=48, z_dims=(48,), projector_dim=16))
+    torch.save(released(model), tmp_path / "0400000.pt")
+    checkpoint.export(tmp_path / "0400000.pt", tmp_path / "out.safetensors", model_name="SiT-T/2")
+    state = checkpoint.read(tmp_path / "out.safetensors")
+    assert state["args"]["path_type"] == "cosine" and "latent_space" not in state
+    rebuilt = build_for_sampling(state)
+    torch.testing.assert_close(rebuilt(*inputs(rebuilt))[0], model.eval()(*inputs(model))[0])
+
+
+@pytest.mark.parametrize(("out", "sentence"), [("weights.pt", "does not end in .safetensors"), ("there.safetensors", "is there already")])
+def test_export_overwrites_nothing(tmp_path, out, sentence, capsys):
+    path = saved(tmp_path, small(), small())
+    (tmp_path / "there.safetensors").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.main(["export", str(path), str(tmp_path / out)])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err and (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+def test_foreign_safetensors_are_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("foreign", "text"):
+        with pytest.raises(UserError, match="expected a file that"):
+            checkpoint.read(tmp_path / f"{name}.safetensors")

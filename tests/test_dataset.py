@@ -3,9 +3,11 @@
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import struct
+import tracemalloc
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 import dataset as module
 from dataset import FolderStore, GlobalBatchSampler, LatentDataset, ZipStore, key_of, list_keyed, open_store
@@ -317,10 +319,35 @@ def test_label_faults(data):
                   [["00000/img00000000.png", [0, 1]]], [["00000/img00000000.png", "cat"]]):
         relabel(data, "images", wrong)
         refuse("whole number", data)
-    (data / "images" / "dataset.json").write_text("{")
-    refuse("not JSON", data)
-    (data / "images" / "dataset.json").write_text("[]")
-    refuse("must be an object", data)
+    relabel(data, "images", [*labels_of(image_name, [2, 0, 1, 2, 0, 1]), ["00000/00000009.png", 1], ["00000/00000009.png", 2]])
+    assert len(LatentDataset(data)) == COUNT                                      # of a file that is not there
+
+
+@pytest.mark.parametrize("text, sentence", [
+    (b"{", "not JSON"), (b"", "not JSON"), (b"[" * 100_000, "not JSON"), (b'{"labels": "\xff"}', "not JSON"), (b"9" * 5000, "not JSON"),
+    (b"[]", "must be an object"), (b"NaN", "must be an object"), (b'"labels"', "must be an object"),
+    *((json.dumps({"labels": wrong}).encode(), "whole number") for wrong in (
+        True, "cat", 0.5, {"00000/img00000000.png": 1}, [None], ["ab"], [[]], [[7, 7]], [["a.png", 1, 2]], [["a.png", True]],
+        [["a.png", "7"]], [["a.png", 7.0]], [["a.png", float("nan")]], [["a.png", -1]], [["a.png", 2**63]], [["a.png", 10**400]],
+        [["a.png", None]], [["a.png", [[1]]]], [["a\0.png", 1]])),
+    (b'{"labels": [["\\ud800.png", 1]]}', r"names \\ud800.png, which no file can be called"),
+    (json.dumps({"labels": [*labels_of(image_name, [2, 0, 1, 2, 0, 1]), [image_name(4), 3]]}).encode(),
+     "lists 00000/00000004 with label 0 and with label 3"),
+    (json.dumps({"labels": [["x" * 10_000, 1]] * 3}).encode(), "no label for 6 of 6 files"),
+], ids=lambda value: str(value)[:40])
+def test_hostile_metadata_is_refused_in_one_sentence(data, text, sentence):
+    (data / "images" / "dataset.json").write_bytes(text)
+    refuse(f"{data}/images/dataset.json.*{sentence}", data)
+
+
+def test_one_long_name_does_not_widen_all_others(data):
+    relabel(data, "images", [*labels_of(image_name, [2, 0, 1, 2, 0, 1]), *([str(i), 0] for i in range(200)), ["x" * 2**20, 0]])
+    tracemalloc.start()
+    try:
+        LatentDataset(data)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20                      # and not 207 MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_resolution_that_does_not_fit(data):
@@ -340,8 +367,13 @@ def test_resolution_that_does_not_fit(data):
 def test_record_of_another_vae(data):
     put(data / "vae-sd", {}, {"labels": None, "vae": {**VAE, "channels": 4}})
     refuse("4 channels", data)
-    put(data / "vae-sd", {}, {"labels": None, "vae": {"scale": 1}})
-    refuse("channels and downsampling", data)
+    for wrong in ({"scale": 1}, [], 7, {**VAE, "channels": "4"}, {**VAE, "downsampling": 0}, {**VAE, "channels": None},
+                  {**VAE, "downsampling": True}):
+        put(data / "vae-sd", {}, {"labels": None, "vae": wrong})
+        refuse("channels and downsampling", data)
+    for wrong in ({**VAE, "scale": float("nan")}, {**VAE, "shift": "0"}, {**VAE, "scale": float("inf")}):
+        put(data / "vae-sd", {}, {"labels": None, "vae": wrong})
+        refuse("a finite scale and shift", data)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", png(7)[:60], png(7, (8, 16)),
@@ -357,7 +389,9 @@ def test_damaged_image_is_named(data, content):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", npy(7)[:-1], npy(7, (4, 4, 2)), npy(7, (4, 2, 2)),
-                                     npy(7, dtype=np.int64), pickle.dumps([1])])
+                                     npy(7, dtype=np.int64), pickle.dumps([1]), npy(7, dtype=object), npy(7, (4, 0, 0)),
+                                     b"PK\x03\x04 is no npz", npy(7).replace(b"{'descr'", b"['descr'"),
+                                     npy(7).replace(b"(4, 4, 4), }", b"(4, 4, 9**99")])
 def test_damaged_moments_are_named(data, content):
     (data / "vae-sd" / moments_name(3)).write_bytes(content)
     entries = LatentDataset(data)
@@ -387,6 +421,120 @@ def test_damaged_zip(data):
 def test_unfinished_folder_is_refused(data):
     (data / "vae-sd" / "dataset.json").rename(data / "vae-sd" / ".unfinished.json")
     refuse("vae-sd is not finished", data)
+
+
+# ---- files that are made to do harm ---------------------------------------------------------------------------------------------------
+
+def zipped(path: Path, files: dict[str, bytes], compression=zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def mend(path: Path, field: int, value: int) -> None:
+    """Write another number (4 bytes) over a field of the first entry of a zip's central directory."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<I", content, content.index(b"PK\x01\x02") + field, value)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "a/../../b.png", "/etc/a.png", "//a.png", "a//b.png", "./a.png", "..", "C:/a.png", "c:a.png",
+                                  "a\\..\\b.png", "a\\b.png", "x" * 5000, "../", "/"])
+def test_names_that_lead_out_of_a_folder_are_refused(tmp_path, name):
+    path = zipped(tmp_path / "a.zip", {"good.png": b"", name: b""})
+    with pytest.raises(UserError, match="a.zip holds .*: expected relative names"):
+        open_store(path)
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"good.pngX.txt": b""})
+    path.write_bytes(path.read_bytes().replace(b"X", b"\0"))
+    with pytest.raises(UserError, match=r"holds good.png\\x00.txt"):
+        open_store(path)
+
+
+def test_one_name_twice_in_a_zip_is_refused(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"a.png": b"1", "b.png": b"2"})
+    path.write_bytes(path.read_bytes().replace(b"b.png", b"a.png"))
+    with pytest.raises(UserError, match="a.zip holds two files named a.png"):
+        open_store(path)
+
+
+def test_a_file_that_is_inflated_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        zipped(tmp_path / f"{compression}.zip", {"a/bomb.png": bytes(1001)}, compression)
+    monkeypatch.setattr(module, "MAX_INFLATED", 1001)
+    assert open_store(tmp_path / "8.zip").read("a/bomb.png") == bytes(1001)
+    monkeypatch.setattr(module, "MAX_INFLATED", 1000)
+    with pytest.raises(UserError, match="a/bomb.png of 1001 bytes, compressed: expected at most 1000"):
+        open_store(tmp_path / "8.zip")
+    assert open_store(tmp_path / "0.zip").read("a/bomb.png") == bytes(1001)         # which inflates nothing
+
+
+def test_no_more_is_inflated_than_the_zip_declares(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"bomb.png": bytes(50 << 20)}, zipfile.ZIP_DEFLATED)
+    mend(path, 24, 100)                                                           # the size
+    store = open_store(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="bomb.png is damaged"):
+            store.read("bomb.png")
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("field, value", [(42, 10_000), (42, 2**31), (20, 10_000)])  # the offset, the compressed size
+def test_places_outside_of_the_zip_are_refused(tmp_path, field, value):
+    path = zipped(tmp_path / "a.zip", {"a.png": b"1234"})
+    mend(path, field, value)
+    with pytest.raises(UserError, match=f"a.zip holds a.png outside of its {path.stat().st_size} bytes"):
+        open_store(path)
+
+
+def test_links_are_followed_but_not_in_a_circle(data, tmp_path):
+    (data / "images" / "00000").rename(tmp_path / "elsewhere")
+    (data / "images" / "00000").symlink_to(tmp_path / "elsewhere")
+    assert len(LatentDataset(data)) == COUNT
+    (data / "images" / "loop").symlink_to(data / "images")
+    refuse("images/loop/ is a link to a folder that holds it", data)
+    (data / "images" / "loop").unlink()
+    (data / "images" / "loop").symlink_to(data / "images" / "loop")
+    refuse("cannot list .*images/loop: Too many levels", data)
+
+
+def test_what_is_named_like_a_picture_and_is_none(data):
+    (data / "images" / "folder.png").mkdir()
+    os.mkfifo(data / "images" / "pipe.png")                                       # to read it would never end
+    assert len(LatentDataset(data)) == COUNT
+    (data / "images" / image_name(0)).unlink()
+    (data / "images" / image_name(0)).symlink_to(data / "nowhere")
+    refuse("cannot read .*img00000000.png: No such file", data)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_files_and_folders_without_permission(data):
+    (data / "images" / image_name(0)).chmod(0)
+    refuse("cannot read .*img00000000.png: Permission denied", data)
+    (data / "images" / "00000").chmod(0)
+    refuse("cannot list .*images/00000/: Permission denied", data)
+    (data / "images" / "00000").chmod(0o755)
+
+
+def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(module, "MAX_PIXELS", SIDE * SIDE)
+    assert module.decode_image(png(1), "x").size == (SIDE, SIDE)
+    large = png(1, (SIDE, SIDE + 1))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(UserError, match=f"x.png has more than {SIDE * SIDE} pixels: make it smaller"):
+        module.decode_image(large, "x.png")
+
+
+def test_faulty_names_are_shown_on_one_line(data):
+    for name in ("a\nb.png", "\udcff.png", "\u2028.png"):
+        (data / "images" / name).write_bytes(png(1))
+    refuse(r"3 of 9 images have no partner in .* \(a\\nb, \\u2028, \\udcff\)", data)
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------------------------

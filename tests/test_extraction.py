@@ -115,11 +115,15 @@ def test_statistics_belong_to_the_features_they_were_made_of(tiny_inception, tmp
     opened = open_images(tmp_path / "adm.npz")
     assert file_statistics(opened, tiny_inception) is opened.statistics and file_statistics(open_images(images), tiny_inception) is None
     assert file_statistics(opened, counting("net")) is None                       # a file that does not say is ADM's: Inception's
-    np.savez(tmp_path / "net.npz", **planted(images, about=json.dumps({"distance": "fd_net", "weights_sha256": "0"})))
+    about = json.dumps({"distance": "fd_net", "weights_sha256": "0"})
+    np.savez(tmp_path / "net.npz", mu=np.zeros(3), sigma=np.eye(3), about=about)
     opened = open_images(tmp_path / "net.npz")
     assert file_statistics(opened, counting("net")) is opened.statistics and file_statistics(opened, tiny_inception) is None
     with pytest.raises(UserError, match=r"net.npz were made with other net weights \(0, now 1\)"):
         file_statistics(opened, counting("net", "1"))
+    np.savez(tmp_path / "net.npz", mu=np.zeros(6), sigma=np.eye(6), about=about)
+    with pytest.raises(UserError, match="net.npz has mu of 6 numbers and net gives 3"):
+        file_statistics(open_images(tmp_path / "net.npz"), counting("net"))
 
 
 def test_a_folder_named_inception_does_not_take_inceptions_statistics(tiny_inception, tmp_path):

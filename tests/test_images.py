@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tracemalloc
 import zipfile
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dataset
+from evaluations import images as module
 from evaluations.images import ImageSet, open_images, pick, write_npz
 from models.errors import UserError
 from preprocessing.crop import center_crop
@@ -131,6 +134,10 @@ def bad_sources(tmp_path):
         "nan": (dict(mu=mu * np.nan, sigma=sigma), "mu and sigma of .*nan.npz are not finite"),
         "inf": (dict(mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma + np.inf), "mu_s and sigma_s of .*inf.npz are not finite"),
         "about": (dict(mu=mu, sigma=sigma, about=np.array("{")), "not a readable npz"),
+        "deep": (dict(mu=mu, sigma=sigma, about=np.array("[" * 100_000)), "not a readable npz"),
+        "list": (dict(mu=mu, sigma=sigma, about=np.array("[7]")), "about of .*list.npz is no JSON object"),
+        "mu of objects": (dict(mu=np.array([None, 1]), sigma=sigma), "not a readable npz"),
+        "no pixels": (dict(arr_0=np.zeros((4, 0, 8, 3), np.uint8)), r"\(4, 0, 8, 3\): expected images of 1 to"),
     }
     for name, (arrays, sentence) in cases.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
@@ -140,6 +147,11 @@ def bad_sources(tmp_path):
     with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"no header")
     yield tmp_path / "header.npz", "not a readable npz"
+    for name, shape, sentence in (("negative", (4, -8, -8, 3), "expected images of 1 to"), ("large", (4, 2**14, 2**14, 3), "expected"),
+                                  ("fewer", (-4, 8, 8, 3), "expected images of 1 to")):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        yield tmp_path / f"{name}.npz", sentence
     np.savez(tmp_path / "short.npz", good)
     (tmp_path / "short.npz").write_bytes((tmp_path / "short.npz").read_bytes()[:-100])
     yield tmp_path / "short.npz", "not a readable npz"
@@ -155,6 +167,16 @@ def test_what_is_no_set_of_images_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value) and path.name in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["arr_1", "mu", "sigma"])
+def test_an_array_that_is_inflated_beyond_the_limit_is_refused(tmp_path, monkeypatch, key):
+    arrays = {"arr_1": np.zeros(4, np.int64), "mu": np.zeros(3), "sigma": np.eye(3)}
+    arrays[key] = np.zeros((40, 40))
+    np.savez_compressed(tmp_path / "a.npz", arr_0=random_images(4), **arrays)
+    monkeypatch.setattr(module, "MAX_LOADED", 1000)
+    with pytest.raises(UserError, match=f"a.npz holds {key}.npy of 12928 bytes: expected at most 1000"):
+        open_images(tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "deflated"])
 def test_a_damaged_npz_is_said_when_the_damage_is_met(tmp_path, damage):
     path = tmp_path / "a.npz"
@@ -168,7 +190,7 @@ def test_a_damaged_npz_is_said_when_the_damage_is_met(tmp_path, damage):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 0xFF
         path.write_bytes(data)
-    with pytest.raises(UserError, match="ends within image 5 of 6" if damage == "cut" else "a.npz is damaged") as error:
+    with pytest.raises(UserError, match="arr_0 ends before the 6 images" if damage == "cut" else "a.npz is damaged") as error:
         blocks(open_images(path), 4)
     assert "\n" not in str(error.value)
 
@@ -224,7 +246,9 @@ def test_labels_of_a_folder_come_from_dataset_json_by_name(tmp_path):
     labels = [[f"{i // 4:05d}/img{i:08d}.png", 10 * i] for i in range(6)]
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
     assert open_images(tmp_path).labels.tolist() == [0, 10, 20, 30, 40, 50]
-    for text in (json.dumps({"labels": labels[1:]}), json.dumps({"labels": None}), json.dumps({}), "{"):
+    hostile = [json.dumps({"labels": [*labels[1:], [labels[0][0], wrong]]}) for wrong in (0.5, True, "7", None, [1], 2**64, 10**400)]
+    for text in (json.dumps({"labels": labels[1:]}), json.dumps({"labels": None}), json.dumps({}), "{", "[]", "NaN", "[" * 100_000,
+                 json.dumps({"labels": [[{}, 1]]}), json.dumps({"labels": 7}), *hostile):
         (tmp_path / "dataset.json").write_text(text)
         assert open_images(tmp_path).labels is None
 
@@ -241,6 +265,65 @@ def test_images_of_a_folder_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:400])
     with pytest.raises(UserError, match="2.png is not a readable image"):
         blocks(open_images(tmp_path), 2)
+
+
+def test_pictures_in_a_folder_that_cannot_be_decoded_are_named_in_one_line(tmp_path, monkeypatch):
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "0.png")
+    eps = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(eps, "eps")
+    monkeypatch.setattr(dataset, "MAX_PIXELS", 300)
+    large = io.BytesIO()
+    Image.new("RGB", (20, 16)).save(large, "png")
+    for content, sentence in ((b"", "is not a readable image"), (b"text", "is not a readable image"),
+                              (eps.getvalue(), "is not a readable image"), (large.getvalue(), "has more than 300 pixels")):
+        (tmp_path / "line\nbreak.png").write_bytes(content)
+        for crop in (None, 8):
+            with pytest.raises(UserError, match=rf"line\\nbreak.png {sentence}") as error:
+                blocks(open_images(tmp_path, crop=crop), 2)
+            assert "\n" not in str(error.value)
+
+
+def test_an_animation_is_its_first_frame(tmp_path):
+    first, second, third = (Image.fromarray(image) for image in random_images(3))
+    first.save(tmp_path / "a.png", save_all=True, append_images=[second, third])
+    first.save(tmp_path / "b.webp", save_all=True, append_images=[second, third], lossless=True)
+    assert np.array_equal(np.concatenate(blocks(open_images(tmp_path), 2)), [np.array(first)] * 2)
+
+
+def test_what_is_named_like_a_picture_and_is_none(tmp_path):
+    write_folder(tmp_path, random_images(3))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert open_images(tmp_path).count == 3
+    os.mkfifo(tmp_path / "0.png")                                                 # to read it would never end
+    with pytest.raises(UserError, match="0.png is no file but a pipe"):
+        open_images(tmp_path)
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "0.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="cannot read .*0.png: No such file"):
+        open_images(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    write_folder(tmp_path, random_images(6))
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("00001"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot list .*00001: Permission denied"):
+        open_images(tmp_path)
+
+
+def test_names_of_any_bytes_have_a_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file, image in zip(("\udcff.png", f"{name} \n.png"), random_images(2), strict=True):
+            Image.fromarray(image).save(tmp_path / name / file)
+    assert open_images(tmp_path / "a").content() != open_images(tmp_path / "b").content()
 
 
 # --- the crop --------------------------------------------------------------------------------------------------------------------

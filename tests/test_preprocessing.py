@@ -4,9 +4,11 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
@@ -214,6 +216,66 @@ def test_floating_point_picture_is_refused():
         to_rgb(Image.new("F", (4, 4)), "x.tif")
 
 
+def animation(extension: str) -> bytes:
+    """Three frames, each of another picture."""
+    data = io.BytesIO()
+    first, *others = (noise(40, 50, seed) for seed in range(3))
+    first.save(data, extension, save_all=True, append_images=others, **({"lossless": True} if extension == "webp" else {}))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("extension", ["png", "gif", "webp"])
+def test_an_animation_is_its_first_frame(tmp_path, extension):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f"x.{extension}").write_bytes(animation(extension))
+    alone = io.BytesIO()
+    noise(40, 50, 0).save(alone, extension, **({"lossless": True} if extension == "webp" else {}))
+    run_convert(tmp_path / "a", tmp_path / "b")
+    expected = np.array(center_crop(Image.open(alone).convert("RGB"), 32))
+    with Image.open(tmp_path / "b/00000/img00000000.png") as image:
+        assert (np.array(image) == expected).all()
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A png whose header says so and that holds no pixel."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def saved(picture: Image.Image, form: str) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, form)
+    return data.getvalue()
+
+
+REFUSED = {
+    "empty.png": (b"", "is not a readable image .none of BMP, GIF"), "text.png": (b"no picture", "is not a readable image .none of"),
+    "cut.png": (saved(noise(40, 50), "png")[:500], "is not a readable image"),
+    "cut.jpg": (saved(noise(40, 50), "jpeg")[:500], "is not a readable image"),
+    "eps.png": (saved(noise(8, 8), "eps"), "is not a readable image .none of"),   # for which Pillow would call Ghostscript
+    "float.tif": (saved(Image.new("F", (8, 8)), "tiff"), "is a floating-point picture"),
+    "strip.png": (saved(Image.new("L", (200_000, 1)), "png"), "is 200000x1 px and would be enlarged to 6400000x32"),
+    "bomb.png": (claiming(40_000, 40_000), "has more than 134217728 pixels"), "large.png": (claiming(12_000, 12_000), "has more than 134"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")           # pytest sets aside the filters of others
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_picture_that_cannot_be_converted_is_named(tmp_path, name, zipped):
+    content, sentence = REFUSED[name]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(content)
+    if zipped:
+        shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
+    with pytest.raises(UserError, match=f"a.*{name} {sentence}") as caught:
+        run_convert(tmp_path / ("a.zip" if zipped else "a"), tmp_path / "b")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "b").rglob("*.png"))
+
+
 def test_transform_none_wants_fitting_pictures(photos, images, tmp_path):
     run_convert(images, tmp_path / "again", transform="none")
     assert files(tmp_path / "again") == files(images)
@@ -226,7 +288,7 @@ def test_resolution(text, value):
     assert parse_resolution(text) == value
 
 
-@pytest.mark.parametrize("text", ["256x128", "x256", "256x", "0x0", "-1", "a", "", "256x256x256", "1.5", "²"])
+@pytest.mark.parametrize("text", ["256x128", "x256", "256x", "0x0", "-1", "a", "", "256x256x256", "1.5", "²", "9" * 5000, "99999x99999"])
 def test_wrong_resolution(text):
     with pytest.raises(UserError, match="expected a square like 256x256"):
         parse_resolution(text)
@@ -266,7 +328,69 @@ def test_corrupt_picture_is_named_in_one_line(photos, tmp_path):
                         "--resolution=32x32", "--workers=1"], expected=2)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "dog/p1.png is not a readable image" in last and "Traceback" not in done.stderr
+    (photos / "dog/p1.png").write_bytes(claiming(12_000, 12_000))                 # of which Pillow would warn in two lines
+    done = run_program(["-m", "preprocessing.dataset_tools", "convert", f"--source={photos / 'dog'}", f"--dest={tmp_path / 'y'}",
+                        "--resolution=32x32", "--workers=0"], expected=2)
+    assert "dog/p1.png has more than 134217728 pixels" in done.stderr and "Warning" not in done.stderr
     assert not (tmp_path / "x/dataset.json").exists()
+
+
+# Names of a class folder that a file system takes.
+ODD = ["!ü", "a b", "ünï-日本", "line\nbreak", "quote\"'`$(x)", "--help", "\udcff\udc80", "n" * 200, "{0}%s", "a\\b", "c:", " ", "*"]
+
+
+def test_class_names_with_odd_characters(tmp_path, vae, monkeypatch):
+    for i, name in enumerate(ODD):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        noise(32, 32, i).save(tmp_path / "photos" / name / f"img {name[:100]}.png")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii", errors="strict"))       # a terminal that knows little
+    main(["convert", f"--source={tmp_path / 'photos'}", f"--dest={tmp_path / 'a/images'}", "--resolution=32x32", "--workers=0"])
+    main(["encode", f"--source={tmp_path / 'a/images'}", f"--dest={tmp_path / 'a/vae-sd'}", f"--model-url={vae}", "--workers=0"])
+    (tmp_path / "b").mkdir()
+    shutil.copytree(tmp_path / "photos", tmp_path / "b/images")                    # and under their own names, as keys of moments
+    run_encode(tmp_path / "b/images", tmp_path / "b/vae-sd", vae)
+    sys.stdout.flush()
+    assert printed.getvalue().count(b"\n") == 3
+    numbered, named = LatentDataset(tmp_path / "a"), LatentDataset(tmp_path / "b")
+    assert numbered.labels.tolist() == list(range(len(ODD))) and len(named) == len(ODD)
+    order = sorted(range(len(ODD)), key=lambda i: os.fsencode(f"{ODD[i]}/{ODD[i][:100]}"))
+    for k, i in enumerate(order):
+        assert (named[k][0].permute(1, 2, 0).numpy() == np.array(noise(32, 32, i))).all()
+
+
+def test_a_printed_class_name_is_one_line_in_any_encoding(tmp_path, monkeypatch):
+    """Also where `convert` is called by another program, whose stdout is strict."""
+    for name in ("line\nbreak", "\udcff"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        noise(32, 32).save(tmp_path / "photos" / name / "x.png")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8", errors="strict"))
+    run_convert(tmp_path / "photos", tmp_path / "out\udcff\n")
+    sys.stdout.flush()
+    assert printed.getvalue().endswith(b"out\\udcff\\n: 2 images of 32x32, labels from 2 sorted folders (line\\nbreak, \\udcff)\n")
+
+
+@pytest.mark.parametrize("name, dest, sentence", [
+    ("\udcff.png", "x.zip", r"\\udcff.npy cannot be named in the zip"), ("a\\b.png", "x.zip", "cannot be named in the zip"),
+    ("c:/x.png", "x.zip", "cannot be named in the zip"), ("n" * 245 + ".png", "x", "is longer than 255 bytes"),
+])
+def test_keys_that_no_destination_takes_are_refused_at_once(tmp_path, vae, name, dest, sentence):
+    (tmp_path / "images" / name).parent.mkdir(parents=True)
+    noise(32, 32).save(tmp_path / "images" / name)
+    with pytest.raises(UserError, match=sentence):
+        run_encode(tmp_path / "images", tmp_path / dest, vae)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("name", ["../../outside.png", "/outside.png", "a\\..\\outside.png"])
+def test_a_zip_writes_nothing_outside_of_the_destination(tmp_path, vae, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, saved(noise(32, 32), "png"))
+    for run in (run_convert, lambda source, dest: run_encode(source, dest, vae)):
+        with pytest.raises(UserError, match="a.zip holds .*outside.png: expected relative names"):
+            run(tmp_path / "a.zip", tmp_path / "deep/er/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_images_of_another_size_are_named(images, vae, tmp_path):
@@ -390,6 +514,29 @@ def test_work_with_a_gap_is_not_closed(images, vae, tmp_path):
     assert not (tmp_path / "a.zip").exists()
     run_encode(images, tmp_path / "a.zip", vae)
     assert len(files(tmp_path / "a.zip")) == 10
+
+
+def test_a_damaged_file_that_was_removed_is_made_again(photos, images, vae, tmp_path, capsys):
+    """As `check` asks for, after the work was finished once."""
+    run_encode(images, tmp_path / "moments", vae)
+    for folder, name in ((images, "00000/img00000003.png"), (tmp_path / "moments", "00000/img-mean-std-00000003.npy")):
+        whole = contents(folder)
+        (folder / name).unlink()
+        run_convert(photos, images) if folder == images else run_encode(images, tmp_path / "moments", vae)
+        assert contents(folder) == whole
+    assert "finished already" not in capsys.readouterr().out
+
+
+def test_a_record_of_settings_that_cannot_be_read_is_said(photos, tmp_path):
+    for content, sentence in ((b"", "unfinished.json is damaged: remove .*x and begin again"), (b"[" * 100_000, "is damaged"),
+                              (b"[]", "did not write")):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x/.unfinished.json").write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            run_convert(photos, tmp_path / "x")
+    (tmp_path / "x/dataset.json").write_text('{"made_with": [1]}')
+    with pytest.raises(UserError, match="did not write"):
+        run_convert(photos, tmp_path / "x")
 
 
 def test_a_source_that_changed_needs_another_destination(photos, images, vae, tmp_path):

@@ -7,17 +7,20 @@ from models.errors import UserError
 from models.processes import is_first_node, launch_plan
 
 
-def test_one_process_needs_no_launcher():
-    assert launch_plan({}, gpus=1, cores=8) == ([], {})
-    arguments, variables = launch_plan({}, gpus=0, cores=8)
-    assert arguments == [] and variables["ACCELERATE_USE_CPU"] == "true" and variables["OMP_NUM_THREADS"] == "8"
+def test_one_process_joins_nobody():
+    assert launch_plan({}, gpus=1, cores=8) == [{}]
+    (variables,) = launch_plan({}, gpus=0, cores=8)
+    assert variables == {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "8"}
+    assert launch_plan({"OMP_NUM_THREADS": "3"}, gpus=0, cores=8)[0]["OMP_NUM_THREADS"] == "3"      # the user's own stays
 
 
 def test_all_gpus_by_default_and_cpu_processes_without_one():
-    assert launch_plan({}, gpus=8, cores=64) == (["--standalone", "--nproc_per_node", "8"], {})
-    assert launch_plan({"NUM_GPUS": "2"}, gpus=8, cores=64)[0][-1] == "2"
-    arguments, variables = launch_plan({"NUM_GPUS": "2"}, gpus=0, cores=3)
-    assert arguments[-1] == "2" and variables["OMP_NUM_THREADS"] == "1"
+    ranks = launch_plan({}, gpus=8, cores=64)
+    assert [(rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [(str(i), str(i), "8") for i in range(8)]
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {"127.0.0.1"} and len({rank["MASTER_PORT"] for rank in ranks}) == 1
+    assert len(launch_plan({"NUM_GPUS": "2"}, gpus=8, cores=64)) == 2
+    ranks = launch_plan({"NUM_GPUS": "2"}, gpus=0, cores=3)
+    assert [rank["OMP_NUM_THREADS"] for rank in ranks] == ["1", "1"] and ranks[0]["ACCELERATE_USE_CPU"] == "true"
 
 
 @pytest.mark.parametrize("environment", [
@@ -28,8 +31,10 @@ def test_several_nodes_from_either_set_of_variables(environment, monkeypatch, tm
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node0\\nnode1\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    arguments, _ = launch_plan(environment, gpus=4, cores=64)
-    assert " ".join(arguments) == "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500 --nproc_per_node 4"
+    ranks = launch_plan(environment, gpus=4, cores=64)
+    assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in ranks] == [("4", "0"), ("5", "1"), ("6", "2"), ("7", "3")]
+    assert all((rank["MASTER_ADDR"], rank["MASTER_PORT"], rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"]) == ("node0", "29500", "8", "4")
+               for rank in ranks)
 
 
 def test_the_first_node_is_one():
@@ -44,6 +49,7 @@ def test_the_first_node_is_one():
     ({"NUM_GPUS": "two"}, "NUM_GPUS is 'two'"),
     ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
     ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK or"),
+    ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK is '2', but NNODES is 2"),
     ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, "one task per node"),
 ])
 def test_what_cannot_be_launched(environment, sentence):

@@ -12,8 +12,10 @@ import pytest
 import generate
 import train
 from evaluations import evaluator, sweep
+from models import checkpoint
 from models.sit import SiT_models
 from preprocessing import dataset_tools
+from tests.stress import kills
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train", "generate"}
@@ -29,6 +31,8 @@ ALLOWED = {
     "preprocessing": {"preprocessing", "dataset", "models.vae", "models.encoders", "models.errors", "models.files", "models.processes"},
     "evaluations": {"evaluations", "models.checkpoint", "models.encoders", "models.errors", "models.files", "models.processes",
                     "preprocessing.crop"},
+    "models.processes": {"models.errors", "models.stopping"},
+    "models.meter": {"models.errors", "models.files"},
     "models.checkpoint": {"models.sit", "models.errors", "models.files"},
     "models": {"models.errors"},
     "toy": {"toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
@@ -128,6 +132,10 @@ def test_readme_commands_parse(command):
         generate.parse_args(command[2:])
     elif command[1:3] == ["-m", "preprocessing.dataset_tools"] or command[2:4] == ["-m", "preprocessing.dataset_tools"]:
         dataset_tools.build_parser().parse_args(command[command.index("preprocessing.dataset_tools") + 1:])
+    elif command[1:4] == ["-m", "models.checkpoint", "export"]:
+        checkpoint.parse_args(command[3:])
+    elif command[1:3] == ["-m", "tests.stress.kills"]:
+        kills.parse_args(command[3:])
     elif command[1:3] == ["-m", "evaluations.evaluator"]:
         evaluator.parse_args(command[3:])
     else:

@@ -3,9 +3,7 @@
 import csv
 import json
 import os
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -108,24 +106,25 @@ def programs(monkeypatch, experiment, tmp_path):
     for name in ("ref.npz", "there.npz"):
         (tmp_path / name).touch()
 
-    def run(command, stdout, text):
-        assert command[1] == "-m"
+    def run(command, ranks, stdout):
+        assert command[1] == "-m" and ranks == [{}]
         _, _, *command = command
         commands.append(command)
         given = dict(zip(command, command[1:], strict=False))
         if "generate.py" in command:
             name = "-".join(part.lstrip("-") for part in command[command.index("--ckpt") + 2:]) + Path(given["--ckpt"]).stem
             (experiment / "samples" / name).mkdir(parents=True, exist_ok=True)
-            return SimpleNamespace(returncode=0, stdout=f"a line\n{experiment / 'samples' / name / 'samples.npz'}\n")
+            stdout.write(f"a line\n{experiment / 'samples' / name / 'samples.npz'}\n")
+            return 0, []
         if "--dry-run" not in command:
             high = 0.85 if "guidance-high-0.85" in given["--output"] else 1.0
             scale = 1.0 if "cfg-scale-1.0" in given["--output"] else 2.3
             tokens = {"class_token_cosine": 0.5} if "--class-tokens" in command else {}
             scored(Path(given["--output"]).parent, scale + high, scale, high=high, ref_batch=given["--ref-batch"], **tokens,
                    **asked(given.get("--metrics"), given["--precision-recall"], given["--features"]))
-        return SimpleNamespace(returncode=0, stdout="")
+        return 0, []
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sweep, "supervise", run)
     return commands
 
 
@@ -169,9 +168,8 @@ def test_a_larger_sweep_makes_what_is_missing(programs, experiment):
 
 
 def test_after_an_interruption_the_table_has_what_was_scored(programs, experiment, monkeypatch):
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: run(command, **how) if kinds(programs).count("score") < 2
-                        else SimpleNamespace(returncode=7, stdout=""))
+    run = sweep.supervise
+    monkeypatch.setattr(sweep, "supervise", lambda *how: run(*how) if kinds(programs).count("score") < 2 else (7, []))
     with pytest.raises(SystemExit) as ended:
         sweep.main([str(experiment), *SWEEP])
     assert ended.value.code == 7                                                  # the failing program's own, which said why

@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from evaluations.scoring import evaluate
 from loss import SILoss
 from models import checkpoint
 from models.errors import UserError
+from tests.stress.kills import log_of, same
 from tests.test_sit import inputs, randomised, small
 
 ROOT = Path(__file__).parents[1]
@@ -179,12 +183,235 @@ def two_processes(*command, **environment) -> subprocess.CompletedProcess:
 # ---- counters and resuming
 
 def test_the_same_command_resumes(train_flags, tmp_path):
-    straight = run([*train_flags, "--output-dir", str(tmp_path / "straight")], "--gradient-accumulation-steps", 2, steps=4)
-    run(train_flags, "--gradient-accumulation-steps", 2, steps=2)
-    resumed = run(train_flags, "--gradient-accumulation-steps", 2, steps=4)
+    """N + N steps are 2N to the bit, from the middle of an epoch of three draws across its end, with accumulation."""
+    flags = [*train_flags, "--gradient-accumulation-steps", "2"]
+    straight = run([*flags, "--output-dir", str(tmp_path / "straight")], steps=4)
+    run(flags, steps=2)
+    resumed = run(flags, steps=4)
     assert (resumed["steps"], resumed["draws"]) == (4, 4)
-    assert equal(straight["model"], resumed["model"]) and equal(straight["ema"], resumed["ema"])
+    assert all(same(straight[part], resumed[part]) for part in straight.keys() - {"args"})      # weights, EMA, optimiser, counters
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "straight" / "run")                      # losses
+
+
+def test_a_log_line_counts_what_came_before_the_stop(train_flags, tmp_path, monkeypatch):
+    """Lines of three steps, with a skipped update before a stop after two."""
+    flags = [*train_flags, "--logging-steps", "3"]
+    spoil(monkeypatch, 1)
+    run([*flags, "--output-dir", str(tmp_path / "straight")], "--checkpointing-steps", 2, steps=6)
+    monkeypatch.undo()
+    spoil(monkeypatch, 1)
+    run([*flags, "--output-dir", str(tmp_path / "other")], "--checkpointing-steps", 2, steps=5)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "other/run/checkpoints/0000002.pt", tmp_path / "run/checkpoints/0000002.pt")
+    monkeypatch.undo()
+    run(flags, steps=6)
+    whole, resumed = log_of(tmp_path / "straight" / "run"), log_of(tmp_path / "run")
+    assert [line["step"] for line in whole] == [3, 6] and whole == resumed and whole[0]["skipped_updates"] == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_another_number_of_ranks_takes_over_all_sums(ranks):
+    class Ranks:
+        device, num_processes, process_index = torch.device("cpu"), ranks, 0
+
+        def reduce(self, table, _):
+            return table
+
+        def gather(self, table):
+            return torch.cat([table, 10 * table])                 # as if a second rank had added ten times as much
+
+    meter, resumed = train.Meter(), train.Meter()
+    meter.add("loss", torch.tensor([1.0, 3.0]))
+    resumed.resume(meter.state(Ranks()), Ranks())
+    resumed.add("loss", torch.tensor(5.0))
+    assert resumed.sums["loss"] == (9 if ranks == 2 else 4 + 40 + 5) and resumed.counts["loss"] == (3 if ranks == 2 else 2 + 20 + 1)
+
+
+def test_the_scalers_state_is_resumed(train_flags, tmp_path, monkeypatch):
+    """fp16 needs a GPU; its scaler does not."""
+    scalers = []
+
+    class Scaled(Accelerator):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+            scalers.append(self.scaler)
+
+    monkeypatch.setattr(train, "Accelerator", Scaled)
+    straight = run([*train_flags, "--output-dir", str(tmp_path / "straight")], steps=5)
+    run(train_flags, steps=2)
+    resumed = run(train_flags, steps=5)
+    assert straight["scaler"] == resumed["scaler"] == scalers[0].state_dict() == scalers[2].state_dict()
+    assert straight["scaler"]["scale"] == 2.0**21 and straight["scaler"]["_growth_tracker"] == 2  # grown after three, across the stop
+    assert equal(straight["model"], resumed["model"])
+
+
+def test_a_run_goes_back_to_an_older_checkpoint_once(train_flags, tmp_path, capsys):
+    run(train_flags, "--checkpointing-steps", 1, steps=3)
+    flags = [*train_flags, "--checkpointing-steps", "2", "--resume-step", "1", "--learning-rate", "0.01"]
+    run(flags, steps=2)
+    assert "resumed " in (said := capsys.readouterr()).out and "0000001.pt at step 1" in said.out
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["0000001.pt", "0000002.pt", "0000002.pt.aside",
+                                                                               "0000003.pt.aside"]
+    assert run(flags, steps=4)["steps"] == 4
+    assert "0000002.pt at step 2" in capsys.readouterr().out and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    path = tmp_path / "run/checkpoints/0000001.pt"
+    other = run([*train_flags, "--exp-name", "other"], "--resume", path, steps=2)                # another experiment's begins a new one
+    assert other["steps"] == 2 and path.exists() and list(checkpoint.saved(tmp_path / "other")) == [2]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (("--resume", "none"), "holds 1 checkpoints up to step 1"),
+    (("--resume", "nowhere.pt"), "no checkpoint at nowhere.pt"),
+    (("--resume-step", "7"), "0000007.pt"),
+    (("--resume-step", "1", "--resume", "none"), "give one of them"),
+    (("--enc-type", "dinov2-vit-s"), "--enc-type local-dir:"),
+    (("--encoder-depth", "2"), "--encoder-depth 4, now 2"),
+    (("--path-type", "cosine"), "--path-type linear, now cosine"),
+    (("--qk-norm",), "--qk-norm False, now True"),
+])
+def test_what_would_make_resuming_meaningless_is_refused(train_flags, tmp_path, capsys, flags, sentence):
+    run(train_flags, steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as ended:
+        run(train_flags, *flags, steps=2)
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_harmless_changes_are_said_and_the_flags_count(train_flags, tmp_path, capsys):
+    run(train_flags, steps=1)
+    state = run(train_flags, "--num-workers", 1, "--logging-steps", 2, "--learning-rate", 0, "--adam-beta1", 0.5, steps=3)
+    said = capsys.readouterr().err
+    for change in ("num_workers 0 -> 1", "logging_steps 1 -> 2", "learning_rate 0.0001 -> 0", "adam_beta1 0.9 -> 0.5"):
+        assert change in said
+    group, = state["opt"]["param_groups"]
+    assert (group["lr"], group["betas"]) == (0, (0.5, 0.999))
+    assert equal(state["model"], checkpoint.read(tmp_path / "run/checkpoints/0000001.pt")["model"])
+
+
+def test_checkpoints_that_are_kept(train_flags, tmp_path):
+    run(train_flags, "--checkpointing-steps", 1, "--keep-last", 2, "--keep-every", 3, steps=7)
+    assert list(checkpoint.saved(tmp_path / "run")) == [3, 6, 7]
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(train_flags, tmp_path, monkeypatch, capsys, recovers):
+    original, tries = checkpoint.save, []
+
+    def save(experiment, state):
+        tries.append(state["steps"])
+        if len(tries) < 3 or not recovers:
+            raise UserError("cannot write it: make room")
+        return original(experiment, state)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    start = checkpoint.Saver.start
+    monkeypatch.setattr(checkpoint.Saver, "start", lambda self, state: (start(self, state), self.wait()))  # no race
+    if recovers:
+        run(train_flags, "--checkpointing-steps", 2, steps=5)
+        assert tries == [2, 3, 4, 5] and list(checkpoint.saved(tmp_path / "run")) == [4, 5]
+    else:
+        with pytest.raises(SystemExit) as ended:
+            run(train_flags, "--checkpointing-steps", 2, steps=3)
+        assert ended.value.code == 2 and tries == [2, 3, 3]
+        assert capsys.readouterr().err.splitlines()[-1] == "error: cannot write it: make room"
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 6 if recovers else 4))
+
+
+def test_a_full_disk_does_not_end_a_run(train_flags, tmp_path, capsys):
+    """What cannot be written is warned of; log lines wait, and are there when there is room again."""
+    import builtins
+    import errno
+
+    updates, update, open_before, draw = [], train.update, builtins.open, train.to_pil_image
+
+    def require_room(path=""):
+        if len(updates) <= 2 and not str(path).endswith(("args.json", ".lock")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open_with_room(path, mode="r", *args, **kwargs):
+        if "a" in mode:
+            require_room(path)
+        return open_before(path, mode, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", open_with_room)
+        patch.setattr(train, "to_pil_image", lambda grid: require_room() or draw(grid))
+        patch.setattr(train, "update", lambda *args: updates.append(1) or update(*args))
+        run(train_flags, "--sampling-steps", 2, steps=4)
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl (No space left on device): its lines wait") == 2 and said.count("cannot write") == 3
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "run/grids").iterdir()] == ["0000004.png"]
+
+
+def test_a_log_line_is_whole_or_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.meter.notice", lambda _: None)    # what is captured would meet the limit, too
+    log = train.Log(tmp_path / "metrics.jsonl", 0)
+    log.append({"step": 1, "loss": float("inf")})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))         # room for half of the second line
+    try:
+        log.append({"step": 2, "loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.path.read_text() == '{"step": 1, "loss": null}\n'
+    log.append({"step": 3, "loss": 0.25})
+    assert [line["step"] for line in train.Log(log.path, 3).lines] == [1, 2, 3]
+
+
+def test_a_run_that_went_back_goes_on_though_its_start_is_no_longer_kept(train_flags, tmp_path):
+    run(train_flags, steps=1)
+    flags = [*train_flags, "--resume-step", "1", "--keep-last", "1"]
+    run(flags, steps=3)
+    assert list(checkpoint.saved(tmp_path / "run")) == [3]
+    assert run(flags, steps=4)["steps"] == 4
+
+
+def test_two_runs_do_not_train_one_experiment(train_flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    program = (f"from models.checkpoint import Saver; from pathlib import Path; saver = Saver(Path({str(tmp_path / 'run')!r}))\n"
+               "print(flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(SystemExit) as ended:
+        run(train_flags, steps=1)
+    assert ended.value.code == 2 and "another process is training" in capsys.readouterr().err
+    other.kill()                                                  # the lock ends with its process, whatever ends that
+    other.wait()
+    assert run(train_flags, steps=1)["steps"] == 1
+
+
+def test_what_was_owed_at_the_last_step_is_made_by_the_same_command(train_flags, tmp_path, monkeypatch):
+    """Killed between the last checkpoint and its grid."""
+    def killed(experiment, *_):
+        while not checkpoint.saved(experiment):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "draw_grid", killed)
+        with pytest.raises(SystemExit):
+            run(train_flags, "--sampling-steps", 2, steps=2)
+    assert list(checkpoint.saved(tmp_path / "run")) == [2] and not (tmp_path / "run/grids").exists()
+    run(train_flags, "--sampling-steps", 2, steps=2)
+    first = (tmp_path / "run/grids/0000002.png").stat().st_mtime_ns
+    run(train_flags, "--sampling-steps", 2, steps=2)
+    assert (tmp_path / "run/grids/0000002.png").stat().st_mtime_ns == first              # and not again
+
+
+def test_wandb_goes_on_with_the_same_run(train_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "require_tracker", lambda _: None)
+    given = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, init_kwargs: given.append(init_kwargs["wandb"]))
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    for steps in (1, 2):
+        run(train_flags, "--report-to", "wandb", steps=steps)
+    run(train_flags, "--report-to", "wandb", "--exp-name", "other", steps=1)
+    first, second, other = given
+    assert first == second and first["id"] and first["resume"] == "allow" and other["id"] != first["id"]
 
 
 def test_a_resumed_run_writes_the_lines_after_its_checkpoint_again(train_flags, tmp_path):
@@ -194,14 +421,84 @@ def test_a_resumed_run_writes_the_lines_after_its_checkpoint_again(train_flags, 
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_step_that_the_fp16_scaler_skips_advances_draws_alone(train_flags, tmp_path, monkeypatch):
-    updates = []
-    monkeypatch.setattr(train, "update_ema", lambda *_: updates.append(1))
-    skips = iter([True, False, False])
-    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda _: next(skips)))
-    state = run([*train_flags, "--output-dir", str(tmp_path / "skipped")], steps=2)
-    assert (state["steps"], state["draws"]) == (2, 3) and len(updates) == 2
-    assert [line["draws"] for line in map(json.loads, (tmp_path / "skipped/run/metrics.jsonl").read_text().splitlines())] == [2, 3]
+def snapshot(model, ema, optimizer) -> list[torch.Tensor]:
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.clone() for tensor in [*model.parameters(), *ema.parameters(), *moments]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_an_update_with_non_finite_gradients_changes_nothing(bad, fp16):
+    """Weights, EMA, AdamW's moments and count keep their bits; the fp16 scaler halves its scale, and both go on with the next one."""
+    model = randomised(small())
+    ema, args = deepcopy(model), train.parse_args(["--learning-rate", "0.1", "--ema-decay", "0.5"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if fp16 else None
+
+    def one_update(value):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.x_embedder.proj.bias.grad[0] = value
+        if scaler is not None:
+            scaler.scale(torch.zeros(()))                         # as a loss does: the scaler begins with the first one
+        return train.update(model, ema, optimizer, scaler, args)
+
+    one_update(1.0)
+    before = snapshot(model, ema, optimizer)
+    assert not one_update(bad).isfinite()
+    assert all(map(torch.equal, before, snapshot(model, ema, optimizer)))
+    assert scaler is None or scaler.get_scale() == 512
+    assert one_update(1.0).isfinite()
+    assert not any(map(torch.equal, before, snapshot(model, ema, optimizer)))
+
+
+def spoil(monkeypatch, *draws):
+    """The class token's loss is not a number at these draws."""
+    original, counter = train.SILoss.__call__, iter(range(10**6))
+
+    def call(self, *args, **kwargs):
+        terms = original(self, *args, **kwargs)
+        return terms._replace(cls=terms.cls * float("nan")) if next(counter) in draws else terms
+
+    monkeypatch.setattr(train.SILoss, "__call__", call)
+
+
+@pytest.mark.parametrize("logging", [1, 2])
+def test_a_non_finite_loss_advances_draws_alone_and_is_named(train_flags, tmp_path, monkeypatch, capsys, logging):
+    spoil(monkeypatch, 1, 2)
+    state = run(train_flags, "--logging-steps", logging, "--checkpointing-steps", 2, steps=4)
+    assert (state["steps"], state["draws"]) == (4, 6)
+    assert all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values())
+    records = lines(tmp_path)
+    assert [(record["step"], record["draws"], record["skipped_updates"]) for record in records] == (
+        [(1, 1, 0), (2, 4, 2), (3, 5, 0), (4, 6, 0)] if logging == 1 else [(2, 4, 2), (4, 6, 0)])
+    events = [{"draw": draw, "step": 1, "terms": ["cls_loss", "grad_norm"]} for draw in (1, 2)]
+    assert [record["skipped"] for record in records if "skipped" in record] == [events]
+    assert all(record["cls_loss"] > 0 for record in records)                              # means are over what is finite
+    assert "skipped the update after step 1 (draw 2), not finite: cls_loss, grad_norm" in capsys.readouterr().err
+    assert checkpoint.read(tmp_path / "run/checkpoints/0000002.pt")["draws"] == 4
+
+
+def test_a_skipped_draw_is_not_repeated_when_resumed(train_flags, tmp_path, monkeypatch):
+    """Straight and resumed runs agree to the bit around skipped updates."""
+    spoil(monkeypatch, 1)
+    straight = run([*train_flags, "--output-dir", str(tmp_path / "straight")], steps=3)
+    monkeypatch.undo()
+    spoil(monkeypatch, 1)
+    run(train_flags, steps=2)
+    monkeypatch.undo()
+    resumed = run(train_flags, steps=3)
+    assert (resumed["draws"], straight["draws"]) == (4, 4)
+    assert equal(straight["model"], resumed["model"]) and equal(straight["ema"], resumed["ema"])
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(train_flags, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, 0, *range(2, 100))
+    with pytest.raises(SystemExit) as ended:
+        run(train_flags, "--max-skipped-updates", 3, "--checkpointing-steps", 1, steps=9)
+    assert ended.value.code == 2 and "3 updates in a row were skipped for non-finite numbers, after step 1" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001.pt"]
+    assert checkpoint.read(tmp_path / "run/checkpoints/0000001.pt")["draws"] == 2         # one in between, and the count begins anew
 
 
 def test_a_resumed_run_goes_on_at_its_draws(train_flags, tmp_path, monkeypatch):
@@ -239,10 +536,11 @@ def test_latents_are_sampled_anew_from_the_posterior(train_flags, data_dir):
     assert abs(sampled.mean()) < 5 / sampled.numel() ** 0.5 and abs(sampled.var() - 1) < 5 * (2 / sampled.numel()) ** 0.5
 
 
-def test_a_log_line_cut_off_with_the_run_does_not_stop_the_next(train_flags, tmp_path):
+@pytest.mark.parametrize("rest", ['{"step": 2, "lo', '{"step": 2, "skipped": [{"draw": 1}', "\0" * 64, "{}"])
+def test_a_log_line_cut_off_with_the_run_does_not_stop_the_next(train_flags, tmp_path, rest):
     run(train_flags, steps=1)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')
+        file.write(rest)
     run(train_flags, steps=2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
@@ -271,7 +569,7 @@ def test_logging_reads_no_number_from_the_device_between_lines():
     meter = train.Meter()
     with NoReading():
         for _ in range(3):
-            meter.add_terms(terms, terms.denoising.mean())
+            train.add_terms(meter, terms, terms.denoising.mean())
             meter.add("grad_norm", torch.tensor(2.0))
     read = meter.read(Accelerator(cpu=True), images=6)
     assert read["denoising_loss"] == pytest.approx(terms.denoising.mean().item())
@@ -371,7 +669,7 @@ def test_a_run_of_another_architecture_is_not_resumed(train_flags, capsys):
     run(train_flags, steps=1)
     with pytest.raises(SystemExit):
         run(train_flags, "--model", "SiT-T/4", steps=2)
-    assert "final_layer.linear.bias is of shape (16,)" in capsys.readouterr().err
+    assert "was trained with --model SiT-T/2, now SiT-T/4 came" in capsys.readouterr().err
 
 
 def test_a_run_on_another_latent_space_is_not_resumed(train_flags, data_dir, tmp_path, capsys):
@@ -408,7 +706,7 @@ def test_a_released_checkpoint_is_not_resumed_but_starts_a_run(train_flags, tmp_
     path.write_bytes((tmp_path / "theirs.pt").read_bytes())
     with pytest.raises(SystemExit):
         run(train_flags, steps=2)
-    assert "lacks data, draws, latent_space, without which it cannot be resumed" in capsys.readouterr().err
+    assert "lacks data, draws, latent_space, scaler, without which it cannot be resumed" in capsys.readouterr().err
     assert run(train_flags, "--init-weights", path, "--exp-name", "new", steps=1)["steps"] == 1
 
 
@@ -444,6 +742,46 @@ def test_a_damaged_file_is_named_when_it_is_read(train_flags, data_dir, tmp_path
         run(train_flags, "--data-dir", tmp_path / "data", "--num-workers", workers, steps=5)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2 and error.startswith("error: ") and str(damaged) in error
+
+
+def damaged_data(data_dir, folder, *numbers) -> Path:
+    shutil.copytree(data_dir, folder)
+    for number in numbers:
+        path = folder / "images" / "00000" / f"img{number:08d}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_files_may_be_passed_over(train_flags, data_dir, tmp_path, capsys, workers):
+    """Each is named once; its neighbour stands in, the same one after resuming."""
+    data = damaged_data(data_dir, tmp_path / "data", 5, 8)
+    flags = [*train_flags, "--data-dir", str(data), "--num-workers", workers, "--skip-bad-samples", "2"]
+    straight = run([*flags, "--output-dir", str(tmp_path / "straight")], steps=6)                # two epochs
+    said = capsys.readouterr().err
+    assert said.count("passed over, ") == 2 and "1 of at most 2: " in said and "2 of at most 2: " in said
+    assert all(said.count(f"img{number:08d}.png is not a readable image") == 1 for number in (5, 8))
+    run(flags, steps=3)
+    assert equal(run(flags, steps=6)["model"], straight["model"])
+    with pytest.raises(SystemExit) as ended:
+        run(flags, "--exp-name", "fewer", "--skip-bad-samples", "1", steps=6)
+    assert ended.value.code == 2 and "2 entries cannot be read, more than --skip-bad-samples 1" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_names_what_it_was_reading(train_flags, data_dir, tmp_path, monkeypatch, capfd):
+    """As by the system when memory runs out."""
+    original = train.LatentDataset.__getitem__
+
+    def read(self, i):
+        if self.key(i).endswith("00000007"):
+            os.kill(os.getpid(), 9)
+        return original(self, i)
+
+    monkeypatch.setattr(train.LatentDataset, "__getitem__", read)
+    with pytest.raises(SystemExit) as ended:
+        run(train_flags, "--num-workers", 2, steps=3)
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and "a data loader worker was killed while it was reading 00000/00000007 in " in error
 
 
 def test_another_decoder_is_refused(train_flags, vae_folder, tmp_path, capsys):
