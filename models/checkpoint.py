@@ -29,7 +29,7 @@ from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 
 from models.errors import UserError, notice, say, without_traceback
 from models.files import make_folder, partial_name, write_whole
@@ -396,13 +396,8 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     about = {"architecture": {**model.config}, "latent_space": state.get("latent_space"), "steps": state.get("steps"), "weights": which,
              "args": args or None}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    def write(partial: Path) -> None:
-        try:
-            save_file(weights, partial, {"reg": json.dumps(about, default=str)})
-        except SafetensorError as error:          # what safetensors makes of a full disk
-            raise OSError("not all of it could be written, as on a full disk") from error
-
-    write_whole(out, write)
+    data = serialised(weights, {"reg": json.dumps(about, default=str)})
+    write_whole(out, lambda partial: partial.write_bytes(data))   # safetensors' own file would be readable for its owner alone
 
 
 def _read_export(path: Path) -> dict:
