@@ -159,7 +159,7 @@ def test_the_launcher_forwards_a_signal_once_and_ends_with_the_ranks_status(tmp_
 
 
 def test_a_second_signal_kills_the_ranks(tmp_path):
-    program = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAITING} time.sleep(600)"
+    program = f"import signal; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)]; {WAITING} time.sleep(600)"
     launcher, ranks = start(program, 2, tmp_path)
     launcher.send_signal(signal.SIGTERM)
     launcher.send_signal(signal.SIGINT)                           # at once: as from another side (two equal ones would be one)
