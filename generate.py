@@ -22,7 +22,7 @@ from models import checkpoint
 from models.errors import UserError, notice, without_traceback
 from models.files import sha256
 from models.interpolant import PATHS
-from models.processes import join_processes
+from models.processes import join_processes, leave_processes
 from models.sit import SiT, SiT_models
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from samplers import Sampling, image_label, image_rng, sample_images
@@ -203,6 +203,7 @@ def main(argv=None) -> None:
         if missing is not None:
             notice(f"{folder.count} images in {folder.path}: {', '.join(sorted(part.name for part in folder.path.iterdir()))}")
     world.wait_for_everyone()
+    leave_processes()
     if world.is_local_main_process:                               # on every node, so that each can go on with the file
         print(folder.samples)
 

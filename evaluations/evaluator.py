@@ -29,7 +29,7 @@ from evaluations.metrics import NEIGHBOURS
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
 from models.errors import UserError, say, without_traceback
 from models.files import write_whole
-from models.processes import join_processes
+from models.processes import join_processes, leave_processes
 
 COMMANDS = ("score", "stats", "selftest")
 KEPT = 10_000  # images that `stats` keeps for precision and recall, as many as ADM's reference files hold
@@ -123,6 +123,7 @@ def _selftest_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     {"score": score, "stats": make_statistics, "selftest": selftest}[args.command](args)
+    leave_processes()
 
 
 def score(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from datetime import timedelta
 from typing import IO
 
 import torch
+import torch.distributed as dist
 
 from models.errors import UserError, notice, without_traceback
 from models.stopping import REPEATED, STOP_SIGNALS, STOPPED, SUPERVISED
@@ -224,6 +225,15 @@ def join_processes(cpu: bool = False):
     world = PartialState(cpu=cpu, timeout=PATIENCE)
     require_joined(world.num_processes)
     return world
+
+
+def leave_processes() -> None:
+    """Part from the others, if any were joined: the last line of a program that ends in order.
+
+    gloo's threads must end before the interpreter does. One that still holds a tensor then asks for the GIL, and SIGABRT ends the process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

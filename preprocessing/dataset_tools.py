@@ -17,6 +17,7 @@ if not __package__:  # called as a script: the repository is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from models.errors import UserError, without_traceback
+from models.processes import leave_processes
 from models.vae import SHORTHANDS
 from preprocessing.check import check
 from preprocessing.convert import TRANSFORMS, convert
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments["workers"] < 0:
         raise UserError(f"--workers is {arguments['workers']}: give 0 or more")
     arguments.pop("function")(**arguments)
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,27 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
+# Read by every Python that starts: a rank that ends in order has parted from the others, whose threads could abort it otherwise.
+AT_THE_END = """
+import atexit, os, sys
+
+@atexit.register
+def parted():
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        print(sys.argv, "ends within a process group", file=sys.stderr, flush=True)
+        os._exit(70)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(AT_THE_END)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "PYTHONPATH", str(folder))
+        yield
+
 
 def shell(*command, ok: bool = True, **environment) -> subprocess.CompletedProcess:
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
@@ -29,7 +50,8 @@ def story(tmp_path_factory) -> Path:
     shell(sys.executable, "-m", "toy.draw", "--dest", data / "raw", "--num-images", "32", "--seed", "0")
     shell(sys.executable, "-m", "toy.draw", "--npz", folder / "reference.npz", "--num-images", "32", "--seed", "1")
     shell(*tools, "convert", "--source", data / "raw", "--dest", data / "images", "--resolution=32x32", "--transform=center-crop-dhariwal")
-    shell(*tools, "encode", "--source", data / "images", "--dest", data / "vae-sd", "--model-url", "toy/networks/vae", "--workers", "0")
+    shell(sys.executable, "-m", "models.processes", *tools[1:], "encode", "--source", data / "images", "--dest", data / "vae-sd",
+          "--model-url", "toy/networks/vae", "--workers", "0", NUM_GPUS="2")
     shell(*tools, "check", "--source", data, "--output", folder / "check.png", "--workers", "0")
 
     command = ("bash", "train.sh", "toy", "--batch-size", "8", "--num-workers", "0", "--logging-steps", "1", "--sampling-steps", "4")
