@@ -378,10 +378,10 @@ def update(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, scaler: torch.amp
 
 @torch.no_grad()
 def update_ema(ema: SiT, model: SiT, decay: float, taken: torch.Tensor) -> None:
-    """ema <- decay * ema + (1 - decay) * model where `taken` is 1, in a few launches for all parameters; 0 leaves it."""
-    change = torch._foreach_sub(list(model.parameters()), list(ema.parameters()))
-    torch._foreach_mul_(change, (1 - decay) * taken)
-    torch._foreach_add_(list(ema.parameters()), change)
+    """ema <- decay * ema + (1 - decay) * model where `taken` is 1, in one pass over the memory; 0 leaves it."""
+    weight = (1 - decay) * taken                                  # on the device: a number would make the host wait for `taken`
+    parameters, averages = list(model.parameters()), list(ema.parameters())
+    torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
 
 
 def prepare_batch(images, moments, labels, space: LatentSpace, encoders: list[Encoder], args, accelerator: Accelerator) -> dict:

@@ -1,0 +1,191 @@
+"""What every benchmark shares: how times are taken, what they are compared with, how they are printed.
+
+Each benchmark is one process. Its ways of doing a thing are timed in turn, A B A B ..., after a warm-up, so that a ratio of two holds on a
+machine whose speed drifts; the median is reported. A row says what was measured, what the hardware allows at best, by which formula, and
+the share of it. Nothing here is asserted by a test: the numbers are a machine's, not the program's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from models.errors import UserError
+
+# Dense bf16 TFLOP/s that a matrix product reaches on a GPU when nothing else is in its way; others' are measured.
+PEAKS = {"NVIDIA H200": 790.0}
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "diffusers", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured thing. `ideal` has the unit of `measured`; `formula` says where it comes from; None: there is no such bound."""
+
+    name: str
+    measured: float
+    unit: str
+    ideal: float | None = None
+    formula: str = ""
+    baseline: float | None = None       # the plain way, in the same unit and process
+    ratio: float | None = None          # seconds of the measured way / seconds of the plain way, median over pairs
+
+    @property
+    def share(self) -> float | None:
+        """Of the ideal, 0 to 1; times are the better the smaller."""
+        if self.ideal is None:
+            return None
+        return self.ideal / self.measured if self.unit == "s" else self.measured / self.ideal
+
+
+def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks have; each adds its own sizes, None of which means: what suits the machine."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    flags.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", metavar="DEVICE", help="cpu or cuda")
+    flags.add_argument("--threads", type=int, default=None, metavar="N", help="of a CPU; None: as many as PyTorch takes")
+    flags.add_argument("--warmup", type=int, default=2, metavar="N", help="runs before the first that counts")
+    flags.add_argument("--repeats", type=int, default=repeats, metavar="N", help="runs that count; the median is reported")
+    flags.add_argument("--baseline", action="store_true", help="also time the plain way, in turn with the other, and print the ratio")
+    flags.add_argument("--profile", type=Path, default=None, metavar="DIR", help="write a trace of one run and print its 20 longest operators")
+    flags.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the JSON there, too")
+    return flags
+
+
+def open_device(args: argparse.Namespace) -> torch.device:
+    """The device of --device, with --threads set. Raises UserError for numbers or devices that cannot be."""
+    for name, least in (("warmup", 0), ("repeats", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}: give at least {least}")
+    if args.device not in ("cpu", "cuda"):
+        raise UserError(f"--device is {args.device!r}: give cpu or cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is 'cuda', and torch sees no GPU: give cpu")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
+
+
+# --------------------------------------------------------------------------------------------------------------------- taking times
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(ways: dict[str, Callable[[], object]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run of each way, run in turn; the device is waited for before and after each."""
+    seconds = {name: [] for name in ways}
+    for turn in range(warmup + repeats):
+        for name, run in ways.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(ours: list[float], plain: list[float]) -> float:
+    """The median of pairwise ratios: a slow minute slows both of a pair."""
+    return median(a / b for a, b in zip(ours, plain, strict=True))
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s of the device's matrix products in `dtype`, and where the number comes from: PEAKS, or the best of ten large ones now."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        if name in PEAKS:
+            return PEAKS[name] * 1e12, f"{PEAKS[name]:.0f} TFLOP/s"
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(timed({"": lambda: a @ b}, device, warmup=2, repeats=10)[""])
+    flops = 2 * side**3 / seconds
+    return flops, f"{flops / 1e12:.3g} TFLOP/s, the best {side}x{side} product in {str(dtype).removeprefix('torch.')} here"
+
+
+# -------------------------------------------------------------------------------------------------------------------- what is said
+
+def hardware(device: torch.device) -> dict:
+    """What the numbers were taken on, and with what."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "commit": _commit(), "date": date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):                            # Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:                                               # no git
+        return None
+    return None if head.returncode else head.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def report(name: str, rows: list[Row], settings: dict, device: torch.device, output: Path | None = None) -> dict:
+    """Print a table, then the same as one line of JSON, and write that to `output`."""
+    found = {"benchmark": name, "settings": settings, "hardware": hardware(device),
+             "rows": [{**asdict(row), "share": row.share} for row in rows]}
+    print(f"\n{name} on {found['hardware']['device']}, {found['hardware']['threads']} threads: "
+          + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    cells = [("", "measured", "ideal", "share", "plain way", "time / plain", "ideal is")]
+    for row in rows:
+        cells.append((row.name, f"{row.measured:.4g} {row.unit}", *(_cell(row.ideal, row.unit), _cell(row.share and 100 * row.share, "%"),
+                                                                    _cell(row.baseline, row.unit), _cell(row.ratio, "")), row.formula))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    text = json.dumps(found)
+    print(text, flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    return found
+
+
+def _cell(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.3g} {unit}".strip()
+
+
+def profile(run: Callable[[], object], folder: Path | None, device: torch.device) -> None:
+    """With a folder: one run's trace.json (for chrome://tracing or Perfetto) in it, and a table of the 20 longest operators."""
+    if folder is None:
+        return
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as trace:
+        run()
+        synchronise(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(folder / "trace.json"))
+    print(trace.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20))
+    print(f"trace: {folder / 'trace.json'}")
