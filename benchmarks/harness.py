@@ -56,7 +56,7 @@ def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:
     flags.add_argument("--warmup", type=int, default=2, metavar="N", help="runs before the first that counts")
     flags.add_argument("--repeats", type=int, default=repeats, metavar="N", help="runs that count; the median is reported")
     flags.add_argument("--baseline", action="store_true", help="also time the plain way, in turn with the other, and print the ratio")
-    flags.add_argument("--profile", type=Path, default=None, metavar="DIR", help="write a trace of one run and print its 20 longest operators")
+    flags.add_argument("--profile", type=Path, default=None, metavar="DIR", help="write a trace of one run, print its 20 longest operators")
     flags.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the JSON there, too")
     return flags
 
