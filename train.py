@@ -22,7 +22,13 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
@@ -35,6 +41,7 @@ from evaluations.images import ImageSet, open_images
 from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
+from models.compiling import compile_blocks
 from models.encoders import Encoder, load_encoders, require_class_tokens
 from models.errors import UserError, notice, say, without_traceback
 from models.files import write_whole
@@ -116,6 +123,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument("--model", choices=tuple(SiT_models), default="SiT-XL/2", metavar="NAME", help="SiT-{T,S,B,L,XL}/{2,4,8}")
     model.add_argument("--qk-norm", action=flag, default=False, help="LayerNorm on queries and keys")
     model.add_argument("--fused-attn", action=flag, default=True, help="the backend's attention kernels")
+    model.add_argument("--activation-checkpointing", action=flag, default=False,
+                       help="keep only the blocks' inputs for the backward pass: batches several times as large, a third more time")
     model.add_argument("--init-weights", type=str, default=None, metavar="FILE", help="start a new run from a checkpoint's EMA weights")
 
     optim = parser.add_argument_group("optimisation")
@@ -132,6 +141,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     optim.add_argument("--ema-decay", type=float, default=0.9999, metavar="DECAY", help="of the averaged weights, per update")
     optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default=None,
                        help="autocast; None: bf16 where CUDA has it, else no")
+    optim.add_argument("--compile", action=flag, default=None,
+                       help="torch.compile for the blocks of SiT and encoders and for the alignment; None: on CUDA")
     optim.add_argument("--allow-tf32", action=flag, default=True, help="TF32 for what stays in float32 on CUDA")
     optim.add_argument("--max-skipped-updates", type=int, default=20, metavar="K",
                        help="an update with non-finite gradients is skipped; so many in a row end the run")
@@ -164,6 +175,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16 needs a CUDA device, and there is none: use bf16 or no")
+    if args.compile is None:
+        args.compile = torch.cuda.is_available()
     if args.eval_steps and args.ref_batch is None:
         raise UserError(f"--eval-steps {args.eval_steps} came without a reference: name an npz or an image folder with --ref-batch")
     if args.ref_batch is not None and not args.eval_steps:
@@ -261,6 +274,12 @@ def build_model(args: argparse.Namespace, space: LatentSpace, encoders: list[Enc
     )
 
 
+def open_optimizer(model: SiT, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW in one kernel for all parameters, which can leave an update out without asking the host (`update`)."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, eps=args.adam_epsilon,
+                             betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, fused=True)
+
+
 def dry_run(args: argparse.Namespace) -> None:
     """Print the resolved configuration, parameter counts and GFLOPs of one forward pass, without touching a weight."""
     if Path(args.data_dir).exists():
@@ -296,7 +315,8 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of this process; refuses a launcher whose processes do not see each other."""
     # Accumulation is written out in the loop: accelerate must not divide the loss once more, whatever its own configuration says.
     accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE),
+                                               DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
                               log_with=None if args.report_to == "none" else args.report_to,
                               project_dir=str(Path(args.output_dir) / args.exp_name))
     require_joined(accelerator.num_processes)
@@ -421,6 +441,11 @@ def named(terms: list[Terms], grad_norm: torch.Tensor) -> dict[str, list[torch.T
     return {name: values for name, values in parts.items() if values[0] is not None}
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """For the log: the most GPU memory that PyTorch has held on this rank since the start, GiB."""
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
 def start_trackers(accelerator: Accelerator, experiment: Path, args: argparse.Namespace) -> None:
     """The tracker that --report-to asks for; wandb goes on with the run whose id is kept in the experiment's folder."""
     settings = {}
@@ -516,12 +541,14 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
 
     reseed(args.seed)
     model = build_model(args, space, encoders).to(accelerator.device)
+    model.checkpointing = args.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
-    adamw = dict(lr=args.learning_rate, eps=args.adam_epsilon, betas=(args.adam_beta1, args.adam_beta2),
-                 weight_decay=args.adam_weight_decay, fused=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **adamw)
+    if args.compile:
+        args.compile = all([compile_blocks(network) for network in (model, *(encoder.model for encoder in encoders))])
+    optimizer = open_optimizer(model, args)
+    flags = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     aligned = args.align if args.method == "reg" and args.align else "all"                # without a slot, all tokens are patches
-    objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned)
+    objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned, compile=args.compile)
 
     # The same command resumes: the newest whole checkpoint holds all the state there is.
     step = draws = 0
@@ -536,7 +563,7 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
             raise UserError(f"{path} holds the state of another optimiser ({error}): start from its weights with --init-weights {path} and "
                             "another --exp-name") from error
         for group in optimizer.param_groups:
-            group.update(adamw)                                   # the flags count, not what the checkpoint was trained with
+            group.update(flags)                                   # the flags count, not what the checkpoint was trained with
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         step, draws = state["steps"], state["draws"]
@@ -637,7 +664,7 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
         if due(args.logging_steps):
             bad.join(gather_object(sorted(bad.found)) if args.skip_bad_samples else [])
             line = {"step": step, "draws": draws, **meter.read(accelerator, (draws - logged) * args.batch_size), "lr": args.learning_rate,
-                    **skips.read()}
+                    **peak_memory(accelerator.device), **skips.read()}
             log_line(log, accelerator, line, SHOWN)
             logged = draws
         paused = time.perf_counter()

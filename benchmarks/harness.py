@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import UserError
 
@@ -113,6 +114,39 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     seconds = min(timed({"": lambda: a @ b}, device, warmup=2, repeats=10)[""])
     flops = 2 * side**3 / seconds
     return flops, f"{flops / 1e12:.3g} TFLOP/s, the best {side}x{side} product in {str(dtype).removeprefix('torch.')} here"
+
+
+def bandwidth(device: torch.device) -> tuple[float, str]:
+    """Bytes/s to and from the device's memory, measured now with a copy of 1 GiB (256 MiB on a CPU), and a sentence that says so."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    seconds = min(timed({"": lambda: target.copy_(source)}, device, warmup=2, repeats=10)[""])
+    speed = 2 * source.nbytes / seconds
+    return speed, f"{speed / 1e9:.3g} GB/s, the best copy here"
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operators that are run one by one, without those that only give another view of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_launches(run: Callable[[], object], device: torch.device) -> int:
+    """Kernels of one run on CUDA, as the profiler sees them. On a CPU the operators that would each be one or more of them."""
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            run()
+            synchronise(device)
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+    with _Launches() as launches:
+        run()
+    return launches.count
 
 
 # -------------------------------------------------------------------------------------------------------------------- what is said

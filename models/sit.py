@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models.errors import UserError
 
@@ -182,6 +183,7 @@ class SiT(nn.Module):
         self.num_classes = num_classes                                                    # also the null label
         self.cls_token_dim = cls_token_dim
         self.encoder_depth = encoder_depth
+        self.checkpointing = False                                                        # set by who trains: memory for time
 
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -222,6 +224,12 @@ class SiT(nn.Module):
         x = x.view(-1, side, side, patch, patch, self.in_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.input_size, self.input_size)
 
+    def _run(self, block, tokens, condition):
+        """One block; with `checkpointing` only its input is kept for the backward pass, which runs the block once more."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(tokens, condition)
+        return checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+
     def forward(self, x, t, y, cls_token=None):
         """The velocity of the pair (latents, class token) at time t.
 
@@ -243,7 +251,7 @@ class SiT(nn.Module):
 
         projected = []
         for depth, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, condition)                                             # (B, T, D)
+            tokens = self._run(block, tokens, condition)                                  # (B, T, D)
             if depth == self.encoder_depth:
                 projected = [projector(tokens) for projector in self.projectors]          # (B, T, E) each
         velocity, cls_velocity = self.final_layer(tokens, condition)                      # (B, N, P*P*C), (B, E)

@@ -1,0 +1,45 @@
+"""The plain way to train, for comparison: eager float32, a loop over samples in the alignment, one parameter at a time in AdamW and EMA."""
+
+import torch
+import torch.nn.functional as F
+
+from loss import SILoss, Terms
+from models.sit import SiT
+from train import total_loss
+
+
+def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
+    """As `loss.alignment_loss`: tokens (B, T, E), one sample after the other."""
+    total = 0.0
+    for tokens, features in zip(projected, targets, strict=True):
+        for token, feature in zip(tokens, features, strict=True):                         # (T, E) each
+            total = total - (F.normalize(token, dim=-1) * F.normalize(feature, dim=-1)).sum(dim=-1).mean()
+    return total / (len(projected) * len(projected[0]))
+
+
+def objective(**settings) -> SILoss:
+    """`SILoss` with the looped alignment."""
+    found = SILoss(**settings)
+    found.alignment_loss = alignment_loss
+    return found
+
+
+def adamw(model: SiT, **settings) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False, fused=False, **settings)
+
+
+@torch.no_grad()
+def update_ema(ema: SiT, model: SiT, decay: float) -> None:
+    for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+        average.mul_(decay).add_(parameter, alpha=1 - decay)
+
+
+def step(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, loss: SILoss, batch: dict, args) -> tuple[Terms, torch.Tensor]:
+    """One update from one batch; returns its terms and the norm of its gradients, as `train.backward` and `train.update` do."""
+    terms = loss(model, **batch)
+    total_loss(terms, args).backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, foreach=False)
+    optimizer.step()
+    optimizer.zero_grad()
+    update_ema(ema, model, args.ema_decay)
+    return terms, grad_norm

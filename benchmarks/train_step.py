@@ -1,0 +1,233 @@
+"""One training step: `python -m benchmarks.train_step [--baseline]`.
+
+The step is train.py's own: moments and uint8 images to the device, frozen encoder, objective, backward pass, clipping, AdamW, EMA. The data
+are random and the encoder has random weights; neither changes the time. The plain way is benchmarks/plain.py.
+"""
+
+import argparse
+import resource
+from collections.abc import Callable
+from copy import deepcopy
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils.flop_counter import FlopCounterMode
+
+import loss
+import train
+from benchmarks import plain
+from benchmarks.harness import Row, bandwidth, count_launches, matmul_peak, open_device, parser, profile, ratio, report, timed
+from loss import SILoss
+from models.compiling import compile_blocks, compiler_works
+from models.encoders import Encoder
+from models.errors import UserError, notice, without_traceback
+from models.sit import SiT_models
+from models.vae import LatentSpace
+
+CLASSES = 1000
+ALIGNED = (256, 257, 768)    # batch, tokens and encoder width of the alignment that is timed alone
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    flags = parser("Time one training step, and its alignment and update alone.")
+    flag = argparse.BooleanOptionalAction
+    flags.add_argument("--model", choices=tuple(SiT_models), default=None, help="None: SiT-XL/2 on CUDA, SiT-B/2 on a CPU")
+    flags.add_argument("--resolution", type=int, default=256, metavar="PIXELS")
+    flags.add_argument("--batch-size", type=int, default=None, metavar="IMAGES", help="None: 256 on CUDA, 8 on a CPU")
+    flags.add_argument("--enc-type", type=str, default="dinov2-vit-b", metavar="NAME", help="its weights are random")
+    flags.add_argument("--encoder", choices=("online", "cached"), default="online", help="cached: features come with the batch")
+    flags.add_argument("--precisions", type=str, default=None, metavar="LIST", help="None: bf16 on CUDA, no,bf16 on a CPU")
+    flags.add_argument("--compile", action=flag, default=None, help="None: on CUDA")
+    flags.add_argument("--activation-checkpointing", action=flag, default=False)
+    return flags.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace, precision: str) -> argparse.Namespace:
+    """train.py's own settings for this step."""
+    flags = ["--model", args.model, "--enc-type", args.enc_type, "--batch-size", str(args.batch_size), "--mixed-precision", precision,
+             "--resolution", str(args.resolution), "--num-classes", str(CLASSES), "--compile" if args.compile else "--no-compile"]
+    if args.activation_checkpointing:
+        flags.append("--activation-checkpointing")
+    return train.resolve(train.parse_args(flags))
+
+
+def random_batch(settings: argparse.Namespace, space: LatentSpace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """images uint8 (B, 3, R, R), moments (B, 2C, H, W), labels (B,) as the loader gives them: on the host, pinned where there is a GPU."""
+    count, side = settings.batch_size, settings.resolution // space.downsampling
+    batch = (torch.randint(0, 256, (count, 3, settings.resolution, settings.resolution), dtype=torch.uint8),
+             torch.rand(count, 2 * space.channels, side, side), torch.randint(0, CLASSES, (count,)))
+    return tuple(part.pin_memory() for part in batch) if torch.cuda.is_available() else batch
+
+
+def build(settings: argparse.Namespace, device: torch.device) -> tuple[LatentSpace, list[Encoder], torch.nn.Module]:
+    space = LatentSpace()
+    encoders = train.open_encoders(settings, space, device, pretrained=False)
+    return space, encoders, train.build_model(settings, space, encoders).to(device).train()
+
+
+def open_accelerator(settings: argparse.Namespace) -> Accelerator:
+    AcceleratorState._reset_state()                               # one process times several precisions
+    return train.open_accelerator(settings)
+
+
+def fast_step(settings: argparse.Namespace, device: torch.device, cached: bool) -> Callable[[], object]:
+    """train.py's step on one batch, as a function without arguments."""
+    space, encoders, model = build(settings, device)
+    accelerator = open_accelerator(settings)
+    model.checkpointing = settings.activation_checkpointing
+    ema = deepcopy(model).eval().requires_grad_(False)
+    if settings.compile:
+        settings.compile = all([compile_blocks(network) for network in (model, *(encoder.model for encoder in encoders))])
+    optimizer = train.open_optimizer(model, settings)
+    objective = SILoss(align=settings.align, compile=settings.compile)
+    prepared = accelerator.prepare(model)
+    images, moments, labels = random_batch(settings, space)
+    kept = train.prepare_batch(images, moments, labels, space, encoders, settings, accelerator) if cached else {}
+
+    def run() -> None:
+        batch = {**train.prepare_batch(images, moments, labels, space, [] if cached else encoders, settings, accelerator),
+                 **{name: kept[name] for name in ("cls_token", "zs") if cached}}
+        train.backward(accelerator, prepared, objective, batch, settings, last=True)
+        train.update(model, ema, optimizer, accelerator.scaler, settings)
+
+    return run
+
+
+def plain_step(settings: argparse.Namespace, device: torch.device) -> Callable[[], object]:
+    """The plain way's step, float32, with the encoder."""
+    space, encoders, model = build(settings, device)
+    ema = deepcopy(model).eval().requires_grad_(False)
+    optimizer = plain.adamw(model, lr=settings.learning_rate)
+    objective = plain.objective(align=settings.align)
+    images, moments, labels = random_batch(settings, space)
+
+    def run() -> None:
+        mean, _ = moments.to(device).chunk(2, dim=1)
+        (class_token, features), = [encoder.features(images, with_class_token=True) for encoder in encoders]
+        batch = dict(images=space.latents(moments.to(device), torch.randn_like(mean)), model_kwargs=dict(y=labels.to(device)),
+                     cls_token=class_token, zs=[features])
+        plain.step(model, ema, optimizer, objective, batch, settings)
+
+    return run
+
+
+def flops_per_image(settings: argparse.Namespace, cached: bool) -> float:
+    """Of one image's forward and backward pass, with the encoder's forward unless its features are cached; counted on meta tensors."""
+    with torch.device("meta"):
+        space, encoders, model = build(settings, torch.device("meta"))
+        model.checkpointing = False                               # what is computed twice is not useful work
+        mean = torch.zeros(1, space.channels, model.input_size, model.input_size)
+        class_token, features = torch.zeros(1, encoders[0].embed_dim), torch.zeros(1, model.pos_embed.shape[1], encoders[0].embed_dim)
+        with FlopCounterMode(display=False) as flops:
+            if not cached:
+                encoders[0].model.forward_features(torch.zeros(1, 3, encoders[0].input_size, encoders[0].input_size))
+            terms = SILoss()(model, mean, dict(y=torch.zeros(1, dtype=torch.long)), zs=[features], cls_token=class_token,
+                             time_input=torch.zeros(1), noises=mean, cls_noises=class_token)
+            train.total_loss(terms, settings).backward()
+    return flops.get_total_flops()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the rows
+
+def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Images/s of the whole step, for each precision; the launches of one step."""
+    rows, cached = [], args.encoder == "cached"
+    for precision in args.precisions.split(","):
+        settings = settings_of(args, precision)
+        ways = {"fast": fast_step(settings, device, cached)}
+        if args.baseline:
+            ways["plain"] = plain_step(settings, device)
+        seconds = timed(ways, device, args.warmup, args.repeats)
+        profile(ways["fast"], args.profile, device)
+        flops = flops_per_image(settings, cached)
+        peak, source = matmul_peak(device, {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+        name = f"step, {'float32' if precision == 'no' else precision}{', compiled' if settings.compile else ''}"
+        rate = {way: args.batch_size / median(found) for way, found in seconds.items()}
+        rows.append(Row(name, rate["fast"], "images/s", peak / flops, f"{source} / {flops / 1e9:.1f} GFLOP per image",
+                        rate.get("plain"), ratio(seconds["fast"], seconds["plain"]) if args.baseline else None))
+        rows.append(Row(f"{name}: launches", count_launches(ways["fast"], device), "",
+                        baseline=count_launches(ways["plain"], device) if args.baseline else None))
+        rows.append(Row(f"{name}: peak memory so far", peak_memory(device), "GiB"))
+    return rows
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU as PyTorch counts it, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def alignment_row(args: argparse.Namespace, device: torch.device) -> Row | None:
+    """Forward and backward of the alignment loss at batch 256, compiled, against the loop over samples."""
+    if not compiler_works(device.type):
+        return None
+    projected, target = torch.randn(ALIGNED, device=device, requires_grad=True), torch.randn(ALIGNED, device=device)
+    compiled = torch.compile(loss.alignment_loss, dynamic=False)
+
+    def both_passes(function: Callable) -> Callable[[], None]:
+        def run() -> None:
+            projected.grad = None
+            function([projected], [target]).backward()
+        return run
+
+    ways = {"fast": both_passes(compiled), "plain": both_passes(plain.alignment_loss)} if args.baseline else {"fast": both_passes(compiled)}
+    seconds = timed(ways, device, args.warmup, args.repeats)
+    moved, (speed, source) = 5 * projected.numel() * 4, bandwidth(device)
+    return Row("alignment loss, batch 256, compiled", median(seconds["fast"]), "s", moved / speed,
+               f"{moved / 1e9:.2f} GB (two tensors read twice, one written) / {source}", *compared(seconds))
+
+
+def update_row(args: argparse.Namespace, device: torch.device) -> Row:
+    """Fused AdamW and EMA in one pass each, against one parameter at a time."""
+    settings = settings_of(args, "no")
+    _, _, model = build(settings, device)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4) if parameter.requires_grad else None
+    ema, taken = deepcopy(model).requires_grad_(False), torch.ones((), device=device)
+    fused, looped = train.open_optimizer(model, settings), plain.adamw(model, lr=settings.learning_rate)
+
+    def fast() -> None:
+        fused.step()
+        train.update_ema(ema, model, settings.ema_decay, taken)
+
+    def slow() -> None:
+        looped.step()
+        plain.update_ema(ema, model, settings.ema_decay)
+
+    seconds = timed({"fast": fast, "plain": slow} if args.baseline else {"fast": fast}, device, args.warmup, args.repeats)
+    moved, (speed, source) = 10 * 4 * sum(p.numel() for p in model.parameters()), bandwidth(device)
+    return Row("AdamW and EMA", median(seconds["fast"]), "s", moved / speed,
+               f"{moved / 1e9:.2f} GB (7 passes over the parameters for AdamW, 3 for EMA) / {source}", *compared(seconds))
+
+
+def compared(seconds: dict[str, list[float]]) -> tuple[float | None, float | None]:
+    """A row's last two fields: the plain way's median, and the ratio to it."""
+    if "plain" not in seconds:
+        return None, None
+    return median(seconds["plain"]), ratio(seconds["fast"], seconds["plain"])
+
+
+@without_traceback
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    device = open_device(args)
+    on_gpu = device.type == "cuda"
+    args.model = args.model or ("SiT-XL/2" if on_gpu else "SiT-B/2")
+    args.batch_size = args.batch_size or (256 if on_gpu else 8)
+    args.precisions = args.precisions or ("bf16" if on_gpu else "no,bf16")
+    args.compile = on_gpu if args.compile is None else args.compile
+    unknown = set(args.precisions.split(",")) - {"no", "bf16", "fp16"}
+    if unknown:
+        raise UserError(f"--precisions names {', '.join(sorted(unknown))}: give a list of no, bf16, fp16")
+    if args.baseline and args.encoder == "cached":
+        notice("the plain way runs its encoder: the ratio holds the gain of cached features, too")
+    rows = [row for row in (*step_rows(args, device), alignment_row(args, device), update_row(args, device)) if row is not None]
+    settings = ("model", "resolution", "batch_size", "encoder", "enc_type", "compile", "activation_checkpointing", "repeats")
+    report("train_step", rows, {name: getattr(args, name) for name in settings}, device, args.output)
+
+
+if __name__ == "__main__":
+    main()
