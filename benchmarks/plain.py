@@ -24,8 +24,10 @@ def objective(**settings) -> SILoss:
     return found
 
 
-def adamw(model: SiT, **settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False, fused=False, **settings)
+def adamw(model: SiT, args) -> torch.optim.AdamW:
+    """As `train.open_optimizer`, in a dozen kernels for each parameter."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, eps=args.adam_epsilon,
+                             betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, foreach=False, fused=False)
 
 
 @torch.no_grad()

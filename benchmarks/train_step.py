@@ -99,7 +99,7 @@ def plain_step(settings: argparse.Namespace, device: torch.device) -> Callable[[
     """The plain way's step, float32, with the encoder."""
     space, encoders, model = build(settings, device)
     ema = deepcopy(model).eval().requires_grad_(False)
-    optimizer = plain.adamw(model, lr=settings.learning_rate)
+    optimizer = plain.adamw(model, settings)
     objective = plain.objective(align=settings.align)
     images, moments, labels = random_batch(settings, space)
 
@@ -187,7 +187,7 @@ def update_row(args: argparse.Namespace, device: torch.device) -> Row:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4) if parameter.requires_grad else None
     ema, taken = deepcopy(model).requires_grad_(False), torch.ones((), device=device)
-    fused, looped = train.open_optimizer(model, settings), plain.adamw(model, lr=settings.learning_rate)
+    fused, looped = train.open_optimizer(model, settings), plain.adamw(model, settings)
 
     def fast() -> None:
         fused.step()

@@ -1,0 +1,239 @@
+"""The fast path is the plain one: compiled, checkpointed and fused it gives the same numbers, breaks no graph and waits for nothing."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loss
+import train
+from benchmarks import plain
+from loss import SILoss
+from models import compiling
+from models.compiling import compile_blocks
+from models.encoders import load_encoders
+from models.meter import Meter, Skips
+from models.vae import LatentSpace
+from tests.test_reference import FORWARD, distance, released_model, tensor, vectors
+from tests.test_sit import inputs, randomised, small
+from tests.test_train import run
+
+ROOT = Path(__file__).parents[1]
+STEPS = 200
+
+
+def batches(model, count: int, batch: int = 4) -> list[dict]:
+    """Arguments of SILoss with all that is random in them."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for _ in range(count):
+        x, t, y, c = inputs(model, batch=batch)
+        noise = [torch.randn(like.shape, generator=generator) for like in (x, c, torch.empty(batch, 17, 12), x, c)]
+        found.append(dict(images=noise[3], time_input=torch.rand(batch, generator=generator), model_kwargs=dict(y=y), cls_token=noise[4],
+                          noises=noise[0], cls_noises=noise[1], zs=[noise[2]]))
+    return found
+
+
+def permuted(batch: dict) -> dict:
+    """The same batch in another order: equal in exact arithmetic, another order of every sum over samples."""
+    def turn(value):
+        return {k: turn(v) for k, v in value.items()} if isinstance(value, dict) else [v.flip(0) for v in value] \
+            if isinstance(value, list) else value.flip(0)
+    return turn(batch)
+
+
+def train_plainly(model, data: list[dict], args) -> list[float]:
+    ema, optimizer, losses = deepcopy(model), plain.adamw(model, args), []
+    for batch in data:
+        terms, _ = plain.step(model, ema, optimizer, plain.objective(), batch, args)
+        losses.append(train.total_loss(terms, args).item())
+    return losses + [parameter.double().norm().item() for parameter in ema.parameters()]
+
+
+def train_fast(model, data: list[dict], args) -> list[float]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, ema, losses = Accelerator(cpu=True), deepcopy(model), []
+    model.checkpointing = args.activation_checkpointing
+    assert compile_blocks(model)
+    objective, optimizer = SILoss(compile=True), train.open_optimizer(model, args)
+    for batch in data:
+        _, total = train.backward(accelerator, model, objective, batch, args, last=True)
+        train.update(model, ema, optimizer, None, args)
+        losses.append(total.item())
+    return losses + [parameter.double().norm().item() for parameter in ema.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_hundred_steps_agree_with_the_plain_way(checkpointing):
+    """Losses of 200 steps and the norms of the averaged weights differ no more than by ten times what another order of sums alone does.
+
+    That yardstick is the plain way itself on the same batches with their samples in another order. AdamW divides by the gradient's size,
+    so that rounding errors grow with the steps; both ways start from one of a few units in the last place of float32.
+    """
+    flags = ["--learning-rate", "1e-3", "--ema-decay", "0.99", *(["--activation-checkpointing"] if checkpointing else [])]
+    args = train.parse_args(flags)
+    start = randomised(small(class_dropout_prob=0.0)).train()
+    data = batches(start, STEPS)
+    plainly = torch.tensor(train_plainly(deepcopy(start), data, args), dtype=torch.float64)
+    reordered = torch.tensor(train_plainly(deepcopy(start), [permuted(batch) for batch in data], args), dtype=torch.float64)
+    fast = torch.tensor(train_fast(deepcopy(start), data, args), dtype=torch.float64)
+    yardstick = ((reordered - plainly) / plainly).abs().max().item()
+    print("largest relative difference:", ((fast - plainly) / plainly).abs().max().item(), "yardstick:", yardstick)
+    assert 0 < yardstick < 1e-3                                   # the loss itself moves by tens of per cent from batch to batch
+    assert ((fast - plainly) / plainly).abs().max() < 10 * yardstick
+
+
+@torch.no_grad()
+def test_golden_vectors_hold_when_compiled():
+    v = vectors("reg_forward")
+    model = released_model(v)
+    assert compile_blocks(model)
+    velocity, projected, cls_velocity = model(tensor(v["x"]), tensor(v["t"]), tensor(v["y"]), tensor(v["cls_token"]))
+    for ours, name in ((velocity, "out"), (projected[0], "zs0"), (cls_velocity, "cls_out")):
+        assert distance(ours, v[name]) < FORWARD
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradient():
+    model = randomised(small(class_dropout_prob=0.0)).train()
+    batch, = batches(model, 1)
+
+    def gradient_and_kept() -> tuple[torch.Tensor, int]:
+        kept = 0
+
+        def pack(saved):
+            nonlocal kept
+            kept += saved.nbytes
+            return saved
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            total = train.total_loss(SILoss()(model, **batch), train.parse_args([]))
+        total.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), kept
+
+    whole, kept = gradient_and_kept()
+    model.checkpointing = True
+    again, kept_less = gradient_and_kept()
+    assert torch.equal(whole, again) and kept_less < kept / 2
+
+
+# ---- nothing in the way
+
+def test_no_graph_breaks(encoder_folder):
+    """SiT with its loss, one block, the alignment and the encoder are one graph each."""
+    model = randomised(small()).train()
+    batch, = batches(model, 1)
+    encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
+    settings, objective, tokens = train.parse_args([]), SILoss(), torch.zeros(2, 17, 32)
+    for function, args in ((lambda: train.total_loss(objective(model, **batch), settings), ()),
+                           (model.blocks[0], (tokens, torch.zeros(2, 32))),
+                           (loss.alignment_loss, ([tokens], [tokens])),
+                           (encoder.model.forward_features, (torch.zeros(2, 3, 32, 32),)),
+                           (encoder.model.blocks[0], (tokens,))):
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(function)(*args)
+        assert found.graph_break_count == 0 and found.graph_count == 1, found.break_reasons
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: reading a number, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.masked_select", "aten.unique", "aten.equal")
+        assert not any(name in str(function) for name in waits), f"{function} waits for the device"
+        if str(function).startswith("aten.index.Tensor"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a mask as index waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_waits_for_nothing(encoder_folder, checkpointing):
+    """From the loader's batch to the meter, as train.py's loop does it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = train.parse_args(["--mixed-precision", "bf16"])
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    encoders = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32, grid=4)
+    model = small(in_channels=4, cls_token_dim=32, z_dims=(32,)).train()
+    model.checkpointing = checkpointing
+    ema, optimizer, meter, skips = deepcopy(model), train.open_optimizer(model, args), Meter(), Skips(20)
+    prepared, objective = accelerator.prepare(model), SILoss()
+    images, moments, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.rand(4, 8, 8, 8), torch.tensor([0, 1, 2, 3])
+    with NoReading():
+        for _ in range(2):
+            batch = train.prepare_batch(images, moments, labels, LatentSpace(), encoders, args, accelerator)
+            terms, total = train.backward(accelerator, prepared, objective, batch, args, last=True)
+            train.add_terms(meter, terms, total)
+            grad_norm = train.update(model, ema, optimizer, None, args)
+            meter.add("grad_norm", grad_norm)
+            skips.note(train.named([terms], grad_norm))
+
+
+def test_images_travel_as_bytes(encoder_folder, monkeypatch):
+    """A quarter of the traffic: what is sent to the device is uint8, and becomes numbers there."""
+    seen = []
+    encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
+    monkeypatch.setattr(type(encoder), "preprocess", lambda self, images: seen.append(images.dtype) or torch.zeros(2, 3, 32, 32))
+    args = train.parse_args([])
+    images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+    train.prepare_batch(images, torch.rand(2, 8, 4, 4), labels, LatentSpace(), [encoder], args, Accelerator(cpu=True))
+    assert seen == [torch.uint8]
+
+
+# ---- the flags
+
+def test_compile_and_checkpointing_train_the_same_weights(train_flags, tmp_path):
+    """The flags reach the run: blocks are compiled, or run again, and two steps end within rounding of the plain run's weights."""
+    plain_run = run([*train_flags, "--output-dir", str(tmp_path / "a")])
+    fast_run = run([*train_flags, "--output-dir", str(tmp_path / "b"), "--compile", "--activation-checkpointing"])
+    assert fast_run["args"]["compile"] is True and plain_run["args"]["compile"] is False
+    assert plain_run["model"].keys() == fast_run["model"].keys()
+    for name, value in plain_run["model"].items():
+        assert (fast_run["model"][name] - value).abs().max() <= 2 * 2 * 1e-4, name        # two steps of AdamW, each of at most lr, apart
+
+
+def test_without_a_compiler_training_goes_on_with_one_warning(train_flags, tmp_path):
+    environment = {**os.environ, "CXX": str(tmp_path / "no-such-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+                   "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+    done = subprocess.run([sys.executable, "train.py", *train_flags, "--compile", "--max-train-steps", "1"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("torch.compile does not work here") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_compiler_is_asked_once(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiling.compiler_works.cache_clear()
+    try:
+        model = small()
+        assert not compile_blocks(model) and not compile_blocks(model)
+    finally:
+        compiling.compiler_works.cache_clear()
+    assert capsys.readouterr().err.count("warning: torch.compile does not work here (no compiler)") == 1
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+def test_ddp_keeps_gradients_once_and_searches_nothing():
+    """Gradients are views of what is exchanged, and no step looks for parameters without one: every parameter has its part in the loss."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    handler = train.open_accelerator(train.resolve(train.parse_args(["--mixed-precision", "no"]))).ddp_handler
+    assert handler.gradient_as_bucket_view and not handler.find_unused_parameters
+    model = randomised(small()).train()
+    batch, = batches(model, 1)
+    train.total_loss(SILoss()(model, **batch), train.parse_args([])).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_the_log_tells_the_gpus_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    assert train.peak_memory(torch.device("cuda")) == {"peak_memory_gib": 1.5}
+    assert train.peak_memory(torch.device("cpu")) == {}
