@@ -27,6 +27,7 @@ from models.sit import SiT_models
 from models.vae import LatentSpace
 
 CLASSES = 1000
+MEMORY = 141e9               # bytes of the GPU whose batch-size ceiling is computed: an H200's
 ALIGNED = (256, 257, 768)    # batch, tokens and encoder width of the alignment that is timed alone
 
 
@@ -150,7 +151,29 @@ def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
         rows.append(Row(f"{name}: launches", count_launches(ways["fast"], device), "",
                         baseline=count_launches(ways["plain"], device) if args.baseline else None))
         rows.append(Row(f"{name}: peak memory so far", peak_memory(device), "GiB"))
+        rows.append(memory_row(name, settings, device))
     return rows
+
+
+def memory_row(name: str, settings: argparse.Namespace, device: torch.device) -> Row:
+    """What the forward pass keeps for the backward pass, per image, and how many images a GPU's memory would hold by that."""
+    space, encoders, model = build(settings, device)
+    model.checkpointing = settings.activation_checkpointing
+    accelerator = open_accelerator(settings)
+    batch = train.prepare_batch(*random_batch(settings, space), space, encoders, settings, accelerator)
+    known, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        if saved.untyped_storage().data_ptr() not in known:
+            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()            # held, so that no place is used twice
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), accelerator.autocast():
+        SILoss(align=settings.align)(model, **batch)
+    each = sum(storage.nbytes() for storage in kept.values()) / settings.batch_size
+    states = 20 * sum(p.numel() for p in model.parameters()) + 4 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    return Row(f"{name}: kept per image, eager", each / 2**30, "GiB",
+               formula=f"at most {(MEMORY - states) / each:.0f} images beside {states / 1e9:.1f} GB of states in {MEMORY / 1e9:.0f} GB")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -176,7 +199,7 @@ def alignment_row(args: argparse.Namespace, device: torch.device) -> Row | None:
     ways = {"fast": both_passes(compiled), "plain": both_passes(plain.alignment_loss)} if args.baseline else {"fast": both_passes(compiled)}
     seconds = timed(ways, device, args.warmup, args.repeats)
     moved, (speed, source) = 5 * projected.numel() * 4, bandwidth(device)
-    return Row("alignment loss, batch 256, compiled", median(seconds["fast"]), "s", moved / speed,
+    return Row(f"alignment loss, batch {ALIGNED[0]}, compiled", median(seconds["fast"]), "s", moved / speed,
                f"{moved / 1e9:.2f} GB (two tensors read twice, one written) / {source}", *compared(seconds))
 
 

@@ -1,0 +1,113 @@
+"""Benchmarks run, say what they measured, and their pages say what they print. No test asks how long anything takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, plain, scaling, train_step
+from loss import alignment_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_scaling_page_holds_the_table_that_is_computed():
+    assert scaling.table() in (ROOT / "benchmarks" / "SCALING.md").read_text()
+
+
+def test_scaling_by_hand():
+    """XL/2 on one node: 32 images of 773.5 GFLOP at 474 TFLOP/s; 2.74 GB of gradient pass NVLink 2 * 7/8 times."""
+    found = scaling.step_time("XL/2", 8, 256)
+    assert found["compute"] == pytest.approx(32 * 773.5 / 474e3)
+    assert found["exchange"] == pytest.approx(2 * 7 / 8 * 2.74 / 360) and found["exposed"] == 0
+    assert found["step"] == found["compute"]
+    one = scaling.step_time("XL/2", 1, 1)
+    assert one["exchange"] == 0 and one["step"] == one["host"]    # a single image leaves the GPU waiting for launches
+
+
+def test_the_scaling_models_cost_what_the_benchmark_counts():
+    for name, (flops, parameters) in scaling.MODELS.items():
+        args = train_step.parse_args(["--model", f"SiT-{name}", "--batch-size", "8", "--no-compile"])
+        settings = train_step.settings_of(args, "no")
+        assert train_step.flops_per_image(settings, cached=False) == pytest.approx(flops, rel=2e-3), name
+        with torch.device("meta"):
+            _, _, model = train_step.build(settings, torch.device("meta"))
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=2e-3)
+
+
+def test_the_plain_alignment_is_the_same_number():
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(3, 5, 7, generator=generator) for _ in range(4)]
+    torch.testing.assert_close(plain.alignment_loss(tokens[:2], tokens[2:]), alignment_loss(tokens[:2], tokens[2:]))
+
+
+# ---- the harness
+
+def test_ways_are_timed_in_turn(monkeypatch):
+    order = []
+    seconds = harness.timed({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), warmup=1, repeats=2)
+    assert order == ["a", "b"] * 3 and [len(found) for found in seconds.values()] == [2, 2]
+
+
+def test_a_ratio_is_of_pairs():
+    assert harness.ratio([1.0, 20.0, 3.0], [2.0, 40.0, 6.0]) == 0.5                       # however the machine's speed drifts
+
+
+def test_shares_of_rates_and_of_times():
+    assert harness.Row("rate", 30.0, "images/s", ideal=40.0).share == 0.75
+    assert harness.Row("time", 4.0, "s", ideal=3.0).share == 0.75
+    assert harness.Row("no bound", 4.0, "s").share is None
+
+
+def test_launches_are_counted_without_views():
+    x = torch.zeros(2, 3)
+    assert harness.count_launches(lambda: (x.view(6) + 1).t().sum(), torch.device("cpu")) == 2
+
+
+TINY = ["--threads", "1", "--warmup", "0", "--repeats", "1"]
+
+
+def printed(capsys) -> dict:
+    out = capsys.readouterr().out
+    assert "measured" in out and "ideal" in out and "share" in out
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("encoder", ["online", "cached"])
+def test_train_step(capsys, tmp_path, encoder_folder, encoder, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(train_step, "ALIGNED", (4, 5, 8))
+    for name in ("matmul_peak", "bandwidth"):
+        monkeypatch.setattr(train_step, name, lambda *_: (1e9, "a round number"))
+    try:
+        train_step.main([*TINY, "--model", "SiT-T/8", "--resolution", "64", "--batch-size", "2", "--precisions", "no", "--no-compile",
+                         "--enc-type", f"local-dir:{encoder_folder}", "--encoder", encoder, "--baseline",
+                         "--profile", str(tmp_path / "trace"), "--output", str(tmp_path / "found.json")])
+    finally:
+        torch.set_num_threads(threads)
+    found = printed(capsys)
+    assert found == json.loads((tmp_path / "found.json").read_text()) and (tmp_path / "trace" / "trace.json").exists()
+    step, launches, memory, kept, alignment, update = found["rows"]
+    assert 0 < kept["measured"] < memory["measured"]
+    assert step["measured"] > 0 and step["ideal"] > 0 and step["ratio"] > 0 and "GFLOP" in step["formula"]
+    assert launches["measured"] < launches["baseline"] and alignment["ratio"] > 0 and update["ratio"] > 0 and memory["measured"] > 0
+    assert found["hardware"]["versions"]["torch"] and found["hardware"]["threads"] == 1 and found["settings"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--device", "tpu"], "--device is 'tpu'"), (["--repeats", "0"], "--repeats is 0"), (["--precisions", "fp8"], "--precisions names fp8"),
+    (["--device", "cuda"], "torch sees no GPU"),
+])
+def test_mistakes_end_with_one_sentence(capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        train_step.main(flags)
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_peaks_are_measured_where_none_is_known(monkeypatch):
+    monkeypatch.setattr(harness, "timed", lambda ways, *_, **__: {"": [0.5, 0.25]})
+    peak, source = harness.matmul_peak(torch.device("cpu"), torch.float32)
+    assert peak == 2 * 2048**3 / 0.25 and "float32 here" in source
+    speed, _ = harness.bandwidth(torch.device("cpu"))
+    assert speed == 2 * 2**28 / 0.25                              # read once, written once
