@@ -7,16 +7,17 @@ A million entries must not cost a million Python objects in every loader worker 
 copies the memory that fork shares), so names and labels are numpy arrays, names as fixed-width bytes.
 """
 
+import contextlib
+import functools
+import gc
 import hashlib
 import io
 import json
-import lzma
 import multiprocessing
 import os
 import re
 import struct
 import sys
-import tokenize
 import warnings
 import zipfile
 import zlib
@@ -27,7 +28,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from models import index
 from models.errors import UserError, notice
+from models.files import UNREADABLE
 
 IMAGES = ("images", "images.zip", "imagenet_256_vae", "imagenet_256_vae.zip")
 MOMENTS = ("vae-sd", "vae-sd.zip")
@@ -42,9 +45,6 @@ MAX_CLASSES = 10**7     # an embedding of XL's width for each takes 46 GB
 MAX_INFLATED = 2**30    # bytes that one compressed file may grow to; a dataset.json of a million labels is a tenth of it
 MAX_NAME = 4096         # bytes of a file's name in a zip, as many as a system takes: all names are as wide as the longest
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # IMAGE_EXTENSIONS; Pillow would run Ghostscript for some others
-# What Pillow, numpy and zipfile raise on damaged bytes.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError, struct.error,
-              zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
 # Pillow warns of large pictures before MAX_PIXELS refuses them; warnings.catch_warnings is not for threads.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -57,10 +57,14 @@ def shown(name: bytes | str | os.PathLike) -> str:
 # ---- folder or zip --------------------------------------------------------------------------------------------------------------------
 
 class FolderStore:
-    """The files of a folder. `read` raises UserError when a file cannot be read."""
+    """The files of a folder. `read` raises UserError when a file cannot be read.
+
+    Attribute `seen`: after `names`, the stamps (see models.index) of what they and dataset.json follow from.
+    """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
+        self.seen: dict[bytes, bytes] = {}
 
     def names(self) -> np.ndarray:
         """Relative paths of all files that are not hidden, sorted, as bytes with `/` (n,); no file is opened.
@@ -68,10 +72,12 @@ class FolderStore:
         Links are followed. Raises UserError for a folder that cannot be listed, or that a link leads back to.
         """
         found: list[bytes] = []
+        self.seen = {}
         todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]                # a folder, and the folders that hold it
         while todo:
             prefix, above = todo.pop()
             try:
+                self.seen[prefix] = index.stamp(self._path(prefix))               # before it is listed
                 folder = os.stat(self._path(prefix))
                 inside = above | {(folder.st_dev, folder.st_ino)}
                 if inside == above:
@@ -84,6 +90,8 @@ class FolderStore:
                             todo.append((prefix + entry.name + b"/", inside))
                         elif entry.is_file() or not os.path.exists(entry.path):   # a broken link is named when it is read; no pipes
                             found.append(prefix + entry.name)
+                if not prefix and METADATA in self:
+                    self.seen[os.fsencode(METADATA)] = index.stamp(self._path(METADATA))
             except OSError as error:
                 raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}") from error
         return np.sort(np.array(found, dtype=bytes))
@@ -108,8 +116,22 @@ class FolderStore:
 
 def is_zip_name(name: str) -> bool:
     """Whether a file in a zip may have this name: relative, inside of its folder, and the same file on every system."""
-    plain = not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name and name[1:2] != ":"
-    return plain and len(os.fsencode(name)) <= MAX_NAME
+    parts = f"/{name}/"
+    plain = not ("//" in parts or "/./" in parts or "/../" in parts or "\\" in name or "\0" in name or name[1:2] == ":")
+    return plain and len(name) <= MAX_NAME and (name.isascii() or len(os.fsencode(name)) <= MAX_NAME)
+
+
+def _fault(entry: zipfile.ZipInfo, end: int) -> str | None:
+    """Why an entry of a zip of `end` bytes cannot be taken, to be said behind its name."""
+    if not is_zip_name(entry.orig_filename.removesuffix("/")):
+        return ": expected relative names without \"..\", backslashes or drive letters; write the zip again"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
+        return " encrypted or with an unusual compression: store it plainly (zip -0)"
+    if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > MAX_INFLATED:
+        return f" of {entry.file_size} bytes, compressed: expected at most {MAX_INFLATED}; remove it or use zip -0"
+    if not 0 <= entry.header_offset <= end - 30 - entry.compress_size:
+        return f" outside of its {end} bytes: write the zip again"
+    return None
 
 
 class ZipStore:
@@ -123,30 +145,35 @@ class ZipStore:
     def __init__(self, path: str | Path):
         self.path = str(path)
         self._file = None
+        self.seen = {b"": index.stamp(path)}                                      # as FolderStore.seen, before it is read
+        kept = index.recall("zip", path)
+        if kept is None:
+            self._names, self._table = self._read_directory()
+            if len(self._names) >= index.WORTHWHILE:
+                index.keep("zip", path, self.seen, {"names": self._names, "table": self._table})
+        else:
+            self._names, self._table = kept["names"], kept["table"]               # (n,) sorted, (n, 5)
+
+    def _read_directory(self) -> tuple[np.ndarray, np.ndarray]:
+        """The names (n,) sorted, and of each its offset, stored size, size, compression and checksum (n, 5)."""
+        path = self.path
         try:
             with zipfile.ZipFile(path) as archive:
                 listed, end = archive.infolist(), os.path.getsize(path)
         except UNREADABLE as error:
             raise UserError(f"{shown(path)} is not a readable zip file ({shown(str(error))}): write it again") from error
         for entry in listed:
-            where = f"{shown(path)} holds {shown(entry.orig_filename)}"
-            if not is_zip_name(entry.orig_filename.removesuffix("/")):
-                raise UserError(f"{where}: expected relative names without \"..\", backslashes or drive letters; write the zip again")
-            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
-                raise UserError(f"{where} encrypted or with an unusual compression: store it plainly (zip -0)")
-            if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > MAX_INFLATED:
-                raise UserError(f"{where} of {entry.file_size} bytes, compressed: expected at most {MAX_INFLATED}; remove it or use zip -0")
-            if not 0 <= entry.header_offset <= end - 30 - entry.compress_size:
-                raise UserError(f"{where} outside of its {end} bytes: write the zip again")
-        entries = [entry for entry in listed if not entry.is_dir()]
+            if fault := _fault(entry, end):
+                raise UserError(f"{shown(path)} holds {shown(entry.orig_filename)}{fault}")
+        entries = [entry for entry in listed if entry.filename[-1] != "/"]
         names = np.array([os.fsencode(entry.filename) for entry in entries], dtype=bytes)
         order = np.argsort(names, kind="stable")
-        self._names = names[order]
-        twice = np.flatnonzero(self._names[1:] == self._names[:-1])
+        names = names[order]
+        twice = np.flatnonzero(names[1:] == names[:-1])
         if len(twice):
-            raise UserError(f"{shown(path)} holds two files named {few(self._names[twice[:1]])}: write the zip again")
+            raise UserError(f"{shown(path)} holds two files named {few(names[twice[:1]])}: write the zip again")
         table = np.array([(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries], dtype=np.int64)
-        self._table = table.reshape(-1, 5)[order]                                 # (n, 5)
+        return names, table.reshape(-1, 5)[order]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
@@ -259,19 +286,23 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
 
     Raises UserError when a label is no whole number >= 0 or beyond MAX_CLASSES, or a key has none or two.
     """
-    entries = read_metadata(store).get("labels")
+    return match_labels(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
+
+
+def match_labels(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
+    """`read_labels` from what the file `where` says."""
     if entries is None:
         return None
-    where = store.where(METADATA)
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     try:
-        named = [(key(os.fsencode(name)), label) for name, label in entries]
+        named = [key(os.fsencode(name)) for name, _ in entries]
     except UnicodeEncodeError as error:
         raise UserError(f"{where} names {shown(error.object)}, which no file can be called: correct it") from error
-    named = [pair for pair in named if len(pair[0]) <= keys.itemsize]             # all would be as wide as the longest
-    listed = np.array([name for name, _ in named], dtype=bytes)
-    values = np.array([label for _, label in named], dtype=np.int64)
+    values = np.array([label for _, label in entries], dtype=np.int64)
+    fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
+    listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # all would be as wide as the longest
+    values = values[fitting]
     if (values >= MAX_CLASSES).any():
         raise UserError(f"{where} has label {values.max()}, expected labels below {MAX_CLASSES}, as every class has an embedding: "
                         "number the classes from 0")
@@ -283,7 +314,8 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
         raise UserError(f"{where} has no label for {(~known).sum()} of {len(keys)} files ({few(keys[~known])}): "
                         'complete it, or set "labels" to null')
     differing = np.flatnonzero((listed[1:] == listed[:-1]) & (values[1:] != values[:-1]))
-    differing = differing[np.isin(listed[differing], keys)]
+    if len(differing):
+        differing = differing[np.isin(listed[differing], keys)]
     if len(differing):
         i = differing[0]
         raise UserError(f"{where} lists {few(listed[[i]])} with label {values[i]} and with label {values[i + 1]}: remove one of them")
@@ -372,6 +404,53 @@ def _find_resolution(given: int | None, image: int | None, latent: int, record: 
     return resolution
 
 
+class Catalogue:
+    """The entries of a store: `keys` (n,) bytes, sorted, `names` (n,) of their files, `labels` (n,) int64 or None, and what else its
+    dataset.json says, `metadata`.
+
+    Those of a large store come from an index if there is one; `keep` writes it. Raises UserError as list_keyed, read_metadata and
+    read_labels do; dataset.json is read when it is first asked for.
+    """
+
+    def __init__(self, store: Store, extensions: tuple[bytes, ...]):
+        self.store = store
+        self._what = f"catalogue {extensions}"
+        kept = index.recall(self._what, store.path)
+        self._is_new = kept is None
+        if kept is None:
+            self.keys, self.names = list_keyed(store, extensions)
+        else:
+            self.keys, self.names, self.labels = kept["keys"], kept["names"], kept.get("labels")
+            self.metadata = json.loads(kept["metadata"].tobytes())
+
+    @functools.cached_property
+    def metadata(self) -> dict:
+        return read_metadata(self.store)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        return match_labels(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys)  # a million lists, no longer needed
+
+    def keep(self) -> None:
+        """Write the index, if it is worthwhile and did not come from one."""
+        if self._is_new and len(self.keys) >= index.WORTHWHILE:
+            arrays = {"keys": self.keys, "names": self.names} | ({} if self.labels is None else {"labels": self.labels})
+            metadata = np.frombuffer(json.dumps(self.metadata).encode(), dtype=np.uint8)
+            index.keep(self._what, self.store.path, self.store.seen, {**arrays, "metadata": metadata})
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's search for garbage rests. Going through a million entries again and again, of which none is any, doubles the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class LatentDataset(torch.utils.data.Dataset):
     """`dataset[i]` -> image uint8 (3, R, R), moments float32 (2C, H, W), label int; ordered by key.
 
@@ -386,23 +465,27 @@ class LatentDataset(torch.utils.data.Dataset):
     `fingerprint` (sha256 of keys and labels, hex).
 
     Raises UserError before any long work when images, moments, labels, `resolution` and `num_classes` do not fit together (only the
-    first pair is opened), and from `dataset[i]` when a file is damaged.
+    first pair is opened), and from `dataset[i]` when a file is damaged. Names and labels of a large data set are kept in an index
+    (models.index says where, and which changes it notices).
     """
 
+    @uncollected()
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None, with_images: bool = True):
         data_dir = Path(data_dir)
         if not data_dir.is_dir():
             raise UserError(f"the data folder {shown(data_dir)} does not exist: expected a folder with images/ and vae-sd/")
         self.moments = _find(data_dir, MOMENTS, "moments")
         self.images = _find(data_dir, IMAGES, "images") if with_images else None
-        self.keys, self._moments_names = list_keyed(self.moments, MOMENTS_EXTENSIONS)
-        if self.images is not None:
-            image_keys, self._image_names = list_keyed(self.images, IMAGE_EXTENSIONS)
-            self._require_pairs(image_keys)
+        moments = Catalogue(self.moments, MOMENTS_EXTENSIONS)
+        images = Catalogue(self.images, IMAGE_EXTENSIONS) if with_images else None
+        self.keys, self._moments_names = moments.keys, moments.names
+        if images is not None:
+            self._image_names = images.names
+            self._require_pairs(images.keys)
         if not len(self.keys):
             raise UserError(f"{shown(self.moments.path)} holds no .npy file: encode the images with `preprocessing.dataset_tools encode`")
 
-        self.labels = self._read_labels(data_dir)
+        self.labels = self._join_labels(data_dir, moments, images)
         top = int(self.labels.argmax())
         self.num_classes = int(self.labels[top]) + 1 if num_classes is None else num_classes
         if self.num_classes > MAX_CLASSES:
@@ -413,9 +496,11 @@ class LatentDataset(torch.utils.data.Dataset):
         self.fingerprint = hashlib.sha256(self.keys.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
         self.moments_shape = read_moments(self.moments, self._moments_names[0]).shape
-        self.vae_record = self._read_vae_record()
+        self.vae_record = self._check_vae_record(moments.metadata.get("vae"))
         image_size = read_image(self.images, self._image_names[0]).shape[-1] if self.images is not None else None
         self.resolution = _find_resolution(resolution, image_size, self.moments_shape[1], self.vae_record)
+        for catalogue in filter(None, (moments, images)):
+            catalogue.keep()
 
     def _require_pairs(self, image_keys: np.ndarray) -> None:
         if len(image_keys) == len(self.keys) and (image_keys == self.keys).all():
@@ -427,23 +512,24 @@ class LatentDataset(torch.utils.data.Dataset):
                 faults.append(f"{len(alone)} of {len(keys)} {kind} have no partner in {shown(store.path)} ({few(alone)})")
         raise UserError(f"{' and '.join(faults)}: encode again, or remove what has no partner")
 
-    def _read_labels(self, data_dir: Path) -> np.ndarray:
-        labels = read_labels(self.moments, self.keys)
-        if self.images is not None or labels is None:
-            images = self.images or next((open_store(data_dir / name) for name in IMAGES if (data_dir / name).exists()), None)
-            other = read_labels(images, self.keys) if images is not None else None
+    def _join_labels(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> np.ndarray:
+        labels = moments.labels
+        if images is not None:
+            other = images.labels
             if labels is not None and other is not None and (labels != other).any():
                 i = int((labels != other).argmax())
-                raise UserError(f"{self.key(i)} has label {other[i]} in {images.where(METADATA)} and {labels[i]} in "
+                raise UserError(f"{self.key(i)} has label {other[i]} in {self.images.where(METADATA)} and {labels[i]} in "
                                 f"{self.moments.where(METADATA)}: encode again, or correct one of them")
             labels = other if labels is None else labels
+        elif labels is None:                                                      # images that are not read may still have them
+            found = next((data_dir / name for name in IMAGES if (data_dir / name).exists()), None)
+            labels = None if found is None else read_labels(open_store(found), self.keys)
         if labels is None:
             notice(f"{shown(data_dir)} has no labels: every image counts as class 0")
             labels = np.zeros(len(self.keys), dtype=np.int64)
         return labels
 
-    def _read_vae_record(self) -> dict | None:
-        record = read_metadata(self.moments).get("vae")
+    def _check_vae_record(self, record: object) -> dict | None:
         if record is None:
             return None
         known = record if isinstance(record, dict) else {}

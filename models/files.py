@@ -1,12 +1,21 @@
 """Files that are whole or absent, and what identifies them."""
 
 import hashlib
+import lzma
 import os
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from models.errors import UserError
+
+# What Pillow, numpy and zipfile raise on damaged bytes.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError, struct.error,
+              zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:

@@ -6,7 +6,8 @@ import tempfile
 
 # Before torch and the hub's client are imported: the suite is the CPU's, and neither asks the network nor finds what a user has cached.
 os.environ.update(VISIBLE_BEFORE=os.environ.get("CUDA_VISIBLE_DEVICES", "all"), CUDA_VISIBLE_DEVICES="",
-                  HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"), TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"))
+                  HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"), TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"),
+                  XDG_CACHE_HOME=tempfile.mkdtemp(prefix="empty-cache-"))
 
 import numpy as np
 import pytest

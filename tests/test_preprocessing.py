@@ -23,7 +23,7 @@ from models.errors import UserError
 from models.vae import LatentSpace, load_codec
 from preprocessing import convert as converting
 from preprocessing import encode as encoding
-from preprocessing.convert import convert, parse_resolution
+from preprocessing.convert import convert, parse_resolution, to_png
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.dataset_tools import main
 from preprocessing.encode import encode
@@ -132,6 +132,20 @@ def test_crop_keeps_the_centre_and_no_more():
     picture = np.zeros((32, 97, 3), dtype=np.uint8)
     picture[:, 32:64] = np.arange(32)[None, :, None]
     assert (np.array(center_crop(Image.fromarray(picture), 32))[5, :, 0] == np.arange(32)).all()
+
+
+def test_a_png_is_written_plainly():
+    """Neither compressed nor filtered, so that to read it costs little; wide and high are not the same."""
+    for height, width in ((5, 7), (1, 1), (200, 150)):                            # the last takes more than one block of 64 KiB
+        picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        png = to_png(picture)
+        assert len(png) < height * (1 + 3 * width) + 100
+        for row in picture[:3]:
+            assert b"\0" + row.tobytes() in png
+        with Image.open(io.BytesIO(png)) as image:
+            image.verify()                                                        # checksums
+        with Image.open(io.BytesIO(png)) as image:
+            assert image.mode == "RGB" and (np.array(image) == picture).all()
 
 
 # ---- convert --------------------------------------------------------------------------------------------------------------------------
