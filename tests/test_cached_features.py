@@ -134,6 +134,7 @@ def test_eight_bits_are_off_by_half_a_scale_at_most():
     bound = stored["scales"][..., None].double() * (0.5 + 2 * 127 * 2.0**-24)
     error = (restored.double() - patches.double()).abs()
     assert (error <= bound).all() and (error > 0.4 * bound).any()
+    assert (stored["scales"] > 0).all()                                                   # nothing is divided by 0
     assert (restored[0, 0] == 0).all() and restored[0, 1, 3] == -7
 
 
@@ -353,6 +354,7 @@ def test_targets_are_the_encoders_token_by_token(data):
         batch = train.prepare_batch(*given[:3], space, [cached], args, Accelerator(cpu=True), features=given[3:])
         class_token, target = encoder.features(images, with_class_token=method == "reg")
         (zs,) = batch["zs"]
+        assert method == "repa" or torch.equal(zs[:, 0], batch["cls_token"])
         assert zs.shape == target.shape == (4, grid**2 + (method == "reg"), WIDTH) and zs.dtype == torch.float32
         bound = HALF * (target.abs().max() if grid == 2 else target.abs())                # the mean of four is off as its largest may be
         assert ((zs - target).abs() <= bound + 1e-5).all()
