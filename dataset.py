@@ -1,6 +1,7 @@
 """The prepared data set: image, moments and label, paired by key, from folders or zips; and the order they are drawn in.
 
-DATA_DIR holds `images/` (png) and `vae-sd/` (npy), or zips of them, each with a dataset.json that `preprocessing.dataset_tools` writes.
+DATA_DIR holds `images/` (png) and `vae-sd/` (npy), or zips of them, each with a dataset.json that `preprocessing.dataset_tools` writes,
+and perhaps `features-*/` (npy), what encoders said of the images.
 Shape letters: B batch, C latent channels, H W latent size, R image size.
 
 A million entries must not cost a million Python objects in every loader worker (reading touches their reference counts, which
@@ -21,7 +22,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from models import index
+from models.cached_features import FOLDER, FeaturesRecord, UnfitFeatures, features_folder
 from models.errors import UserError, notice
 from models.files import UNREADABLE
 
@@ -377,31 +379,16 @@ def _is_moments(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and min(shape) > 0 and shape[0] % 2 == 0 and shape[1] == shape[2]
 
 
-# ---- the data set ---------------------------------------------------------------------------------------------------------------------
-
-def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
-    for name in candidates:
-        if (data_dir / name).exists():
-            return open_store(data_dir / name)
-    raise UserError(f"{shown(data_dir)} holds no {what}: looked for {', '.join(candidates)}; "
-                    "prepare it with `python -m preprocessing.dataset_tools`")
-
-
-def _find_resolution(given: int | None, image: int | None, latent: int, record: dict | None) -> int | None:
-    """The image size that `given`, the images and the moments agree on, None when nothing says it; raises UserError when they differ."""
-    if given and image and given != image:
-        raise UserError(f"resolution {given} was asked for and the images are {image} px: give --resolution {image}, or convert again")
-    resolution = given or image
-    if record:
-        fitting = latent * record["downsampling"]
-        if resolution and resolution != fitting:
-            raise UserError(f"resolution {resolution} does not fit the moments: {latent}x{latent} latents of "
-                            f"{shown(str(record.get('vae')))} belong to {fitting} px; give the resolution they were encoded at, "
-                            "or encode again")
-        return fitting
-    if resolution and resolution % latent:
-        raise UserError(f"resolution {resolution} does not fit the moments of {latent}x{latent}: encode the images again")
-    return resolution
+def read_features(store: Store, name: bytes, layout: np.dtype) -> dict[str, np.ndarray]:
+    """One image's features, the arrays that `layout` names. Raises UserError when they are unreadable or laid out otherwise."""
+    data = store.read(name)
+    try:
+        features = np.load(io.BytesIO(data), allow_pickle=False)
+    except UNREADABLE as error:
+        raise UserError(f"{store.where(name)} is not a readable npy file ({shown(str(error))}): remove it and encode again") from error
+    if getattr(features, "dtype", None) != layout or features.shape != ():
+        raise UserError(f"{store.where(name)} does not hold the features that its {METADATA} describes: remove it and encode again")
+    return {part: features[part] for part in layout.names}
 
 
 class Catalogue:
@@ -451,26 +438,92 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+class Features:
+    """The features of one encoder: `store` with `keys` (n,) and `names` (n,), `record` of what made them, `source` of which images.
+
+    Raises UnfitFeatures when they cannot be opened, are not finished, or are described by no record.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            self.store = open_store(path)
+            catalogue = Catalogue(self.store, MOMENTS_EXTENSIONS)
+            self.record = FeaturesRecord.from_record(catalogue.metadata.get("features"))
+            self.keys, self.names = catalogue.keys, catalogue.names
+            catalogue.keep()
+        except UserError as error:
+            raise UnfitFeatures(f"{shown(path)}: {error}") from error
+        self.source = _source_of(catalogue.metadata)
+        self.layout = self.record.layout()
+
+
+def _source_of(metadata: dict) -> object:
+    """What `encode` noted of the images it read, None in data sets of others."""
+    made_with = metadata.get("made_with")
+    return made_with.get("source_contents") if isinstance(made_with, dict) else None
+
+
+def features_path(data_dir: str | Path, enc_type: str) -> Path | None:
+    """Where the features of an encoder lie in a data folder, a folder or a zip; None where they do not."""
+    folder = os.path.join(data_dir, features_folder(enc_type))
+    return next((Path(path) for path in (folder, f"{folder}.zip") if os.path.exists(path)), None)
+
+
+def all_features(data_dir: str | Path) -> list[Features]:
+    """Those of every encoder in a data folder."""
+    found = sorted(path for path in Path(data_dir).glob(f"{FOLDER}*") if path.is_dir() or path.suffix == ".zip")
+    return [Features(path) for path in found if path.suffix != ".partial"]        # that is a zip to be
+
+
+# ---- the data set ---------------------------------------------------------------------------------------------------------------------
+
+def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
+    for name in candidates:
+        if (data_dir / name).exists():
+            return open_store(data_dir / name)
+    raise UserError(f"{shown(data_dir)} holds no {what}: looked for {', '.join(candidates)}; "
+                    "prepare it with `python -m preprocessing.dataset_tools`")
+
+
+def _find_resolution(given: int | None, image: int | None, latent: int, record: dict | None) -> int | None:
+    """The image size that `given`, the images and the moments agree on, None when nothing says it; raises UserError when they differ."""
+    if given and image and given != image:
+        raise UserError(f"resolution {given} was asked for and the images are {image} px: give --resolution {image}, or convert again")
+    resolution = given or image
+    if record:
+        fitting = latent * record["downsampling"]
+        if resolution and resolution != fitting:
+            raise UserError(f"resolution {resolution} does not fit the moments: {latent}x{latent} latents of "
+                            f"{shown(str(record.get('vae')))} belong to {fitting} px; give the resolution they were encoded at, "
+                            "or encode again")
+        return fitting
+    if resolution and resolution % latent:
+        raise UserError(f"resolution {resolution} does not fit the moments of {latent}x{latent}: encode the images again")
+    return resolution
+
+
 class LatentDataset(torch.utils.data.Dataset):
-    """`dataset[i]` -> image uint8 (3, R, R), moments float32 (2C, H, W), label int; ordered by key.
+    """`dataset[i]` -> image uint8 (3, R, R), moments float32 (2C, H, W), label int, and each encoder's features; ordered by key.
 
     Args:
         data_dir: holds the images and the moments, each a folder or a zip
         resolution: R in pixels; None takes what the data says
         num_classes: None takes the greatest label + 1
         with_images: False neither needs nor reads images; the image is then an empty tensor (0,)
+        features: stored features to yield, too: after the label one dict of tensors for each, as `FeaturesRecord.layout` names them
 
     Attributes: `keys` (n,) bytes, `labels` (n,) int64, `num_classes`, `moments_shape` (2C, H, W), `vae_record` (what
     `LatentSpace.to_record` wrote, None in data sets of others), `resolution` (None when neither images nor record say it),
     `fingerprint` (sha256 of keys and labels, hex).
 
     Raises UserError before any long work when images, moments, labels, `resolution` and `num_classes` do not fit together (only the
-    first pair is opened), and from `dataset[i]` when a file is damaged. Names and labels of a large data set are kept in an index
-    (models.index says where, and which changes it notices).
+    first pair is opened), UnfitFeatures when `features` do not fit the rest, and UserError from `dataset[i]` when a file is damaged.
+    Names and labels of a large data set are kept in an index (models.index says where, and which changes it notices).
     """
 
     @uncollected()
-    def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None, with_images: bool = True):
+    def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None, with_images: bool = True,
+                 features: Sequence[Features] = ()):
         data_dir = Path(data_dir)
         if not data_dir.is_dir():
             raise UserError(f"the data folder {shown(data_dir)} does not exist: expected a folder with images/ and vae-sd/")
@@ -496,11 +549,27 @@ class LatentDataset(torch.utils.data.Dataset):
         self.fingerprint = hashlib.sha256(self.keys.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
         self.moments_shape = read_moments(self.moments, self._moments_names[0]).shape
-        self.vae_record = self._check_vae_record(moments.metadata.get("vae"))
+        self.vae_record, self._source = self._check_vae_record(moments.metadata.get("vae")), _source_of(moments.metadata)
         image_size = read_image(self.images, self._image_names[0]).shape[-1] if self.images is not None else None
         self.resolution = _find_resolution(resolution, image_size, self.moments_shape[1], self.vae_record)
+        self.features = list(features)
+        self._features_names = [self._match(one) for one in self.features]
         for catalogue in filter(None, (moments, images)):
             catalogue.keep()
+
+    def _match(self, features: Features) -> np.ndarray:
+        """The names (n,) of the features of each key. Raises UnfitFeatures where they are of other images or of another size."""
+        path, record = shown(features.store.path), features.record
+        lacking = self.keys[~np.isin(self.keys, features.keys)]
+        if len(lacking):
+            raise UnfitFeatures(f"{path} lacks the features of {len(lacking)} of {len(self.keys)} images ({few(lacking)}): encode again")
+        if None not in (features.source, self._source) and features.source != self._source:
+            raise UnfitFeatures(f"{path} and {shown(self.moments.path)} were encoded from different images or labels: encode again")
+        if record.resolution != (self.resolution or record.resolution):
+            raise UnfitFeatures(f"{path} holds features of images of {record.resolution} px, and {self.resolution} px are asked for: "
+                                "encode again")
+        self.resolution = record.resolution
+        return features.names[np.searchsorted(features.keys, self.keys)]
 
     def _require_pairs(self, image_keys: np.ndarray) -> None:
         if len(image_keys) == len(self.keys) and (image_keys == self.keys).all():
@@ -549,11 +618,13 @@ class LatentDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, i: int) -> tuple:
         moments = read_moments(self.moments, self._moments_names[i], self.moments_shape)
         with_images = self.images is not None
         image = read_image(self.images, self._image_names[i], self.resolution) if with_images else np.zeros(0, dtype=np.uint8)
-        return torch.from_numpy(image), torch.from_numpy(moments), int(self.labels[i])
+        features = [read_features(one.store, names[i], one.layout) for one, names in zip(self.features, self._features_names, strict=True)]
+        features = [{part: torch.from_numpy(array) for part, array in one.items()} for one in features]
+        return torch.from_numpy(image), torch.from_numpy(moments), int(self.labels[i]), *features
 
 
 class GlobalBatchSampler:
@@ -626,7 +697,7 @@ class Reading:
 
 
 class WatchedDataset(torch.utils.data.Dataset):
-    """`watched[i]` -> image, moments and label of entries[i], and -1; what is being read is noted in `reading`.
+    """`watched[i]` -> image, moments, label and features of entries[i], and -1; what is being read is noted in `reading`.
 
     An entry that cannot be read raises UserError. With `skip_bad` = N its next neighbour stands in, the same one in every run, or the
     one after, N at most; the last item is then i instead of -1.
@@ -636,7 +707,7 @@ class WatchedDataset(torch.utils.data.Dataset):
         self.entries, self.reading, self.skip_bad = entries, reading, skip_bad
         reading.entries = entries
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    def __getitem__(self, i: int) -> tuple:
         self.reading.note(i)
         fault = None
         for neighbour in range(i, i + 1 + self.skip_bad):

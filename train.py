@@ -1,6 +1,6 @@
 """Train REG (arXiv 2507.01467), REPA or SiT on prepared latents: `bash train.sh`, or `python train.py --help`.
 
-One step: image -> frozen encoder -> class token and features; moments -> latents; loss.py on the pair; clip, AdamW, EMA.
+One step: image -> frozen encoder (or its cache) -> class token and features; moments -> latents; loss.py on the pair; clip, AdamW, EMA.
 Two counters: `step` counts optimiser updates, `draws` global batches taken. Data position and randomness follow from `draws`.
 """
 
@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -34,15 +35,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dataset import BadSamples, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset
+from dataset import BadSamples, Features, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, features_path
 from evaluations.extraction import reference_cache
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images
 from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
+from models.cached_features import UnfitFeatures, features_folder
 from models.compiling import compile_blocks
-from models.encoders import Encoder, load_encoders, require_class_tokens
+from models.encoders import CachedEncoder, Encoder, load_encoders, require_class_tokens, require_made_by, with_weights
 from models.errors import UserError, notice, say, without_traceback
 from models.files import write_whole
 from models.interpolant import PATHS
@@ -75,6 +77,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument("--num-workers", type=int, default=4, metavar="N", help="data loader processes per rank")
     data.add_argument("--skip-bad-samples", type=int, default=0, metavar="N",
                       help="so many unreadable files are named and replaced by their neighbours; one more ends the run")
+    data.add_argument("--cached-features", choices=("auto", "off", "require"), default="auto",
+                      help="read what `encode --enc-type` stored instead of running the encoders; auto: where it is there and fits them")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", type=str, default="exps", metavar="DIR", help="holds one folder per experiment")
@@ -160,6 +164,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     check_ranges(args)
     if args.method == "sit":
         args.proj_coeff, args.enc_type = 0.0, None
+    if not needs_encoder(args):
+        if args.cached_features == "require":
+            raise UserError(f"--cached-features require came with --method {args.method} --proj-coeff {args.proj_coeff:g}, which needs no "
+                            "features: leave it out")
+        args.cached_features = "off"
     args.align = (args.align or aligned) if args.proj_coeff > 0 else None
     size = SiT_models[args.model].keywords
     if args.encoder_depth is None:
@@ -227,8 +236,45 @@ def require_tracker(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------- set-up
 
 def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace]:
-    """The data set and what its latents mean."""
-    data = LatentDataset(args.data_dir, args.resolution, args.num_classes, with_images=needs_encoder(args))
+    """The data set and what its latents mean; --cached-features becomes what auto comes to, require or off, so that a change is said."""
+    if args.cached_features != "off":
+        try:
+            features = open_features(args)
+            opened = read_data(args, features)
+        except UnfitFeatures as error:
+            if args.cached_features == "require":
+                raise
+            notice(f"warning: cached features are not used: {error}")
+        else:
+            args.cached_features = "require" if features else "off"
+            return opened
+        args.cached_features = "off"
+    return read_data(args, [])
+
+
+def open_features(args: argparse.Namespace) -> list[Features]:
+    """The stored features of each of the run's encoders, or none where none are there and none are required.
+
+    Raises UnfitFeatures where only some encoders have theirs, or other weights made them.
+    """
+    encoders = with_weights(args.enc_type, args.encoder_weights)
+    paths = [features_path(args.data_dir, name) for name, _ in encoders]
+    if args.cached_features == "auto" and not any(paths):
+        return []
+    found = []
+    for (name, weights), path in zip(encoders, paths, strict=True):
+        if path is None:
+            raise UnfitFeatures(f"{args.data_dir} holds no {features_folder(name)}: make it with `python -m preprocessing.dataset_tools "
+                                f"encode --enc-type {name}`, or give --cached-features off")
+        found.append(Features(path))
+        require_made_by(found[-1].record, path, name, weights)
+    return found
+
+
+def read_data(args: argparse.Namespace, features: list[Features]) -> tuple[LatentDataset, LatentSpace]:
+    """The data set with these features, or where there are none with the images that the encoders need, and what its latents mean."""
+    data = LatentDataset(args.data_dir, args.resolution, args.num_classes, with_images=needs_encoder(args) and not features,
+                         features=features)
     if data.vae_record is None:
         space = LatentSpace()
         notice(f"{args.data_dir} does not say which VAE wrote it: taken as {space.vae}, scale {space.scale}, shift {space.shift}")
@@ -248,18 +294,24 @@ def needs_encoder(args: argparse.Namespace) -> bool:
     return args.method == "reg" or args.proj_coeff > 0
 
 
-def open_encoders(args: argparse.Namespace, space: LatentSpace, device, pretrained: bool = True) -> list[Encoder]:
-    """The frozen encoders that the method needs; REG's must all have a class token."""
+def open_encoders(args: argparse.Namespace, space: LatentSpace, device, pretrained: bool = True,
+                  features: Sequence[Features] = ()) -> list[Encoder | CachedEncoder]:
+    """The frozen encoders that the method needs, or what answers from `features` in their place; REG's must all have a class token."""
     if not needs_encoder(args):
         return []
     grid = args.resolution // space.downsampling // SiT_models[args.model].keywords["patch_size"]
+    if features:
+        encoders = [CachedEncoder(one.record, grid) for one in features]
+        if args.method == "reg":
+            require_class_tokens(encoders)
+        return encoders
     if args.method == "reg":
         with torch.device("meta"):                                # before any weight is fetched
             require_class_tokens(load_encoders(args.enc_type, "meta", args.resolution, pretrained=False, grid=grid))
     return load_encoders(args.enc_type, device, args.resolution, pretrained, grid, args.encoder_weights)
 
 
-def build_model(args: argparse.Namespace, space: LatentSpace, encoders: list[Encoder]) -> SiT:
+def build_model(args: argparse.Namespace, space: LatentSpace, encoders: list[Encoder | CachedEncoder]) -> SiT:
     return SiT_models[args.model](
         input_size=args.resolution // space.downsampling,
         in_channels=space.channels,
@@ -404,16 +456,20 @@ def update_ema(ema: SiT, model: SiT, decay: float, taken: torch.Tensor) -> None:
     torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
 
 
-def prepare_batch(images, moments, labels, space: LatentSpace, encoders: list[Encoder], args, accelerator: Accelerator) -> dict:
-    """uint8 images (B, 3, R, R), moments (B, 2C, H, W), labels (B,) -> the arguments of SILoss."""
+def prepare_batch(images, moments, labels, space: LatentSpace, encoders: list[Encoder | CachedEncoder], args, accelerator: Accelerator,
+                  features: Sequence[dict] = ()) -> dict:
+    """uint8 images (B, 3, R, R) or cached features, moments (B, 2C, H, W), labels (B,) -> the arguments of SILoss."""
     device = accelerator.device
     moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     mean, _ = moments.chunk(2, dim=1)
     batch = dict(images=space.latents(moments, torch.randn_like(mean)), model_kwargs=dict(y=labels))
     if encoders:
-        images = images.to(device, non_blocking=True)
+        if features:                                              # as they were stored until they are on the device
+            seen = [{part: value.to(device, non_blocking=True) for part, value in one.items()} for one in features]
+        else:
+            seen = [images.to(device, non_blocking=True)] * len(encoders)
         with accelerator.autocast():
-            encoded = [encoder.features(images, with_class_token=args.method == "reg") for encoder in encoders]
+            encoded = [encoder.features(each, with_class_token=args.method == "reg") for encoder, each in zip(encoders, seen, strict=True)]
         batch["cls_token"] = encoded[0][0] if args.method == "reg" else None              # (B, E)
         batch["zs"] = [features for _, features in encoded] if args.proj_coeff > 0 else None  # (B, T, E) each
     return batch
@@ -532,7 +588,7 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
     if resumed is not None:
         require_same_run(resumed[1], args, data, space, resumed[0], accelerator.num_processes)
     with accelerator.local_main_process_first():                  # one process downloads, the others find the cache
-        encoders = open_encoders(args, space, accelerator.device)
+        encoders = open_encoders(args, space, accelerator.device, features=data.features)
         decodes = args.eval_steps or args.sampling_steps and accelerator.is_main_process
         codec = load_codec(args.vae or space.decoder, accelerator.device) if decodes else None
         scoring = open_scoring(args, accelerator.device)
@@ -595,6 +651,9 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
     watched = WatchedDataset(data, reading, skip_bad=args.skip_bad_samples)
     loader = iter(DataLoader(watched, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=stop.shield,
                              pin_memory=accelerator.device.type == "cuda"))
+    for one in data.features:
+        say(f"{one.record.enc_type} is not run: its features ({one.record.dtype}, weights {one.record.weights[:12]}) are read from "
+            f"{one.store.path}")
     say(f"{args.model}, {args.method}: {len(data):,} images, {args.num_classes} classes, {accelerator.num_processes} process(es), "
         f"mixed precision {args.mixed_precision}, step {step} of {args.max_train_steps}")
 
@@ -639,11 +698,11 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
         all_terms = []
         for micro in range(args.gradient_accumulation_steps):
             before = time.perf_counter()
-            images, moments, labels, replaced = next(loader)
+            images, moments, labels, *features, replaced = next(loader)
             meter.waited += time.perf_counter() - before
             bad.note(replaced[replaced >= 0].tolist())
             reseed(args.seed, draws, micro, accelerator.process_index)
-            batch = prepare_batch(images, moments, labels, space, encoders, args, accelerator)
+            batch = prepare_batch(images, moments, labels, space, encoders, args, accelerator, features)
             terms, total = backward(accelerator, model, objective, batch, args, last=micro == args.gradient_accumulation_steps - 1)
             add_terms(meter, terms, total)
             all_terms.append(terms)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluations.extraction import measure, place
-from evaluations.features import Extractor, sha256_of_parameters
+from evaluations.features import Extractor
 from evaluations.images import ImageSet
-from models.encoders import LOCAL, load_encoders, require_class_tokens
+from models.encoders import LOCAL, load_encoders, require_class_tokens, sha256_of_parameters
 from models.errors import UserError, notice
 from preprocessing.crop import UNREADABLE
 

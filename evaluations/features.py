@@ -4,7 +4,6 @@ Letters: B batch, H W image size, F feature width, S spatial width (0 but for In
 """
 
 import functools
-import hashlib
 import http.client
 import urllib.error
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluations.inception import Inception
-from evaluations.metrics import full_precision
-from models.encoders import LOCAL, cannot_build, load_encoder
+from models.encoders import LOCAL, cannot_build, load_encoder, sha256_of_parameters, timm_weights
 from models.errors import UserError, notice
 from models.files import sha256
+from models.precision import full_precision
 
 # The published file under the two names it has been released with, the same bytes (pytorch-fid, torch-fidelity).
 INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -96,7 +95,7 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weig
     elif spec.startswith(LOCAL):
         folder = Path(spec.removeprefix(LOCAL))
         network, name, verified = TimmFeatures.load(folder), folder.resolve().name, None
-        digest, config = sha256(_timm_weights(folder)), (folder / "config.json").read_text(encoding="utf-8")
+        digest, config = sha256(timm_weights(folder)), (folder / "config.json").read_text(encoding="utf-8")
     else:
         raise UserError(f"--features is {spec!r}: expected 'inception', 'dinov2' or '{LOCAL}FOLDER' with a timm model")
     network = network.to(device).eval().requires_grad_(False)
@@ -176,14 +175,6 @@ class DinoFeatures(nn.Module):
         return self.encoder(x)[0]
 
 
-def sha256_of_parameters(network: nn.Module) -> str:
-    """For weights that a library fetched and whose file it does not name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode() + value.numpy().tobytes())
-    return digest.hexdigest()
-
-
 class TimmFeatures(nn.Module):
     """A timm model's features before its classifier: bilinear resize to its input size, its mean and std, then the network."""
 
@@ -200,7 +191,7 @@ class TimmFeatures(nn.Module):
         """Read timm's own folder form. The classifier is loaded as it is, so `num_classes` stays what the file says."""
         import timm  # slow to import, and Inception does not need it
 
-        _timm_weights(folder)
+        timm_weights(folder)
         try:
             return cls(timm.create_model(f"{LOCAL}{folder}", pretrained=True))
         except Exception as error:                                # an edited config.json can make timm raise anything
@@ -212,12 +203,3 @@ class TimmFeatures(nn.Module):
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=False)
         x = (x / 255 - self.mean) / self.std
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)  # (B, F)
-
-
-def _timm_weights(folder: Path) -> Path:
-    """The file that timm reads the weights from, in timm's order of preference; raises UserError when a file is missing."""
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    found = [path for path in files if path.is_file()]
-    if not found or not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no timm model: expected a folder with config.json and model.safetensors (or pytorch_model.bin)")
-    return found[0]

@@ -16,13 +16,13 @@ from evaluations.metrics import (
     SUBSET,
     SUBSETS,
     frechet_distance,
-    full_precision,
     inception_score,
     kernel_distance,
     precision_recall,
     side_by_side,
 )
 from models.errors import UserError, notice
+from models.precision import full_precision
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
 INCEPTION_METRICS = (*ADM_METRICS, "kid")

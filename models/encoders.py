@@ -3,6 +3,7 @@
 Shape letters: B batch, R image size, E encoder width, N = grid^2 patch tokens.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
+from models.cached_features import FeaturesRecord, UnfitFeatures, unpack
 from models.errors import UserError
+from models.files import sha256
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -67,7 +70,7 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, model: nn.Module, spec: Spec, input_size: int, grid: int):
         super().__init__()
-        self.name = name
+        self.name, self.timm_name = name, spec.timm_name
         self.model = model
         self.embed_dim = model.num_features
         self.has_class_token = getattr(model, "cls_token", None) is not None
@@ -84,8 +87,8 @@ class Encoder(nn.Module):
         return x if x.shape[-1] == self.input_size else F.interpolate(x, self.input_size, mode="bicubic")
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """uint8 images (B, 3, R, R) -> class token (B, E), raw after the final norm, or None; patch tokens (B, N, E); float32."""
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """uint8 images (B, 3, R, R) -> class token (B, E), raw after the final norm, or None; patch tokens (B, N', E); float32."""
         x = self.preprocess(images)
         if self.patches_before_norm:
             tokens, ((patches, _),) = self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC",
@@ -93,12 +96,33 @@ class Encoder(nn.Module):
         else:
             tokens = self.model.forward_features(x)               # (B, prefix + N', E)
             patches = tokens[:, self.prefix_tokens:]              # (B, N', E)
-        return (tokens[:, 0].float() if self.has_class_token else None), to_grid(patches.float(), self.grid)
+        return (tokens[:, 0].float() if self.has_class_token else None), patches.float()
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """`tokens` with the patch tokens on SiT's grid (B, N, E)."""
+        class_token, patches = self.tokens(images)
+        return class_token, to_grid(patches, self.grid)
 
     def features(self, images: torch.Tensor, with_class_token: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
         """uint8 images (B, 3, R, R) -> class token or None, and the alignment target: (B, 1+N, E) with it in front, or (B, N, E)."""
-        class_token, patches = self(images)
-        return class_token, torch.cat([class_token.unsqueeze(1), patches], dim=1) if with_class_token else patches
+        return _with_target(*self(images), with_class_token)
+
+
+class CachedEncoder:
+    """In the place of the encoder whose features were stored (models/cached_features.py): no network, the same answers."""
+
+    def __init__(self, record: FeaturesRecord, grid: int):
+        self.name, self.embed_dim, self.has_class_token, self.grid = record.enc_type, record.width, record.class_token, grid
+
+    def features(self, stored: dict[str, torch.Tensor], with_class_token: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """As `Encoder.features`, from the stored features of B images instead of their pixels."""
+        class_token, patches = unpack(stored)
+        return _with_target(class_token, to_grid(patches, self.grid), with_class_token)
+
+
+def _with_target(class_token: torch.Tensor | None, patches: torch.Tensor, with_class_token: bool) -> tuple:
+    return class_token, torch.cat([class_token.unsqueeze(1), patches], dim=1) if with_class_token else patches
 
 
 def to_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
@@ -121,6 +145,55 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     state = filter_fn(state, model) if filter_fn else state
     return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
+
+
+def sha256_of_parameters(network: nn.Module) -> str:
+    """For weights that a library fetched and whose file it does not name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def timm_weights(folder: Path) -> Path:
+    """The file that timm reads the weights from, in timm's order of preference; raises UserError when a file is missing."""
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    found = [path for path in files if path.is_file()]
+    if not found or not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no timm model: expected a folder with config.json and model.safetensors (or pytorch_model.bin)")
+    return found[0]
+
+
+def sha256_of_named(name: str, weights: str | Path | None) -> str | None:
+    """What identifies weights that the user has named, a file or a local folder with its settings; None for those of the hub."""
+    if not name.startswith(LOCAL):
+        return None if weights is None else sha256(_weights_file(weights))
+    folder = Path(name.removeprefix(LOCAL))
+    file = timm_weights(folder) if weights is None else _weights_file(weights)
+    return hashlib.sha256((sha256(file) + sha256(folder / "config.json")).encode()).hexdigest()
+
+
+def _weights_file(weights: str | Path) -> Path:
+    if not Path(weights).is_file():
+        raise UserError(f"no encoder weights at {weights}: --encoder-weights takes one file per encoder, in the order of --enc-type")
+    return Path(weights)
+
+
+def require_made_by(record: FeaturesRecord, path: Path, name: str, weights: str | Path | None) -> None:
+    """Raise UnfitFeatures where the features at `path` are not those of `name`, or were made with other weights than the named ones.
+
+    Weights from the hub are not fetched to look at them. A network is built only where the file is another one but may hold the same.
+    """
+    if record.enc_type != name and not name.startswith(LOCAL):    # a folder may have moved, and is known by its files
+        raise UnfitFeatures(f"{path} holds the features of {record.enc_type}, and those of {name} are asked for: encode them, or give "
+                            "--cached-features off")
+    named = sha256_of_named(name, weights)
+    if named in (None, record.weights_file):
+        return
+    local = name.startswith(LOCAL)
+    if local or sha256_of_parameters(load_encoder(name, "cpu", record.resolution, weights=weights).model) != record.weights:
+        raise UnfitFeatures(f"{path} was made with other weights than {weights or f'the files of {name}'}: name the same, encode again, or "
+                            "give --cached-features off")
 
 
 def _local_spec(name: str) -> tuple[Spec, int, int | None]:
@@ -172,8 +245,8 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
         raise UserError(f"unknown encoder {name!r}: use {', '.join(ENCODERS)} or {LOCAL}FOLDER")
     if pretrained and weights is None and not spec.on_hub:
         raise UserError(f"{name} has no weights on the hub: give its file with --encoder-weights")
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"no encoder weights at {weights}: --encoder-weights takes one file per encoder, in the order of --enc-type")
+    if weights is not None:
+        _weights_file(weights)
 
     # Patches of 14 and 16 see 16 pixels of the image each (224 px for a 256 px image and patch 14); others keep their own input size.
     input_size = patch * (resolution // 16) if native is None or patch in (14, 16) else native
@@ -212,14 +285,19 @@ def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 2
         pretrained: load weights, from `weights` (one file per encoder), or else from the hub, its cache, or the local folder.
     Raises UserError for an unknown name, weights that are missing, unreachable or do not fit, or a list of another length.
     """
+    return [load_encoder(name, device, resolution, pretrained, grid, file) for name, file in with_weights(enc_type, weights)]
+
+
+def with_weights(enc_type: str, weights: str | list[str | Path] | None) -> list[tuple[str, str | Path | None]]:
+    """The names of a comma-separated list, each with its file of weights or None; raises UserError for a list of another length."""
     names = [name.strip() for name in enc_type.split(",")]
     files = weights.split(",") if isinstance(weights, str) else list(weights or [None] * len(names))
     if len(files) != len(names):
         raise UserError(f"{len(files)} files of encoder weights came for {len(names)} encoders: give one per encoder, in the same order")
-    return [load_encoder(name, device, resolution, pretrained, grid, file or None) for name, file in zip(names, files, strict=True)]
+    return [(name, file or None) for name, file in zip(names, files, strict=True)]
 
 
-def require_class_tokens(encoders: list[Encoder]) -> None:
+def require_class_tokens(encoders: list[Encoder | CachedEncoder]) -> None:
     """REG aligns token 0 with every encoder's class token: raise UserError when one has none."""
     for encoder in encoders:
         if not encoder.has_class_token:

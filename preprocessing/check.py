@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import LatentDataset, shown
+from dataset import LatentDataset, all_features, shown
 from models.errors import UserError
 from models.files import write_whole
 from models.vae import Codec, LatentSpace, load_codec
@@ -32,11 +32,13 @@ class _Faults(torch.utils.data.Dataset):
 
     def _fault(self, i: int) -> str | None:
         try:
-            _, moments, _ = self.entries[i]
+            _, moments, _, *features = self.entries[i]
         except UserError as error:
             return str(error)
         if not torch.isfinite(moments).all():
             return f"the moments of {self.entries.key(i)} are not finite: remove them and encode again"
+        if not all(torch.isfinite(part).all() for one in features for part in one.values()):
+            return f"the features of {self.entries.key(i)} are not finite: remove them and encode again"
         return None
 
 
@@ -54,14 +56,14 @@ def side_by_side(entries: LatentDataset, space: LatentSpace, codec: Codec) -> tu
 
 
 def check(source: str, output: str, workers: int, model_url: str | None = None) -> None:
-    """Read every image and all moments below `source` and write the picture `output`.
+    """Read every image, all moments and all features below `source` and write the picture `output`.
 
-    Raises UserError when images, moments and labels do not pair, or with the number of faulty files and the first sentences.
+    Raises UserError when images, moments, features and labels do not pair, or with the number of faulty files and the first sentences.
     """
     picture = Path(output)
     if picture.suffix != ".png" or not picture.parent.is_dir():
         raise UserError(f"--output {shown(output)}: expected the name of a .png in a folder that exists")
-    entries = LatentDataset(source)
+    entries = LatentDataset(source, features=all_features(source))
     if entries.vae_record is None:
         print(f"{shown(source)} does not record its VAE: taking {LatentSpace()}")
     space = LatentSpace.from_record(entries.vae_record) if entries.vae_record else LatentSpace()
@@ -81,5 +83,6 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
 
     drawn, psnr = side_by_side(entries, space, codec)
     write_whole(picture, lambda partial: drawn.save(partial, "png"))
+    by = "".join(f", features of {one.record.enc_type}" for one in entries.features)
     print(f"{shown(source)}: {len(entries)} images of {entries.resolution} px, moments {entries.moments_shape}, "
-          f"{entries.num_classes} classes, all readable; images above their decoded latents in {shown(output)} (PSNR {psnr:.1f} dB)")
+          f"{entries.num_classes} classes{by}, all readable; images above their decoded latents in {shown(output)} (PSNR {psnr:.1f} dB)")

@@ -1,7 +1,8 @@
-"""Prepare a data set: `convert` pictures to images, `encode` images to moments, `check` both.
+"""Prepare a data set: `convert` pictures to images, `encode` images to moments, or to an encoder's features, `check` them.
 
     python -m preprocessing.dataset_tools convert --source=PHOTOS --dest=DATA/images --resolution=256x256
     python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/vae-sd
+    python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/features-dinov2-vit-b --enc-type=dinov2-vit-b
     python -m preprocessing.dataset_tools check --source=DATA
 
 Given again, a command continues where it was interrupted. Source and destination are folders or zip files.
@@ -21,8 +22,23 @@ from models.processes import leave_processes
 from models.vae import SHORTHANDS
 from preprocessing.check import check
 from preprocessing.convert import TRANSFORMS, convert
-from preprocessing.encode import encode
+from preprocessing.encode import encode as encode_moments
+from preprocessing.encode_features import encode_features
 from preprocessing.work import all_cores
+
+
+def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None, dtype: str | None = None,
+           enc_type: str | None = None, encoder_weights: str | None = None) -> None:
+    """Moments, or with an encoder its features; raises UserError as both do, and for flags of the one that came with the other."""
+    if enc_type is not None:
+        if model_url is not None:
+            raise UserError(f"--model-url {model_url} came with --enc-type {enc_type}: a VAE gives moments, an encoder features; give one")
+        return encode_features(source, dest, enc_type, encoder_weights, batch_size, dtype or "float16", workers)
+    if encoder_weights is not None:
+        raise UserError(f"--encoder-weights {encoder_weights} came without an encoder: name it with --enc-type")
+    if dtype == "int8":
+        raise UserError("--dtype int8 came without --enc-type: moments are stored as float16 or float32")
+    return encode_moments(source, dest, model_url or SHORTHANDS["mse"], batch_size, dtype or "float32", workers)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,12 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--max-images", type=int, **optional, help="take only the first pictures, in sorted order (default: all)")
     one.add_argument("--workers", type=int, default=all_cores(), help="processes that convert; 0: none but this one")
 
-    two = command(encode, "encode images to VAE moments")
+    two = command(encode, "encode images to VAE moments, or with --enc-type to an encoder's features")
     two.add_argument("--source", **required, help="images, as written by convert: a folder or a zip")
-    two.add_argument("--dest", **required, help="moments: a folder or a name ending in .zip")
-    two.add_argument("--model-url", default=SHORTHANDS["mse"], help="VAE: a hub id, a local folder, ema or mse")
+    two.add_argument("--dest", **required, help="moments or features: a folder or a name ending in .zip")
+    two.add_argument("--model-url", **optional, help=f"VAE: a hub id, a local folder, ema or mse (default: {SHORTHANDS['mse']})")
+    two.add_argument("--enc-type", **optional, help="encoder, as train.py names it: store its features instead, for --cached-features")
+    two.add_argument("--encoder-weights", **optional, metavar="FILE", help="weights of the encoder (default: the hub's)")
     two.add_argument("--batch-size", type=int, default=32, help="images encoded at a time, per process")
-    two.add_argument("--dtype", default="float32", choices=("float16", "float32"), help="how moments are stored")
+    two.add_argument("--dtype", **optional, choices=("float16", "float32", "int8"),
+                     help="how they are stored: moments as float32 (default) or float16, patch tokens as float16 (default) or int8")
     two.add_argument("--workers", type=int, default=min(all_cores(), 8), help="processes that read, for each that encodes; 0: none")
 
     three = command(check, "verify a prepared data set and draw a picture to look at")

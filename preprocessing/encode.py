@@ -20,7 +20,7 @@ def moments_name(key: bytes) -> bytes:
     return folder + slash + b"img-mean-std-" + stem + b".npy"
 
 
-class _Batches(torch.utils.data.Dataset):
+class Batches(torch.utils.data.Dataset):
     """Item k is the k-th listed batch: its first index, and uint8 images (B, 3, R, R).
 
     They stay numpy arrays, which travel by pipe: tensors would need shared memory, of which containers have little.
@@ -82,7 +82,7 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     starts = [start for start in mine if missing[start:start + batch_size].any()]
     total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
     with tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar:
-        for start, images in load(_Batches(store, names, starts, batch_size, resolution), workers):
+        for start, images in load(Batches(store, names, starts, batch_size, resolution), workers):
             moments = codec.encode(torch.from_numpy(images)).to(getattr(torch, dtype)).cpu().numpy()      # (B, 2C, H, W)
             for i, one in enumerate(moments, start):
                 if not np.isfinite(one).all():

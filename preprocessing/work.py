@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import METADATA, UNFINISHED, FolderStore, Store, few, is_zip_name, open_store, read_metadata, shown
+from models.cached_features import gigabytes
 from models.errors import UserError
 from models.files import write_whole
 
@@ -113,6 +114,17 @@ class Destination:
             if self.zipped and (not is_zip_name(text) or text != name.decode(errors="replace")):
                 raise UserError(f"{shown(name)} cannot be named in the zip {self.name}, which takes UTF-8 without backslashes or "
                                 "drive letters: give a folder as --dest, or rename its image")
+
+    def require_room(self, names: np.ndarray, each: int) -> int:
+        """The bytes still free. Raises UserError when the disk lacks `each` for all of `names` (n,) that are missing, and for the zip."""
+        place = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        missing = int(self.is_missing(names).sum()) if self.folder.exists() else len(names)
+        need = missing * each + self.zipped * len(names) * each
+        if need > free:
+            raise UserError(f"{self.name} needs {gigabytes(need)} more{', as a zip is collected in a folder first' * self.zipped}, and "
+                            f"{gigabytes(free)} are free: make room, or choose a --dest on another disk")
+        return free
 
     def begin(self) -> None:
         """Create it, or take it as it is."""

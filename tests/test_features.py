@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from evaluations import features
-from evaluations.features import Extractor, load_extractor, sha256_of_parameters
+from evaluations.features import Extractor, load_extractor
 from models import encoders
-from models.encoders import Spec
+from models.encoders import Spec, sha256_of_parameters
 from models.errors import UserError
 from tests.conftest import TinyInception, random_images, tf32_and_autocast
 

@@ -8,12 +8,12 @@ from evaluations import metrics
 from evaluations.metrics import (
     Gaussian,
     frechet_distance,
-    full_precision,
     gaussian_statistics,
     inception_score,
     kernel_distance,
     precision_recall,
 )
+from models.precision import full_precision
 from tests.conftest import tf32_and_autocast
 
 

@@ -27,10 +27,12 @@ ALLOWED = {
     "generate": {"samplers", "models", "evaluations"},
     "loss": {"models.interpolant"},
     "samplers": {"models.interpolant"},
-    "dataset": {"models.errors", "models.files", "models.index"},
-    "preprocessing": {"preprocessing", "dataset", "models.vae", "models.encoders", "models.errors", "models.files", "models.processes"},
-    "evaluations": {"evaluations", "models.checkpoint", "models.encoders", "models.errors", "models.files", "models.processes",
-                    "preprocessing.crop"},
+    "dataset": {"models.cached_features", "models.errors", "models.files", "models.index"},
+    "preprocessing": {"preprocessing", "dataset", "models.cached_features", "models.encoders", "models.errors", "models.files",
+                      "models.precision", "models.processes", "models.vae"},
+    "evaluations": {"evaluations", "models.checkpoint", "models.encoders", "models.errors", "models.files", "models.precision",
+                    "models.processes", "preprocessing.crop"},
+    "models.encoders": {"models.cached_features", "models.errors", "models.files"},
     "models.processes": {"models.errors", "models.stopping"},
     "models.meter": {"models.errors", "models.files"},
     "models.index": {"models.errors", "models.files"},
@@ -42,7 +44,8 @@ ALLOWED = {
 
 
 def sources() -> dict[str, Path]:
-    files = [*ROOT.glob("*.py"), *(p for part in ("models", "preprocessing", "evaluations", "toy", "benchmarks") for p in (ROOT / part).glob("*.py"))]
+    parts = ("models", "preprocessing", "evaluations", "toy", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(path for part in parts for path in (ROOT / part).glob("*.py"))]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
 
 
