@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.arithmetic import float32_arithmetic
+
 CHUNK = 8192        # rows centred at a time: bounds the float64 copy to 128 MiB at F = 2048
 STRIP = 256         # columns of it, or rows of a block of distances, that one thread multiplies
 SPLIT = 5000        # images per split of the Inception Score
@@ -23,21 +25,8 @@ SUBSETS, SUBSET = 100, 1000  # of the kernel distance
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 that is float32: TF32 and autocast off inside, as they were afterwards. (TF32 alone moves features by 0.7 %.)"""
-    backends = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):           # PyTorch 2.9 and later, where the older switches may refuse to be read
-        switches = [(part, "fp32_precision", "ieee")
-                    for part in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)]
-    else:
-        switches = [(part, "allow_tf32", False) for part in (backends.cuda.matmul, backends.cudnn)]
-    before = [getattr(part, name) for part, name, _ in switches]
-    try:
-        for part, name, value in switches:
-            setattr(part, name, value)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (part, name, _), value in zip(switches, before, strict=True):
-            setattr(part, name, value)
+    with float32_arithmetic(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

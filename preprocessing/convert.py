@@ -2,6 +2,7 @@
 
 import io
 import os
+import zlib
 
 import numpy as np
 import torch
@@ -74,7 +75,9 @@ class _Conversion(torch.utils.data.Dataset):
             raise UserError(f"{where} is {image.width}x{image.height} px, expected {self.resolution}x{self.resolution}: "
                             "use --transform=center-crop-dhariwal")
         png = io.BytesIO()
-        image.save(png, "png", compress_level=1)  # half the size of level 0, and read three times as fast as level 6 is written
+        # Half the size of level 0. Runs alone are looked for: in photos, whose rows PNG turns into differences, longer matches cost
+        # a third more time to write and find nothing, so that the files are a tenth larger.
+        image.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
         return png.getvalue()
 
 
@@ -104,7 +107,7 @@ def convert(source: str, dest: str, resolution: str, transform: str, workers: in
     missing = np.flatnonzero(destination.is_missing(outputs))
     work = _Conversion(store, names, missing, destination, side, transform)
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
-        for count in load(work, workers):
+        for count in load(work, workers, in_order=False):
             bar.update(count)
 
     listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels[:max_images], strict=True)]

@@ -21,7 +21,7 @@ from models.processes import leave_processes
 from models.vae import SHORTHANDS
 from preprocessing.check import check
 from preprocessing.convert import TRANSFORMS, convert
-from preprocessing.encode import encode
+from preprocessing.encode import PRECISIONS, encode
 from preprocessing.work import all_cores
 
 
@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument("--model-url", default=SHORTHANDS["mse"], help="VAE: a hub id, a local folder, ema or mse")
     two.add_argument("--batch-size", type=int, default=32, help="images encoded at a time, per process")
     two.add_argument("--dtype", default="float32", choices=("float16", "float32"), help="how moments are stored")
+    two.add_argument("--precision", default="fp32", choices=PRECISIONS,
+                     help="how the VAE computes: in tf32 a GPU is several times faster and moments differ as by float16; bf16 is coarser")
     two.add_argument("--workers", type=int, default=min(all_cores(), 8), help="processes that read, for each that encodes; 0: none")
 
     three = command(check, "verify a prepared data set and draw a picture to look at")
