@@ -75,8 +75,8 @@ class _Conversion(torch.utils.data.Dataset):
             raise UserError(f"{where} is {image.width}x{image.height} px, expected {self.resolution}x{self.resolution}: "
                             "use --transform=center-crop-dhariwal")
         png = io.BytesIO()
-        # Half the size of level 0. Runs alone are looked for: in photos, whose rows PNG turns into differences, longer matches cost
-        # a third more time to write and find nothing, so that the files are a tenth larger.
+        # Half the size of level 0. Only runs are looked for: in photos, whose rows PNG turns into differences, a search for longer matches
+        # takes a third longer and leaves files a tenth larger.
         image.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
         return png.getvalue()
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,6 +60,27 @@ def set_precision(codec: Codec, precision: str) -> None:
         torch.nn.Module.to(codec.vae, torch.bfloat16)             # diffusers' own to() warns of an empty list of exceptions
 
 
+def encode_batches(codec: Codec, batches: Iterable[tuple[int, np.ndarray]], dtype: torch.dtype,
+                   write: Callable[[int, np.ndarray], None]) -> Iterator[int]:
+    """Encode batches of uint8 images (B, 3, R, R), each with its first index, and `write` that index and their moments (B, 2C, H, W).
+
+    Yields each B. While a GPU encodes one batch, a thread writes the one before and the next is read; what `write` raises is raised here.
+    """
+    on_gpu = codec.vae.device.type == "cuda"
+    with ThreadPoolExecutor(1) as writer:
+        writing = None                                            # of the batch before
+        for start, images in batches:
+            images = torch.from_numpy(images)
+            # From other memory the copy would wait for the batch before.
+            moments = codec.encode(images.pin_memory() if on_gpu else images).to(dtype)           # (B, 2C, H, W)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(lambda start=start, moments=moments: write(start, moments.cpu().numpy()))
+            yield len(images)
+        if writing is not None:
+            writing.result()
+
+
 def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, workers: int, precision: str = "fp32") -> None:
     """Encode the images of `source` (folder or zip, all RGB of one size) into `dest` (folder or .zip), with one process or many.
 
@@ -99,27 +121,18 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     starts = [start for start in mine if missing[start:start + batch_size].any()]
     total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
 
-    def write(start: int, moments: torch.Tensor) -> None:
-        for i, one in enumerate(moments.cpu().numpy(), start):                    # (2C, H, W)
+    def write(start: int, moments: np.ndarray) -> None:
+        for i, one in enumerate(moments, start):                                  # (2C, H, W)
             if not np.isfinite(one).all():
                 raise UserError(f"the moments of {store.where(names[i])} are not finite in {dtype}: "
                                 "use --dtype float32, or another VAE")
             destination.write(outputs[i], _to_npy(one))
 
+    batches = load(_Batches(store, names, starts, batch_size, resolution), workers)
     with (tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar,
-          float32_arithmetic(tf32=precision == "tf32"), ThreadPoolExecutor(1) as writer):
-        writing = None                                            # of the batch before: a GPU encodes while its moments are written
-        for start, images in load(_Batches(store, names, starts, batch_size, resolution), workers):
-            images = torch.from_numpy(images)
-            if state.device.type == "cuda":
-                images = images.pin_memory()                      # or the copy would wait for the batch before
-            moments = codec.encode(images).to(getattr(torch, dtype))              # (B, 2C, H, W)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(write, start, moments)
-            bar.update(len(images))
-        if writing is not None:
-            writing.result()
+          float32_arithmetic(tf32=precision == "tf32")):
+        for count in encode_batches(codec, batches, getattr(torch, dtype), write):
+            bar.update(count)
 
     state.wait_for_everyone()
     if state.is_main_process:
