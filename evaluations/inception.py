@@ -5,6 +5,8 @@ outputs, and other weights. The key names are those of the published file `pt_in
 Shape letters: B batch, H W image size.
 """
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ def resize_tf1(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
     return x[:, :, top] + (x[:, :, bottom] - x[:, :, top]) * down[:, None]        # (B, C, side, side)
 
 
+@functools.lru_cache(maxsize=8)                                   # a copy to a GPU would wait for all that it has to do
+@torch.inference_mode(False)                                      # what is kept must serve in any mode
 def _taps(source: int, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Along one axis: lower index, upper index and weight of the upper one, each (side,)."""
     position = np.arange(side, dtype=np.float32) * (np.float32(source) / np.float32(side))  # float32 as in TF

@@ -13,7 +13,6 @@ Every file is whole or absent, but for PNGs, whose two ends tell it; they are me
 Letters: N images, B in a block, R image size, E token width.
 """
 
-import io
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from evaluations.images import open_images, pick, write_npz
 from evaluations.report import METRICS
 from models.errors import UserError, notice
-from models.files import make_folder, partial_name, write_whole
+from models.files import make_folder, partial_name, to_npy, write_whole
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 IMAGES, BLOCKS, TOKEN_BLOCKS = "images", "blocks", "class_tokens"
@@ -194,9 +193,7 @@ def write_block(folder: SampleFolder, block: range, images: torch.Tensor, class_
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
-    data = io.BytesIO()                                           # into a file, np.save does not tell what a full disk did not take
-    np.save(data, array)
-    write_whole(file, lambda partial: partial.write_bytes(data.getbuffer()))
+    write_whole(file, lambda partial: partial.write_bytes(to_npy(array)))
 
 
 def write_png(file: Path, image: Image.Image) -> None:

@@ -65,10 +65,10 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
             logits = torch.cat(side_by_side(lambda rows: rows @ weight.T, a.pooled.split(512), extractor.device))         # (N, 1008)
             scores["inception_score"] = inception_score(logits)
             modes["inception_score"] = f"slices of {SPLIT} in file order"
-        if distance in metrics:
-            scores[extractor.key] = frechet_distance(*a.gaussian, *b.gaussian)
-        if "sfid" in metrics:
-            scores["sfid"] = frechet_distance(*a.spatial, *b.spatial)
+        pairs = {extractor.key: (a.gaussian, b.gaussian)} if distance in metrics else {}
+        pairs |= {"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}
+        found = side_by_side(lambda pair: frechet_distance(*pair[0], *pair[1]), pairs.values(), torch.device("cpu"))
+        scores |= dict(zip(pairs, found, strict=True))
         if "precision" in metrics or "recall" in metrics:
             both = dict(zip(NEIGHBOUR_METRICS, precision_recall(b.pooled, a.pooled, distances), strict=True))
             scores |= {name: both[name] for name in both if name in metrics}

@@ -12,7 +12,6 @@ encoder rounds what enters every matrix product to bf16, |error| <= |x| / 256: f
 Shape letters: B batch, E encoder width, N = grid^2 patch tokens on the encoder's own grid.
 """
 
-import io
 import os
 import re
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from models.errors import UserError
+from models.files import to_npy
 
 DTYPES = ("float16", "int8")
 FOLDER = "features-"     # begins the name of every folder of features
@@ -103,12 +103,6 @@ def unpack(stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.
     """Stored features, a batch of each part -> class token (B, E) or None, patch tokens (B, N, E), float32."""
     patches = stored["patches"].float()
     return stored.get("class_token"), patches * stored["scales"][..., None] if "scales" in stored else patches
-
-
-def to_npy(array: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    np.save(data, array)
-    return data.getvalue()
 
 
 def file_size(layout: np.dtype) -> int:

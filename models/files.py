@@ -1,6 +1,7 @@
 """Files that are whole or absent, and what identifies them."""
 
 import hashlib
+import io
 import lzma
 import os
 import struct
@@ -11,11 +12,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from models.errors import UserError
 
 # What Pillow, numpy and zipfile raise on damaged bytes.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError, struct.error,
               zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """The bytes of an npy file. (Into a file itself, np.save does not tell what a full disk did not take.)"""
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:

@@ -118,7 +118,7 @@ def convert(source: str, dest: str, resolution: str, transform: str, workers: in
     missing = np.flatnonzero(destination.is_missing(outputs))
     work = _Conversion(store, names, missing, destination, side, transform)
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
-        for count in load(work, workers):
+        for count in load(work, workers, in_order=False):
             bar.update(count)
 
     listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels[:max_images], strict=True)]

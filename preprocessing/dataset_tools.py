@@ -22,23 +22,26 @@ from models.processes import leave_processes
 from models.vae import SHORTHANDS
 from preprocessing.check import check
 from preprocessing.convert import TRANSFORMS, convert
+from preprocessing.encode import PRECISIONS
 from preprocessing.encode import encode as encode_moments
 from preprocessing.encode_features import encode_features
 from preprocessing.work import all_cores
 
 
 def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None, dtype: str | None = None,
-           enc_type: str | None = None, encoder_weights: str | None = None) -> None:
+           precision: str | None = None, enc_type: str | None = None, encoder_weights: str | None = None) -> None:
     """Moments, or with an encoder its features; raises UserError as both do, and for flags of the one that came with the other."""
     if enc_type is not None:
         if model_url is not None:
             raise UserError(f"--model-url {model_url} came with --enc-type {enc_type}: a VAE gives moments, an encoder features; give one")
+        if precision is not None:
+            raise UserError(f"--precision {precision} came with --enc-type {enc_type}: encoders compute in float32; leave it out")
         return encode_features(source, dest, enc_type, encoder_weights, batch_size, dtype or "float16", workers)
     if encoder_weights is not None:
         raise UserError(f"--encoder-weights {encoder_weights} came without an encoder: name it with --enc-type")
     if dtype == "int8":
         raise UserError("--dtype int8 came without --enc-type: moments are stored as float16 or float32")
-    return encode_moments(source, dest, model_url or SHORTHANDS["mse"], batch_size, dtype or "float32", workers)
+    return encode_moments(source, dest, model_url or SHORTHANDS["mse"], batch_size, dtype or "float32", workers, precision)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument("--batch-size", type=int, default=32, help="images encoded at a time, per process")
     two.add_argument("--dtype", **optional, choices=("float16", "float32", "int8"),
                      help="how they are stored: moments as float32 (default) or float16, patch tokens as float16 (default) or int8")
+    two.add_argument("--precision", **optional, choices=PRECISIONS,
+                     help="how the VAE computes: tf32 moves moments as much as storing them as float16 does, bf16 more (default: tf32 on a "
+                          "GPU, as PyTorch convolves there by itself, else fp32)")
     two.add_argument("--workers", type=int, default=min(all_cores(), 8), help="processes that read, for each that encodes; 0: none")
 
     three = command(check, "verify a prepared data set and draw a picture to look at")

@@ -7,9 +7,10 @@ import torch
 from tqdm import tqdm
 
 from dataset import IMAGE_EXTENSIONS, list_keyed, open_store, read_image, shown
-from models.cached_features import DTYPES, FeaturesRecord, disk_cost, features_folder, file_size, gigabytes, on_disk, pack, to_npy
+from models.cached_features import DTYPES, FeaturesRecord, disk_cost, features_folder, file_size, gigabytes, on_disk, pack
 from models.encoders import load_encoder, sha256_of_named, sha256_of_parameters
 from models.errors import UserError
+from models.files import to_npy
 from models.precision import full_precision
 from models.processes import join_processes
 from preprocessing.encode import Batches

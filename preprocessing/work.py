@@ -31,9 +31,12 @@ def all_cores() -> int:
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
-def load(items: torch.utils.data.Dataset, workers: int) -> Iterator:
-    """Yield items[0], items[1], ... as they are, worked out by `workers` processes (0: by this one)."""
-    yield from torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+def load(items: torch.utils.data.Dataset, workers: int, in_order: bool = True) -> Iterator:
+    """Yield items[0], items[1], ... as they are, worked out by `workers` processes (0: by this one).
+
+    Without `in_order` each comes when it is done, so that no process waits for another whose item takes long.
+    """
+    yield from torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=_as_it_is, in_order=in_order)
 
 
 def _as_it_is(item):
@@ -52,12 +55,15 @@ class Destination:
     A folder holds UNFINISHED until its dataset.json is written, which comes last. A zip is collected in `DEST.partial/` first.
     """
 
-    def __init__(self, path: str | Path, settings: dict, source: str | Path):
-        """Raises UserError when `path` holds something else, was begun with other settings, or lies in the folder `source`."""
+    def __init__(self, path: str | Path, settings: dict, source: str | Path, unsaid: dict | None = None):
+        """`unsaid`: what a record means that lacks a setting, because the setting came after it.
+
+        Raises UserError when `path` holds something else, was begun with other settings, or lies in the folder `source`.
+        """
         self.path = Path(path)
         self.zipped = self.path.suffix == ".zip"
         self.folder = self.path.with_name(self.path.name + ".partial") if self.zipped else self.path
-        self.settings = settings
+        self.settings, self.unsaid = settings, unsaid or {}
         self.name = shown(path)                                   # for messages
         if Path(source).resolve() in (self.path.resolve(), *self.path.resolve().parents):
             raise UserError(f"the destination {self.name} lies in the source {shown(source)}: choose a --dest outside of it")
@@ -87,10 +93,11 @@ class Destination:
             raise UserError(f"{store.where(UNFINISHED)} is damaged: remove {shown(self.folder)} and begin again") from error
 
     def _require_same(self, found: object) -> None:
-        if found == self.settings:
-            return
         if not isinstance(found, dict):
             raise UserError(f"the destination {self.name} holds a data set that this program did not write: choose another --dest")
+        found = {**self.unsaid, **found}
+        if found == self.settings:
+            return
         other = [name for name in self.settings if found.get(name) != self.settings[name]]
         if other == ["source_contents"] or other == ["source_contents", "images"]:
             raise UserError(f"the destination {self.name} was begun from other files or labels ({found.get('images')} images, now "

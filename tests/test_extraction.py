@@ -55,6 +55,23 @@ def test_features_that_are_not_finite_are_refused():
         list(extract(open_images(random_images(4)), Extractor(Broken(), torch.device("cpu"), "broken", "0", None), 2))
 
 
+@pytest.mark.parametrize("bad", range(4))
+def test_features_that_are_not_finite_are_refused_in_whichever_block(bad, tmp_path):
+    """Each block is asked about when the next is under way, the last behind the loop; nothing of such a set is kept."""
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean(dim=(2, 3)) / (x[:, :1, 0, 0] != 255), x[:, 0, 0, :2].float()
+
+    images = random_images(7)
+    images[:, 0, 0, 0] = 1
+    images[2 * bad, 0, 0, 0] = 255
+    np.savez(tmp_path / "set.npz", images)
+    extractor = Extractor(Broken(), torch.device("cpu"), "broken", "0", None)
+    with pytest.raises(UserError, match="not finite on .*set.npz"):
+        measure(open_images(tmp_path / "set.npz"), extractor, 2, ALL, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("need", [set(), {"pooled"}, {"gaussian"}, {"spatial"}, ALL])
 def test_what_is_needed_is_measured_and_nothing_else(need):
     images, extractor = random_images(11), counting()

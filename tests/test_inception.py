@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from evaluations.inception import SIDE, Inception, resize_tf1
+from evaluations.inception import SIDE, Inception, _taps, resize_tf1
 from tests.conftest import random_images
 
 
@@ -170,3 +170,14 @@ def test_network_is_torch_fidelitys(inception, torch_fidelitys, height, width):
     assert relative(ours[0], pooled) < 1e-5
     assert relative(ours[1], maps[0][:, :7].permute(0, 2, 3, 1).flatten(1)) < 1e-5
     assert relative(ours[0] @ inception.network.fc.weight.T, logits) < 1e-5 and logits.shape == (1, 1008)
+
+
+def test_the_resize_serves_in_any_mode_after_it_served_in_inference():
+    """Its weights are kept from one call to the next."""
+    _taps.cache_clear()
+    with torch.inference_mode():
+        resize_tf1(torch.ones(1, 3, 10, 20), 15)
+    x = torch.ones(1, 3, 10, 20, requires_grad=True)
+    resize_tf1(x, 15).sum().backward()
+    assert x.grad.sum().item() == pytest.approx(3 * 15 * 15)                      # the weights of each pixel add up to 1
+    assert _taps.cache_info().hits == 2

@@ -13,7 +13,7 @@ from evaluations.metrics import (
     kernel_distance,
     precision_recall,
 )
-from models.precision import full_precision
+from models.precision import float32_arithmetic, full_precision
 from tests.conftest import tf32_and_autocast
 
 
@@ -276,4 +276,8 @@ def test_arithmetic_is_full_float32_inside_and_as_it_was_after_even_by_an_error(
     assert tf32_and_autocast() == lax
     with pytest.raises(ZeroDivisionError), full_precision(torch.device("cpu")):
         _ = 1 / 0
+    with float32_arithmetic(tf32=True):
+        assert tf32_and_autocast()[:2] in (("tf32", "tf32"), (True, True))
+        with full_precision(torch.device("cpu")), float32_arithmetic(tf32=True):
+            assert tf32_and_autocast()[:2] in (("tf32", "tf32"), (True, True))
     assert tf32_and_autocast() == lax and torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections import namedtuple
@@ -78,8 +79,8 @@ def run_convert(source, dest, resolution="32x32", transform=CROP, workers=0, max
     convert(str(source), str(dest), resolution, transform, workers, max_images)
 
 
-def run_encode(source, dest, vae: str, batch_size=4, dtype="float32", workers=0) -> None:
-    encode(str(source), str(dest), vae, batch_size, dtype, workers)
+def run_encode(source, dest, vae: str, batch_size=4, dtype="float32", workers=0, precision="fp32") -> None:
+    encode(str(source), str(dest), vae, batch_size, dtype, workers, precision)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -172,6 +173,24 @@ def test_convert_reads_and_writes_zips_with_many_workers(photos, images, tmp_pat
         with zipfile.ZipFile(tmp_path / dest) as archive:
             assert archive.namelist() == [*sorted(files(images)), "dataset.json"]
             assert {(entry.compress_type, entry.date_time[0]) for entry in archive.infolist()} == {(zipfile.ZIP_STORED, 1980)}
+
+
+def test_chunks_of_pictures_come_when_they_are_done(photos, tmp_path, monkeypatch):
+    """Two workers: the first is held until the second has converted all that is not its own, which it may only out of order."""
+    monkeypatch.setattr(converting, "CHUNK", 1)
+    convert_one, held = converting._Conversion._convert, tmp_path / "held"
+
+    def slow(self, name):
+        for _ in range(3000 if name == self.names[0] else 0):
+            if len(list((tmp_path / "out").rglob("*.png"))) >= 7:
+                held.touch()
+                break
+            time.sleep(0.01)
+        return convert_one(self, name)
+
+    monkeypatch.setattr(converting._Conversion, "_convert", slow)
+    run_convert(photos, tmp_path / "out", workers=2)
+    assert held.exists() and len(files(tmp_path / "out")) == 10
 
 
 def test_convert_takes_labels_of_the_source(photos, tmp_path):
@@ -624,6 +643,44 @@ def test_encode_zip_to_zip_in_half_precision(images, vae, tmp_path):
     half, full = LatentDataset(tmp_path / "data2"), LatentDataset(tmp_path / "data")
     assert np.load(io.BytesIO(contents(tmp_path / "data2/vae-sd.zip")["00000/img-mean-std-00000004.npy"])).dtype == np.float16
     assert torch.allclose(half[4][1], full[4][1], atol=2e-3) and not torch.equal(half[4][1], full[4][1])
+
+
+def test_bf16_moves_moments_by_its_rounding(images, vae, tmp_path):
+    """Eight bits are 2^-9 of a value each time it is rounded; some thirty layers of sums add up to less than ten times that."""
+    run_encode(images, tmp_path / "fp32", vae)
+    run_encode(images, tmp_path / "bf16", vae, precision="bf16")
+    exact, coarse = (np.stack([np.load(io.BytesIO(data)) for _, data in sorted(files(tmp_path / name).items())])
+                     for name in ("fp32", "bf16"))
+    assert coarse.dtype == np.float32 and 2e-4 < np.abs(coarse - exact).mean() / np.abs(exact).mean() < 0.02
+    assert metadata(tmp_path / "bf16")["made_with"]["precision"] == "bf16"
+
+
+def test_tf32_is_refused_on_a_cpu(images, vae, tmp_path):
+    with pytest.raises(UserError, match="--precision is tf32, which is a GPU's"):
+        run_encode(images, tmp_path / "x", vae, precision="tf32")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_precisions_do_not_mix_and_a_record_without_one_is_fp32s(images, vae, tmp_path, finished):
+    dest = tmp_path / "moments"
+    run_encode(images, dest, vae)
+    whole = contents(dest)
+    record = dest / "dataset.json"
+    made = json.loads(record.read_text())
+    del made["made_with"]["precision"]                                            # as it was written before there was a choice
+    record.write_text(json.dumps(made))
+    if not finished:
+        (dest / ".unfinished.json").write_text(json.dumps(made["made_with"]))
+        record.unlink()
+        (dest / "00000/img-mean-std-00000003.npy").unlink()
+    with pytest.raises(UserError, match="was made with precision fp32, now precision bf16 is asked for"):
+        run_encode(images, dest, vae, precision="bf16")
+    run_encode(images, dest, vae)
+    assert files(dest) == {name: data for name, data in whole.items() if name != "dataset.json"}
+    run_encode(images, tmp_path / "coarse", vae, precision="bf16")
+    with pytest.raises(UserError, match="was made with precision bf16, now precision fp32 is asked for"):
+        run_encode(images, tmp_path / "coarse", vae)
 
 
 def test_images_under_any_name_keep_their_keys(tmp_path, vae):

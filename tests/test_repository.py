@@ -32,6 +32,7 @@ ALLOWED = {
                       "models.precision", "models.processes", "models.vae"},
     "evaluations": {"evaluations", "models.checkpoint", "models.encoders", "models.errors", "models.files", "models.precision",
                     "models.processes", "preprocessing.crop"},
+    "models.cached_features": {"models.errors", "models.files"},
     "models.encoders": {"models.cached_features", "models.errors", "models.files"},
     "models.processes": {"models.errors", "models.stopping"},
     "models.meter": {"models.errors", "models.files"},
