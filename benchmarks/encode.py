@@ -131,12 +131,12 @@ class Stages:
         for _ in self.batches(workers):
             pass
 
-    def write(self, start: int, moments: np.ndarray) -> None:
-        for i, one in enumerate(moments, start):
+    def write(self, start: int, moments: torch.Tensor) -> None:
+        for i, one in enumerate(moments.cpu().numpy(), start):
             self.destination.write(self.outputs[i], to_npy(one))
 
     def whole(self, codec: Codec) -> None:
-        for _ in encode_batches(codec, self.batches(max(self.args.workers)), torch.float32, self.write):
+        for _ in encode_batches(codec.encode, self.batches(max(self.args.workers)), self.write, on_gpu=self.device.type == "cuda"):
             pass
 
     def plain(self, codec: Codec) -> None:
@@ -147,7 +147,7 @@ class Stages:
             with torch.inference_mode():
                 posterior = codec.vae.encode(images.to(self.device, codec.vae.dtype) / 127.5 - 1).latent_dist
                 moments = torch.cat([posterior.mean, posterior.std], dim=1)
-            self.write(start, moments.float().cpu().numpy())
+            self.write(start, moments.float())
 
 
 def file_rows(stages: Stages, codec: Codec, scratch: Path) -> list[Row]:
@@ -159,9 +159,9 @@ def file_rows(stages: Stages, codec: Codec, scratch: Path) -> list[Row]:
     rows += [Row(f"encode: reading, {n} worker{'s' * (n > 1)}", rate[n], "images/s", n * rate[0], f"{n} x this process")
              for n in args.workers]
     side = args.resolution // codec.space.downsampling
-    moments = np.zeros((args.batch_size, 2 * codec.space.channels, side, side), np.float32)
+    moments = torch.zeros((args.batch_size, 2 * codec.space.channels, side, side))
     ways = {"files": lambda: [stages.write(0, moments[:len(stages.outputs)])],
-            "one": lambda: (scratch / "one").write_bytes(moments[:len(stages.outputs)].tobytes())}
+            "one": lambda: (scratch / "one").write_bytes(moments[:len(stages.outputs)].numpy().tobytes())}
     rate = rates(min(args.batch_size, count), timed(ways, torch.device("cpu"), args.warmup, args.repeats))
     return [*rows, Row("encode: writing", rate["files"], "images/s", rate["one"], "the same bytes in one file")]
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,25 +55,40 @@ def set_precision(codec: Codec, precision: str) -> None:
         torch.nn.Module.to(codec.vae, torch.bfloat16)             # diffusers' own to() warns of an empty list of exceptions
 
 
-def encode_batches(codec: Codec, batches: Iterable[tuple[int, np.ndarray]], dtype: torch.dtype,
-                   write: Callable[[int, np.ndarray], None]) -> Iterator[int]:
-    """Encode batches of uint8 images (B, 3, R, R), each with its first index, and `write` that index and their moments (B, 2C, H, W).
+def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tuple[int, np.ndarray]],
+                   write: Callable[[int, Any], None], on_gpu: bool) -> Iterator[int]:
+    """`compute` batches of uint8 images (B, 3, R, R), each with its first index, and `write` that index and what was computed.
 
-    Yields each B. While a GPU encodes one batch, a thread writes the one before and the next is read; what `write` raises is raised here.
+    Yields each B. While a GPU computes one batch, a thread writes the one before and the next is read; what `write` raises is raised here.
     """
-    on_gpu = codec.vae.device.type == "cuda"
     with ThreadPoolExecutor(1) as writer:
         writing = None                                            # of the batch before
         for start, images in batches:
             images = torch.from_numpy(images)
-            # From other memory the copy would wait for the batch before.
-            moments = codec.encode(images.pin_memory() if on_gpu else images).to(dtype)           # (B, 2C, H, W)
+            computed = compute(images.pin_memory() if on_gpu else images)  # from other memory the copy would wait for the batch before
             if writing is not None:
                 writing.result()
-            writing = writer.submit(lambda start=start, moments=moments: write(start, moments.cpu().numpy()))
+            writing = writer.submit(write, start, computed)
             yield len(images)
         if writing is not None:
             writing.result()
+
+
+def encode_missing(store: Store, names: np.ndarray, outputs: np.ndarray, destination: Destination, batch_size: int, resolution: int,
+                   workers: int, compute: Callable[[torch.Tensor], Any], write: Callable[[int, Any], None]) -> None:
+    """Begin or go on: every batch of `names` (n,) of which one of `outputs` (n,) is missing, dealt to the processes that were joined."""
+    state = join_processes()
+    destination.begin()
+    state.wait_for_everyone()
+    missing = destination.is_missing(outputs)
+    mine = range(state.process_index * batch_size, len(names), state.num_processes * batch_size)
+    starts = [start for start in mine if missing[start:start + batch_size].any()]
+    total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
+    batches = load(Batches(store, names, starts, batch_size, resolution), workers)
+    with tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar:
+        for count in encode_batches(compute, batches, write, on_gpu=state.device.type == "cuda"):
+            bar.update(count)
+    state.wait_for_everyone()
 
 
 def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, workers: int,
@@ -111,28 +127,17 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
                         f"expected a multiple of {codec.space.downsampling} px")
     precision = precision or usual
     set_precision(codec, precision)
-    destination.begin()
-    state.wait_for_everyone()
 
-    missing = destination.is_missing(outputs)
-    mine = range(state.process_index * batch_size, len(names), state.num_processes * batch_size)
-    starts = [start for start in mine if missing[start:start + batch_size].any()]
-    total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
-
-    def write(start: int, moments: np.ndarray) -> None:
-        for i, one in enumerate(moments, start):                                  # (2C, H, W)
+    def write(start: int, moments: torch.Tensor) -> None:
+        for i, one in enumerate(moments.cpu().numpy(), start):                    # (2C, H, W)
             if not np.isfinite(one).all():
                 raise UserError(f"the moments of {store.where(names[i])} are not finite in {dtype}: "
                                 "use --dtype float32, or another VAE")
             destination.write(outputs[i], to_npy(one))
 
-    batches = load(Batches(store, names, starts, batch_size, resolution), workers)
-    with (tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar,
-          float32_arithmetic(tf32=precision == "tf32")):
-        for count in encode_batches(codec, batches, getattr(torch, dtype), write):
-            bar.update(count)
-
-    state.wait_for_everyone()
+    with float32_arithmetic(tf32=precision == "tf32"):
+        encode_missing(store, names, outputs, destination, batch_size, resolution, workers,
+                       lambda images: codec.encode(images).to(getattr(torch, dtype)), write)
     if state.is_main_process:
         listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels, strict=True)]
         destination.finish(outputs, {"labels": listed, "vae": codec.space.to_record()})

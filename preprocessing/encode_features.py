@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dataset import IMAGE_EXTENSIONS, list_keyed, open_store, read_image, shown
 from models.cached_features import DTYPES, FeaturesRecord, disk_cost, features_folder, file_size, gigabytes, on_disk, pack
@@ -13,8 +12,8 @@ from models.errors import UserError
 from models.files import to_npy
 from models.precision import full_precision
 from models.processes import join_processes
-from preprocessing.encode import Batches
-from preprocessing.work import Destination, digest, load
+from preprocessing.encode import encode_missing
+from preprocessing.work import Destination, digest
 
 
 def features_name(key: bytes) -> bytes:
@@ -70,25 +69,20 @@ def encode_features(source: str, dest: str, enc_type: str, weights: str | None, 
         print(f"{shown(dest)}: the {dtype} features of {len(names):,} images by {enc_type} take {gigabytes(disk_cost(len(names), record))} "
               f"({file_size(record.layout()):,} bytes each), {gigabytes(free)} are free", flush=True)
     encoder = load_encoder(enc_type, state.device, resolution, weights=weights)
-    destination.begin()
-    state.wait_for_everyone()
 
-    missing = destination.is_missing(outputs)
-    mine = range(state.process_index * batch_size, len(names), state.num_processes * batch_size)
-    starts = [start for start in mine if missing[start:start + batch_size].any()]
-    total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
-    with tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar:
-        for start, images in load(Batches(store, names, starts, batch_size, resolution), workers):
-            with full_precision(state.device):
-                stored = pack(*encoder.tokens(torch.from_numpy(images).to(state.device)), dtype)              # (B,)
-            for i, one in enumerate(stored, start):
-                if not all(np.isfinite(one[part]).all() for part in stored.dtype.names):
-                    raise UserError(f"the features of {store.where(names[i])} are not finite in {dtype}: "
-                                    "use --dtype int8, or another encoder")
-                destination.write(outputs[i], to_npy(one))
-            bar.update(len(images))
+    def compute(images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        with full_precision(state.device):
+            return encoder.tokens(images.to(state.device, non_blocking=True))     # (B, E), (B, N, E)
 
-    state.wait_for_everyone()
+    def write(start: int, tokens: tuple[torch.Tensor | None, torch.Tensor]) -> None:
+        stored = pack(*tokens, dtype)                                             # (B,)
+        for i, one in enumerate(stored, start):
+            if not all(np.isfinite(one[part]).all() for part in stored.dtype.names):
+                raise UserError(f"the features of {store.where(names[i])} are not finite in {dtype}: "
+                                "use --dtype int8, or another encoder")
+            destination.write(outputs[i], to_npy(one))
+
+    encode_missing(store, names, outputs, destination, batch_size, resolution, workers, compute, write)
     if state.is_main_process:
         described = {**record.to_record(), "weights": sha256_of_parameters(encoder.model)}
         destination.finish(outputs, {"features": described})
