@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluations.sample_folder import SampleFolder, blocks_to_make, finish, prepare, write_block, write_outputs
+from evaluations.sample_folder import BlockWriter, SampleFolder, blocks_to_make, finish, prepare, write_outputs
 from models import checkpoint
+from models.compiling import compile_blocks
 from models.errors import UserError, notice, without_traceback
 from models.files import sha256
 from models.interpolant import PATHS
@@ -59,6 +60,10 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="images per block; another size may move a few pixel values by one level")
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=Sampling.precision,
                      help="of the network; the solver's state is float64")
+    run.add_argument("--vae-precision", choices=("fp32", "bf16"), default="fp32",
+                     help="of the decoder; the published numbers are of fp32, and bf16 moves some pixel values by a level or two")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                     help="compile the network, which may move a few pixel values by one level; None: on CUDA")
     return parser.parse_args(argv)
 
 
@@ -118,7 +123,8 @@ def folder_name(path: Path, how: Sampling, args: argparse.Namespace, vae: str) -
             parts.append(f"cls{how.cls_cfg_scale:.12g}")
         parts.append(f"t{how.guidance_low:.12g}-{how.guidance_high:.12g}")
     parts += [how.labels if how.classes is None else "classes" + "+".join(map(str, how.classes)), f"seed{how.seed}",
-              how.precision, vae_tag(vae), f"batch{args.per_proc_batch_size}", f"n{args.num_fid_samples}"]
+              how.precision, *(["compiled"] if args.compile else []), vae_tag(vae), *(["bf16"] if args.vae_precision == "bf16" else []),
+              f"batch{args.per_proc_batch_size}", f"n{args.num_fid_samples}"]
     return "-".join(parts)
 
 
@@ -136,7 +142,9 @@ def describe(path: Path, state: dict, how: Sampling, args: argparse.Namespace, v
         "step": state.get("steps"),
         "weights": args.weights,
         "vae": vae,
+        "vae_precision": args.vae_precision,
         "sampling": asdict(how),
+        "compiled": args.compile,
         "num_images": args.num_fid_samples,
         "per_proc_batch_size": args.per_proc_batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -150,11 +158,39 @@ def labels_of(count: int, num_classes: int, how: Sampling) -> np.ndarray:
     return np.array([image_label(i, image_rng(how.seed, i), num_classes, how) for i in range(count)])
 
 
-def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Codec, how: Sampling, show: bool) -> None:
-    """One process's `blocks`, from indices to files."""
-    for block in tqdm(blocks, desc="sampling", unit="block", disable=not show):
-        images, _, class_tokens = sample_images(model, codec, block, how)
-        write_block(folder, block, images, class_tokens)
+def make_ready(model: SiT, device: torch.device, precision: str, compiled: bool) -> bool:
+    """Bring the network to the device in its fastest form, with `compiled` blocks if asked and possible; returns whether they are."""
+    model.to(device)
+    if precision == "bf16":
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                layer.to(torch.bfloat16)                          # once what autocast does at every evaluation: the same bits
+    if not compiled:
+        return False
+    from torch._inductor import config  # slow to import
+
+    if hasattr(config, "deterministic"):                          # else each process may pick the kernels that it finds the fastest
+        config.deterministic = True
+    return compile_blocks(model)
+
+
+def require_same_everywhere(compiled: bool) -> None:
+    """Raise UserError unless all processes compile, or none."""
+    from accelerate.utils import gather_object  # slow to import
+
+    if len(set(gather_object([compiled]))) > 1:
+        raise UserError("torch.compile works in some processes only, whose images would differ from the others': add --no-compile")
+
+
+def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Codec, how: Sampling, compiled: bool, show: bool) -> None:
+    """One process's `blocks`, from indices to files, which are written while the next block is sampled."""
+    whole = len(folder.blocks[0])
+    with BlockWriter(folder) as writer:
+        for block in tqdm(blocks, desc="sampling", unit="block", disable=not show):
+            # Each size would be compiled anew, which takes longer than to sample the last block as if all of it were wanted.
+            indices = range(block.start, block.start + whole) if compiled else block
+            images, _, class_tokens = sample_images(model, codec, indices, how)
+            writer.put(block, images[:len(block)], None if class_tokens is None else class_tokens[:len(block)])
 
 
 @without_traceback
@@ -166,16 +202,19 @@ def main(argv=None) -> None:
     space = LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
     how = sampling_of(args, model, (state.get("args") or {}).get("path_type", "linear"))
 
+    world = join_processes()
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    # Before anything is named: where the compiler does not work, the images are those of --no-compile.
+    args.compile = make_ready(model, world.device, args.precision, world.device.type == "cuda" if args.compile is None else args.compile)
+    require_same_everywhere(args.compile)
+
     vae = args.vae or space.decoder
     vae = SHORTHANDS.get(vae, vae)
     folder = SampleFolder(sample_dir(path, args) / folder_name(path, how, args, vae), args.num_fid_samples, args.per_proc_batch_size,
                           side=model.input_size * space.downsampling, png=not args.no_png,
                           token_width=model.cls_token_dim if args.save_cls_tokens else None)
-
-    world = join_processes()
-    if world.device.type == "cpu":
-        torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     settings = missing = None
     if world.is_main_process:
         settings = describe(path, state, how, args, vae, world.device)
@@ -187,6 +226,8 @@ def main(argv=None) -> None:
         notice(f"already there: {folder.count} images of these settings in {folder.path}")
     else:
         codec = load_codec(vae, world.device)
+        if args.vae_precision == "bf16":
+            codec.in_bf16()
         space.require_same(codec.space, "the checkpoint", "the decoder")
         there = len(folder.blocks) - len(missing)
         if there:
@@ -194,7 +235,7 @@ def main(argv=None) -> None:
         if world.is_main_process:
             prepare(folder, there > 0, settings)
         world.wait_for_everyone()
-        make_blocks(folder, missing[world.process_index::world.num_processes], model.to(world.device), codec, how, world.is_main_process)
+        make_blocks(folder, missing[world.process_index::world.num_processes], model, codec, how, args.compile, world.is_main_process)
         world.wait_for_everyone()
         if world.is_main_process:
             write_outputs(folder, labels_of(folder.count, model.num_classes, how))

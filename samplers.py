@@ -178,7 +178,9 @@ def sample_images(model, codec, indices: Iterable[int], how: Sampling) -> tuple[
 
     def noise(shape) -> torch.Tensor:
         draws = [rng.standard_normal(tuple(shape), dtype=np.float32) for rng in rngs]
-        return torch.from_numpy(np.stack(draws)).to(device)                               # (B, *shape)
+        drawn = torch.from_numpy(np.stack(draws))                                         # (B, *shape)
+        # From pinned memory the copy joins the device's queue; from any other it would first wait until that is empty.
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     latents = noise((model.in_channels, model.input_size, model.input_size))              # (B, C, H, W)
     cls_latents = noise((model.cls_token_dim,)) if model.cls_token_dim is not None else None

@@ -46,7 +46,7 @@ class Row:
         """Of the ideal, 0 to 1; times are the better the smaller."""
         if self.ideal is None:
             return None
-        return self.ideal / self.measured if self.unit == "s" else self.measured / self.ideal
+        return self.ideal / self.measured if self.unit in ("s", "h") else self.measured / self.ideal
 
 
 def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from models.errors import UserError
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 # The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.
 DECODERS = {SHORTHANDS["mse"]: SHORTHANDS["ema"]}
+DECODED = 32  # latents that are decoded at a time: at 256 px a feature map of the decoder takes 2 GiB of them in float32
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,23 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """final latents (B, C, H, W) => raw pixels: uint8 (B, 3, R, R), truncated as the published numbers were."""
+        """final latents (B, C, H, W) => raw pixels: uint8 (B, 3, R, R), truncated as the published numbers were.
+
+        In pieces of a fixed size, whatever B is, so that a larger B takes no more memory.
+        """
         raw = latents.to(device=self.vae.device, dtype=torch.float32) / self.space.scale + self.space.shift
-        pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
-        return (127.5 * pixels + 127.5).clamp(0, 255).to(torch.uint8)
+        pieces = []
+        for piece in raw.to(self.vae.dtype).split(DECODED):
+            pixels = self.vae.decode(piece).sample.float()
+            pieces.append((127.5 * pixels + 127.5).clamp(0, 255).to(torch.uint8))
+        return torch.cat(pieces)
+
+    def in_bf16(self) -> "Codec":
+        """This codec with its network in bfloat16 from now on; on CUDA with channels last, which cuDNN's bf16 convolutions want."""
+        self.vae.bfloat16()
+        if self.vae.device.type == "cuda":
+            self.vae.to(memory_format=torch.channels_last)
+        return self
 
 
 def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:

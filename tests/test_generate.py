@@ -161,13 +161,62 @@ def test_what_is_not_there_is_made_again_and_nothing_stale_stays(experiment, cap
     ("--mode", "ode"), ("--mode", "ode", "--heun"), ("--num-steps", "3"), ("--cfg-scale", "1"), ("--cfg-scale", "1.5"),
     ("--cls-cfg-scale", "0"), ("--guidance-low", "0.5"), ("--guidance-high", "0.5"), ("--labels", "balanced"), ("--classes", "4,2"),
     ("--global-seed", "1"),
-    ("--precision", "bf16"), ("--per-proc-batch-size", "3"), ("--num-fid-samples", "3"), ("--weights", "model")])
+    ("--precision", "bf16"), ("--vae-precision", "bf16"), ("--compile",),
+    ("--per-proc-batch-size", "3"), ("--num-fid-samples", "3"), ("--weights", "model")])
 def test_every_setting_is_in_the_folders_name(experiment, vae_folder, flags):
     args = [generate.parse_args(["--ckpt", str(experiment), *FEW, *more]) for more in ((), flags)]
     model = checkpoint.build_for_sampling(checkpoint.read(experiment))
     path = checkpoint.find(experiment)
     plain, changed = (generate.folder_name(path, generate.sampling_of(a, model, "linear"), a, str(vae_folder)) for a in args)
     assert plain != changed and plain.startswith("run-0000003-")
+
+
+def test_settings_that_only_the_machine_has(experiment, capsys, monkeypatch):
+    """settings.json and the name say what was done, not what was asked for."""
+    plain = sample(experiment, capsys)
+    assert json.loads((plain / "settings.json").read_text())["compiled"] is False
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "compile_blocks", lambda _: False)  # where the compiler does not work
+        assert sample(experiment, capsys, "--compile") == plain
+    faster = sample(experiment, capsys, "--vae-precision", "bf16")
+    assert faster != plain and json.loads((faster / "settings.json").read_text())["vae_precision"] == "bf16"
+    assert (np.load(plain / "samples.npz")["arr_0"] != np.load(faster / "samples.npz")["arr_0"]).any()
+
+
+def test_processes_that_cannot_all_compile(experiment, capsys, monkeypatch):
+    from accelerate import utils
+
+    monkeypatch.setattr(utils, "gather_object", lambda mine: [*mine, not mine[0]])
+    refused(capsys, ["--ckpt", str(experiment), *FEW], "add --no-compile")
+    assert not (experiment / "samples").exists()
+
+
+def test_rounding_the_weights_once_gives_the_bits_of_autocast(experiment):
+    torch.manual_seed(0)
+    model = checkpoint.build_for_sampling(checkpoint.read(experiment))
+    inputs = torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 5]), torch.randn(3, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        velocity, _, cls_velocity = model(*inputs)
+        assert generate.make_ready(model, torch.device("cpu"), "bf16", compiled=False) is False
+        assert {p.dtype for p in model.blocks.parameters()} == {torch.bfloat16} and model.pos_embed.dtype == torch.float32
+        again, _, cls_again = model(*inputs)
+    assert (again == velocity).all() and (cls_again == cls_velocity).all()
+
+
+def test_compiled_images(experiment, capsys, tmp_path):
+    """Within a level of eager ones, of two shapes though the last block is smaller, and the same for any number of processes."""
+    eager = np.load(sample(experiment, capsys) / "samples.npz")["arr_0"].astype(int)
+    compiled, batches = experiment.parent / "compiled", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "compile_blocks", lambda model: [
+            block.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))) for block in model.blocks[:1]] and True)
+        padded = np.load(sample(experiment, capsys, "--compile", "--sample-dir", tmp_path / "padded") / "samples.npz")["arr_0"]
+    assert set(batches) == {2, 4} and abs(padded - eager).max() <= 1
+    images = np.load(sample(experiment, capsys, "--compile", "--sample-dir", compiled) / "samples.npz")["arr_0"]
+    assert images.shape == eager.shape and abs(images - eager).max() <= 1
+    two_processes("generate.py", "--ckpt", str(experiment), *FEW, "--compile", "--no-png", "--sample-dir", str(tmp_path / "two"))
+    two, = (tmp_path / "two").iterdir()
+    assert (np.load(two / "samples.npz")["arr_0"] == images).all()
 
 
 def test_labels_and_classes(experiment, capsys):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.errors import UserError
-from models.vae import LatentSpace, load_codec
+from models.vae import DECODED, LatentSpace, load_codec
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,30 @@ def test_decode_undoes_the_normalisation_and_truncates(codec):
     assert ours.dtype == torch.uint8 and ours.shape == (2, 3, 32, 32)
     floor = pixels.clamp(0, 255).floor()
     assert (ours.float() != floor).float().mean() < 1e-3 and (ours.float() - floor).abs().max() <= 1   # (raw - shift) * scale rounds
+
+
+def test_decoding_in_pieces_gives_the_same_bits(codec, monkeypatch):
+    """Of a fixed size, the last smaller."""
+    latents, sizes = torch.randn(2 * DECODED + 3, 4, 2, 2, generator=torch.Generator().manual_seed(0)), []
+    alone = torch.cat([codec.decode(piece) for piece in latents.split(DECODED)])
+    decode = codec.vae.decode
+    monkeypatch.setattr(codec.vae, "decode", lambda raw: sizes.append(len(raw)) or decode(raw))
+    assert (codec.decode(latents) == alone).all() and sizes == [DECODED, DECODED, 3]
+
+
+def test_bf16_decodes_nearly_the_same():
+    """bf16 rounds by up to 2^-9 of a value after each layer of the decoder, and the pixels are of the order of 1.
+
+    Independent roundings add up to the root of their number, the worst ones to their number; truncation adds one level.
+    """
+    folder = str(Path(__file__).parents[1] / "toy" / "networks" / "vae")
+    exact, fast = load_codec(folder), load_codec(folder).in_bf16()
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, b = exact.decode(latents), fast.decode(latents)
+    layers = sum(isinstance(m, torch.nn.Conv2d | torch.nn.Linear | torch.nn.GroupNorm) for m in exact.vae.decoder.modules())
+    difference, rounding = (a.float() - b.float()).abs(), 2**-9 * 127.5
+    assert b.dtype == torch.uint8 and (a != b).any()
+    assert difference.mean() < rounding * layers**0.5 and difference.max() <= rounding * layers + 1
 
 
 def test_the_recipe_encodes_with_mse_and_decodes_with_ema():
