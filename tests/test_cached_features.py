@@ -279,7 +279,8 @@ def test_the_forward_pass_is_plain_float32(data, lax, monkeypatch):
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
-    (["--dtype=float32"], "stored as float16 or int8"), (["--model-url=ema"], "give one"), (["--precision=bf16"], "leave it out"), (["--batch-size=0"], "at least 1"),
+    (["--dtype=float32"], "stored as float16 or int8"), (["--model-url=ema"], "give one"), (["--precision=bf16"], "leave it out"),
+    (["--batch-size=0"], "at least 1"),
     (["--enc-type=dinov2-vit-b"], "features-dinov2-vit-b"), (["--enc-type=dinov2-vit-b,dinov2-vit-s"], "one at a time"),
     (["--encoder-weights=nowhere.pth"], "no encoder weights at nowhere.pth"),
     (["--enc-type=dino", "--dest={}/features-dino"], "unknown encoder"),
