@@ -148,32 +148,43 @@ def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
         rate = {way: args.batch_size / median(found) for way, found in seconds.items()}
         rows.append(Row(name, rate["fast"], "images/s", peak / flops, f"{source} / {flops / 1e9:.1f} GFLOP per image",
                         rate.get("plain"), ratio(seconds["fast"], seconds["plain"]) if args.baseline else None))
-        rows.append(Row(f"{name}: launches", count_launches(ways["fast"], device), "",
-                        baseline=count_launches(ways["plain"], device) if args.baseline else None))
+        if device.type == "cuda" or not settings.compile:         # on a CPU operators are counted, as they run without the compiler
+            rows.append(Row(f"{name}: launches", count_launches(ways["fast"], device), "",
+                            baseline=count_launches(ways["plain"], device) if args.baseline else None))
         rows.append(Row(f"{name}: peak memory so far", peak_memory(device), "GiB"))
         rows.append(memory_row(name, settings, device))
     return rows
 
 
-def memory_row(name: str, settings: argparse.Namespace, device: torch.device) -> Row:
-    """What the forward pass keeps for the backward pass, per image, and how many images a GPU's memory would hold by that."""
+def kept_bytes(settings: argparse.Namespace, device: torch.device, images: int) -> tuple[int, int]:
+    """What the eager forward pass of so many images keeps for the backward pass, beside the weights; bytes of the states of training."""
+    settings = argparse.Namespace(**{**vars(settings), "batch_size": images})
     space, encoders, model = build(settings, device)
     model.checkpointing = settings.activation_checkpointing
     accelerator = open_accelerator(settings)
     batch = train.prepare_batch(*random_batch(settings, space), space, encoders, settings, accelerator)
-    known, kept = {p.data_ptr() for p in model.parameters()}, {}
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def note(saved: torch.Tensor) -> torch.Tensor:
-        if saved.untyped_storage().data_ptr() not in known:
-            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()            # held, so that no place is used twice
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage                    # held, so that no place is used twice
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), accelerator.autocast():
-        SILoss(align=settings.align)(model, **batch)
-    each = sum(storage.nbytes() for storage in kept.values()) / settings.batch_size
+        terms = SILoss(align=settings.align)(model, **batch)
+    assert terms.denoising.requires_grad
     states = 20 * sum(p.numel() for p in model.parameters()) + 4 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    return sum(storage.nbytes() for storage in kept.values()), states
+
+
+def memory_row(name: str, settings: argparse.Namespace, device: torch.device) -> Row:
+    """Memory that each image of a batch takes, and how many images a GPU's memory would hold by that; computed, not tried."""
+    (two, states), (four, _) = (kept_bytes(settings, device, images) for images in (2, 4))
+    each = (four - two) / 2                                       # what does not grow with the batch is the weights in bf16
+    fixed = states + two - 2 * each
     return Row(f"{name}: kept per image, eager", each / 2**30, "GiB",
-               formula=f"at most {(MEMORY - states) / each:.0f} images beside {states / 1e9:.1f} GB of states in {MEMORY / 1e9:.0f} GB")
+               formula=f"at most {(MEMORY - fixed) / each:.0f} images beside {fixed / 1e9:.1f} GB of states in {MEMORY / 1e9:.0f} GB")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -33,6 +33,7 @@ def compile_blocks(network: nn.Module) -> bool:
     device_type = next(network.parameters()).device.type
     if not compiler_works(device_type):
         return False
+    torch._dynamo.config.optimize_ddp = False                     # it would cut a block at DDP's buckets; blocks are cut finely enough
     for block in getattr(network, "blocks", ()):
         block.compile(dynamic=False)
     return True

@@ -1,6 +1,7 @@
 """Rules of the house: who imports whom, requirements that are used, README commands that parse, files that are there."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -142,6 +143,10 @@ def test_readme_commands_parse(command):
         checkpoint.parse_args(command[3:])
     elif command[1:3] == ["-m", "tests.stress.kills"]:
         kills.parse_args(command[3:])
+    elif command[1:3] == ["-m", "benchmarks"]:
+        importlib.import_module("benchmarks.__main__").parse_args(command[3:])
+    elif command[2].startswith("benchmarks."):
+        importlib.import_module(command[2]).parse_args(command[3:])
     elif command[1:3] == ["-m", "evaluations.evaluator"]:
         evaluator.parse_args(command[3:])
     else:
