@@ -169,8 +169,11 @@ def make_ready(model: SiT, device: torch.device, precision: str, compiled: bool)
         return False
     from torch._inductor import config  # slow to import
 
-    if hasattr(config, "deterministic"):                          # else each process may pick the kernels that it finds the fastest
+    # Else each process may pick the kernels that it finds the fastest.
+    if hasattr(config, "deterministic"):
         config.deterministic = True
+    else:                                                         # older than PyTorch 2.9
+        config.triton.autotune_pointwise = False
     return compile_blocks(model)
 
 
@@ -244,10 +247,10 @@ def main(argv=None) -> None:
         if missing is not None:
             notice(f"{folder.count} images in {folder.path}: {', '.join(sorted(part.name for part in folder.path.iterdir()))}")
     world.wait_for_everyone()
-    leave_processes()
     if world.is_local_main_process:                               # on every node, so that each can go on with the file
         print(folder.samples)
 
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -27,6 +27,7 @@ from benchmarks.harness import Row, open_device, parser, profile, ratio, report,
 from dataset import GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, read_image, read_moments
 from models import index
 from models.errors import UserError, say, without_traceback
+from models.files import to_npy
 from preprocessing.convert import image_name, to_png
 from preprocessing.encode import moments_name
 from preprocessing.work import all_cores
@@ -72,12 +73,6 @@ def compressed(image: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def npy(array: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    np.save(data, array)
-    return data.getvalue()
-
-
 def write(place: Path, files: dict[str, bytes], zipped: bool, metadata: dict) -> None:
     """A folder or a zip (`place`.zip) of `files` and dataset.json. In a folder equal contents are links to one file per subfolder."""
     contents = {**files, "dataset.json": json.dumps(metadata).encode()}
@@ -115,7 +110,7 @@ def build(place: Path, pictures: list[bytes], moments: list[bytes], count: int, 
 def opening(args: argparse.Namespace, place: Path, device: torch.device) -> list[Row]:
     """Seconds of the first opening, which writes the index, and of later ones."""
     rows = []
-    tiny, latents = [to_png(np.zeros((8, 8, 3), dtype=np.uint8))], [npy(np.zeros((LATENT[0], 1, 1), dtype=np.float16))]
+    tiny, latents = [to_png(np.zeros((8, 8, 3), dtype=np.uint8))], [to_npy(np.zeros((LATENT[0], 1, 1), dtype=np.float16))]
     share = args.entries / IMAGENET
     for kind in ("folder", "zip"):
         say(f"building {args.entries:,} entries as {kind} ...")
@@ -217,7 +212,7 @@ def main(argv=None) -> None:
     rng = np.random.default_rng(0)
     side = args.resolution // LATENT[1]
     pictures = [photograph(rng, args.resolution) for _ in range(min(args.images, 64))]
-    moments = [npy(rng.normal(size=(LATENT[0], side, side)).astype(np.float16)) for _ in range(min(args.images, 64))]
+    moments = [to_npy(rng.normal(size=(LATENT[0], side, side)).astype(np.float16)) for _ in range(min(args.images, 64))]
     with tempfile.TemporaryDirectory(prefix="reg-data-", dir=args.folder) as made, patch.dict(os.environ, XDG_CACHE_HOME=f"{made}/cache"):
         place = Path(made)
         written = {"": [to_png(picture) for picture in pictures]}

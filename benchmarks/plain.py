@@ -1,9 +1,11 @@
 """The plain way to train, for comparison: eager float32, a loop over samples in the alignment, one parameter at a time in AdamW and EMA."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
-from loss import SILoss, Terms
+from loss import SILoss
 from models.sit import SiT
 from train import total_loss
 
@@ -36,12 +38,19 @@ def update_ema(ema: SiT, model: SiT, decay: float) -> None:
         average.mul_(decay).add_(parameter, alpha=1 - decay)
 
 
-def step(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, loss: SILoss, batch: dict, args) -> tuple[Terms, torch.Tensor]:
-    """One update from one batch; returns its terms and the norm of its gradients, as `train.backward` and `train.update` do."""
-    terms = loss(model, **batch)
-    total_loss(terms, args).backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, foreach=False)
+def step(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, loss: SILoss, batches: Iterable[dict], args) -> torch.Tensor:
+    """One update from the mean over `batches` (arguments of SILoss, of equal size); returns the mean of their losses."""
+    totals = []
+    for batch in batches:
+        totals.append(total_loss(loss(model, **batch), args))
+        totals[-1].backward()
+        totals[-1] = totals[-1].detach()
+    if len(totals) > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= len(totals)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, foreach=False)
     optimizer.step()
     optimizer.zero_grad()
     update_ema(ema, model, args.ema_decay)
-    return terms, grad_norm
+    return torch.stack(totals).mean()

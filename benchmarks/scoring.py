@@ -25,7 +25,6 @@ from evaluations.metrics import (
     NEIGHBOURS,
     SPLIT,
     frechet_distance,
-    full_precision,
     gaussian_statistics,
     inception_score,
     precision_recall,
@@ -33,6 +32,7 @@ from evaluations.metrics import (
 )
 from evaluations.scoring import evaluate
 from models.errors import UserError, without_traceback
+from models.precision import full_precision
 
 GOAL = 50_000, 10_000             # samples and reference images of the published scores
 SIZES = {"cuda": {"samples": GOAL[0], "references": GOAL[1], "rows": GOAL, "stage": 2048, "batch_size": 64},

@@ -123,7 +123,6 @@ def _selftest_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     {"score": score, "stats": make_statistics, "selftest": selftest}[args.command](args)
-    leave_processes()
 
 
 def score(args: argparse.Namespace) -> None:
@@ -310,3 +309,4 @@ def _output(path: Path | None, *inputs: Path | None) -> Path | None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

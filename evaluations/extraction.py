@@ -41,13 +41,13 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator
     """Pooled (n, F) and spatial (n, S) features, float32, of all images in their order, in several pieces; the same on every process.
 
     Blocks of `batch_size` consecutive images are dealt whole to the processes in turn, so that no number of processes changes
-    a bit. The last block may be smaller. Raises UserError for features that are not finite, at the latest behind the last piece.
+    a bit. The last block may be smaller. Raises UserError for features that are not finite, behind the last piece.
     """
     assert images.blocks is not None and images.count is not None
     rank, world = place()
     blocks = [range(start, min(start + batch_size, images.count)) for start in range(0, images.count, batch_size)]
     mine, on_gpu = images.blocks(blocks[rank::world]), extractor.device.type == "cuda"
-    finite = None                                                 # of the block before: to ask at once would make a GPU wait for the next
+    finite = torch.ones((), dtype=torch.bool, device=extractor.device)  # asked at the end: before, a GPU would wait for the next block
     # A process that has no block left takes part in the exchange, with a black image in order to know the widths.
     idle = np.zeros((1, *(images.size or (64, 64)), 3), np.uint8)
     with tqdm(total=images.count, desc=images.name, unit="image", disable=None if rank == 0 else True) as bar:
@@ -60,16 +60,11 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator
             if world > 1:
                 rows = _gather(torch.cat([pooled, spatial], dim=1), together, batch_size)
                 pooled, spatial = rows[:, :pooled.shape[1]], rows[:, pooled.shape[1]:]
-            _require_finite(finite, extractor, images)
-            finite = pooled.isfinite().all() & spatial.isfinite().all()
+            finite &= pooled.isfinite().all() & spatial.isfinite().all()
             yield pooled, spatial
             bar.update(sum(map(len, together)))
-        _require_finite(finite, extractor, images)
-
-
-def _require_finite(finite: torch.Tensor | None, extractor: Extractor, images: ImageSet) -> None:
-    if finite is not None and not finite:
-        raise UserError(f"{extractor.name} gives features that are not finite on {images.name}: its weights are damaged")
+        if not finite:
+            raise UserError(f"{extractor.name} gives features that are not finite on {images.name}: its weights are damaged")
 
 
 def _features(extractor: Extractor, images: torch.Tensor) -> Pair:

@@ -182,14 +182,18 @@ def _weights_file(weights: str | Path) -> Path:
 def require_made_by(record: FeaturesRecord, path: Path, name: str, weights: str | Path | None) -> None:
     """Raise UnfitFeatures where the features at `path` are not those of `name`, or were made with other weights than the named ones.
 
-    Weights from the hub are not fetched to look at them. A network is built only where the file is another one but may hold the same.
+    Weights from the hub count as the same, and are not fetched to look at them. A network is built only where the file is another one
+    but may hold the same.
     """
     if record.enc_type != name and not name.startswith(LOCAL):    # a folder may have moved, and is known by its files
         raise UnfitFeatures(f"{path} holds the features of {record.enc_type}, and those of {name} are asked for: encode them, or give "
                             "--cached-features off")
     named = sha256_of_named(name, weights)
-    if named in (None, record.weights_file):
+    if named == record.weights_file:
         return
+    if named is None:
+        raise UnfitFeatures(f"{path} was made with a file of weights, and none was named: name it with --encoder-weights, or give "
+                            "--cached-features off")
     local = name.startswith(LOCAL)
     if local or sha256_of_parameters(load_encoder(name, "cpu", record.resolution, weights=weights).model) != record.weights:
         raise UnfitFeatures(f"{path} was made with other weights than {weights or f'the files of {name}'}: name the same, encode again, or "

@@ -5,8 +5,9 @@ numpy arrays together with the stamps of every folder and file that they follow 
 
 Noticed: a file or folder added, removed or renamed anywhere in the store (which changes the folder that holds it), dataset.json or a
 zip written or replaced, by whatever means, since the system's own time of change (ctime) and the inode are looked at, which nobody sets.
-Not noticed: a change to what a file in a folder contains; an index does not depend on it, files are read anew each time. Nor could it be
-noticed that a mounted image whose times were all set to one number was replaced by another image of the same names' sizes and inodes.
+Not noticed: a change to what a file in a folder contains; an index does not depend on it, files are read anew each time. Nor anything
+where a file system invents the times of its folders, as mounted object stores may: give XDG_CACHE_HOME a new folder after a change there.
+Nor that a mounted image whose times were all set to one number was replaced by another image of the same names' sizes and inodes.
 """
 
 import functools
@@ -45,7 +46,7 @@ def stamp(path: bytes | str) -> bytes:
         return b""
     now, found = time.time_ns(), os.fstat(handle)
     os.close(handle)
-    settled = found.st_ctime_ns <= now - SETTLED * 1e9
+    settled = 0 < found.st_ctime_ns <= now - SETTLED * 1e9                    # where a file system keeps no times, they are often 0
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}".encode() if settled else b""
 
 

@@ -228,7 +228,7 @@ def join_processes(cpu: bool = False):
 
 
 def leave_processes() -> None:
-    """Part from the others, if any were joined: the last line of a program that ends in order.
+    """Part from the others, if any were joined: the last line of a program that ends in order, behind `main`.
 
     gloo's threads must end before the interpreter does. One that still holds a tensor then asks for the GIL, and SIGABRT ends the process.
     """

@@ -53,7 +53,7 @@ def image_name(i: int) -> str:
 def to_png(image: np.ndarray) -> bytes:
     """An RGB picture uint8 (H, W, 3) as a PNG that is neither compressed nor filtered.
 
-    Training reads it ten times as fast as one of Pillow's, whose lowest level still predicts every row from the one above, and it is
+    Training reads it several times as fast as one of Pillow's, whose lowest level still predicts every row from the one above, and it is
     written as much faster. It takes H * W * 3 bytes, a third to a half more than a compressed photograph.
     """
     height, width, _ = image.shape

@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments["workers"] < 0:
         raise UserError(f"--workers is {arguments['workers']}: give 0 or more")
     arguments.pop("function")(**arguments)
-    leave_processes()
 
 
 if __name__ == "__main__":
     main()
+    leave_processes()

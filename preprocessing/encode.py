@@ -109,14 +109,15 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
         raise UserError(f"the source {shown(source)} holds no images: expected what `convert` writes")
     labels = read_labels(store, keys)
     resolution = read_image(store, names[0]).shape[-1]
-    usual = "tf32" if torch.cuda.is_available() else "fp32"       # of convolutions, which is nearly all there is
+    state = join_processes()
+    usual = "tf32" if state.device.type == "cuda" else "fp32"     # of convolutions, which is nearly all there is
+    precision = precision or usual
     # Not where the images are: a data folder may move while it is being encoded.
     settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names),
-                "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype, "precision": precision or usual}
+                "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype, "precision": precision}
     destination = Destination(dest, settings, source, unsaid={"precision": usual})
     outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
     destination.require_names(outputs)
-    state = join_processes()
     if destination.is_finished(outputs):
         if state.is_main_process:
             print(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
@@ -125,7 +126,6 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     if resolution % codec.space.downsampling:
         raise UserError(f"images of {resolution} px cannot be encoded by {codec.space.vae}: "
                         f"expected a multiple of {codec.space.downsampling} px")
-    precision = precision or usual
     set_precision(codec, precision)
 
     def write(start: int, moments: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import data
 from models import index
+from models.files import to_npy
 
 
 def test_it_runs_and_prints_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -40,7 +41,7 @@ def test_sizes_that_cannot_be(flag, capsys):
 def test_the_data_set_it_builds_is_what_training_reads(tmp_path, zipped):
     rng = data.np.random.default_rng(0)
     pictures = [data.photograph(rng, 16) for _ in range(3)]
-    moments = [data.npy(rng.normal(size=(8, 2, 2)).astype("float16")) for _ in range(2)]
+    moments = [to_npy(rng.normal(size=(8, 2, 2)).astype("float16")) for _ in range(2)]
     entries = data.LatentDataset(data.build(tmp_path / "x", [data.to_png(picture) for picture in pictures], moments, 5, zipped))
     assert len(entries) == 5 and entries.resolution == 16 and entries.moments_shape == (8, 2, 2)
     for i in range(5):

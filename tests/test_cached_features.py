@@ -341,6 +341,13 @@ def test_losses_are_those_of_the_encoder_up_to_the_rounding(data, tmp_path, monk
     assert any(a["proj_loss"] != b["proj_loss"] for a, b in zip(online, cached, strict=True))
 
 
+def test_compiled_training_reads_features_too(data, tmp_path):
+    """There is no encoder to compile; the losses are the online run's up to the rounding."""
+    cached = losses(data, tmp_path / "on", "--cached-features", "require", "--compile")
+    online = losses(data, tmp_path / "off", "--cached-features", "off")
+    assert [line["denoising_loss"] for line in cached] == pytest.approx([line["denoising_loss"] for line in online], rel=1e-4)
+
+
 def test_targets_are_the_encoders_token_by_token(data):
     """What SILoss is given: REG's (B, 1+N, E) with the class token first, REPA's (B, N, E), both on the grid of SiT."""
     from accelerate import Accelerator
@@ -492,8 +499,11 @@ def test_weights_are_compared_where_they_are_named(tmp_path):
     torch.save({key: value + 1 for key, value in model.state_dict().items()}, tmp_path / "b.pth")
     record = replace(FeaturesRecord.from_record(RECORD), enc_type=name, resolution=32, weights=sha256_of_parameters(model),
                      weights_file=sha256_of_named(name, tmp_path / "a.pth"))
-    for weights in (None, tmp_path / "a.pth", tmp_path / "same.safetensors"):
+    for weights in (tmp_path / "a.pth", tmp_path / "same.safetensors"):
         require_made_by(record, Path("x"), name, weights)
+    require_made_by(replace(record, weights_file=None), Path("x"), name, None)            # the hub's, both times
+    with pytest.raises(UnfitFeatures, match="x was made with a file of weights, and none was named"):
+        require_made_by(record, Path("x"), name, None)
     with pytest.raises(UnfitFeatures, match="x was made with other weights than .*b.pth"):
         require_made_by(record, Path("x"), name, tmp_path / "b.pth")
     with pytest.raises(UnfitFeatures, match="holds the features of mocov3-vit-s, and those of mocov3-vit-b"):

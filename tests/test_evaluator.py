@@ -475,12 +475,14 @@ def test_two_processes_write_the_same_file(one_and_two):
 PROGRAM = """
 import json, sys
 from evaluations import evaluator, extraction, features
+from models.processes import leave_processes
 from tests.conftest import TinyInception
 features.Inception = extraction.Inception = TinyInception
 commands = json.loads(sys.argv[1])
 features.INCEPTION_SHA256 = features.sha256(commands[-1][commands[-1].index("--inception-weights") + 1])
 for arguments in commands:
     evaluator.main(arguments)
+leave_processes()
 """
 
 
