@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from models.errors import notice, without_traceback
+from benchmarks.harness import require_output
+from models.errors import UserError, notice, without_traceback
 from models.files import write_whole
 
 ALL = ("train_step", "sampling", "data", "encode", "scoring")
@@ -52,10 +53,17 @@ def markdown(found: dict) -> str:
 @without_traceback
 def main(argv=None) -> None:
     args = parse_args(argv)
-    all_found = [found for name in args.only.split(",") if (found := run(name, args.repeats)) is not None]
+    names = args.only.split(",")
+    unknown = [name for name in names if name not in ALL]
+    if unknown:
+        raise UserError(f"--only names {', '.join(unknown) or 'nothing'}: give some of {','.join(ALL)}")
+    if args.repeats is not None and args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats}: give at least 1")
+    require_output(args.output)
+    all_found = [found for name in names if (found := run(name, args.repeats)) is not None]
     write_whole(args.output, lambda partial: partial.write_text(json.dumps(all_found, indent=1) + "\n"))
     print("\n\n".join(map(markdown, all_found)))
-    if len(all_found) < len(args.only.split(",")):
+    if len(all_found) < len(names):
         sys.exit(1)
 
 

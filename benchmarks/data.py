@@ -27,7 +27,7 @@ from benchmarks.harness import Row, open_device, parser, profile, ratio, report,
 from dataset import GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, read_image, read_moments
 from models import index
 from models.errors import UserError, say, without_traceback
-from models.files import to_npy
+from models.files import make_folder, to_npy
 from preprocessing.convert import image_name, to_png
 from preprocessing.encode import moments_name
 from preprocessing.work import all_cores
@@ -209,6 +209,8 @@ def loading(args: argparse.Namespace, data: dict[str, LatentDataset], device: to
 def main(argv=None) -> None:
     args = parse_args(argv)
     device = open_device(args)
+    if args.folder is not None:
+        make_folder(args.folder)
     rng = np.random.default_rng(0)
     side = args.resolution // LATENT[1]
     pictures = [photograph(rng, args.resolution) for _ in range(min(args.images, 64))]

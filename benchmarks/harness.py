@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import UserError
+from models.files import make_folder, write_whole
 
 # Dense bf16 TFLOP/s that a matrix product reaches on a GPU when nothing else is in its way; others' are measured.
 PEAKS = {"NVIDIA H200": 790.0}
@@ -63,7 +64,7 @@ def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:
 
 
 def open_device(args: argparse.Namespace) -> torch.device:
-    """The device of --device, with --threads set. Raises UserError for numbers or devices that cannot be."""
+    """The device of --device, with --threads set. Raises UserError for numbers, devices and files that cannot be."""
     for name, least in (("warmup", 0), ("repeats", 1), ("threads", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -72,9 +73,23 @@ def open_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--device is {args.device!r}: give cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is 'cuda', and torch sees no GPU: give cpu")
+    require_output(args.output)
+    if getattr(args, "profile", None) is not None:
+        make_folder(args.profile)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return torch.device(args.device)
+
+
+def require_output(path: Path | None) -> None:
+    """Raise UserError, before minutes of measuring, where the JSON could not be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder: name a file in it")
+    make_folder(path.parent)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path} cannot be written: name a file in a folder of yours")
 
 
 # --------------------------------------------------------------------------------------------------------------------- taking times
@@ -204,8 +219,7 @@ def report(name: str, rows: list[Row], settings: dict, device: torch.device, out
     text = json.dumps(found)
     print(text, flush=True)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
+        write_whole(output, lambda partial: partial.write_text(text + "\n"))
     return found
 
 
@@ -221,7 +235,7 @@ def profile(run: Callable[[], object], folder: Path | None, device: torch.device
     with torch.profiler.profile(activities=kinds, record_shapes=True) as trace:
         run()
         synchronise(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     trace.export_chrome_trace(str(folder / "trace.json"))
     print(trace.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20))
     print(f"trace: {folder / 'trace.json'}")

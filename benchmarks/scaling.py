@@ -4,6 +4,7 @@ A step on one of N GPUs is the longest of computing, the host's launches and the
 not hide.
 """
 
+import argparse
 from dataclasses import dataclass
 
 # Of one image with its encoder, 256 px, forward and backward (benchmarks.train_step counts them), and trained parameters.
@@ -55,4 +56,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Print the computed table of SCALING.md.").parse_args()
     print(table())

@@ -257,12 +257,17 @@ def main(argv=None) -> None:
     device = open_device(args)
     on_gpu = device.type == "cuda"
     args.model = args.model or ("SiT-XL/2" if on_gpu else "SiT-B/2")
-    args.batch_size = args.batch_size or (256 if on_gpu else 8)
+    args.batch_size = (256 if on_gpu else 8) if args.batch_size is None else args.batch_size
     args.precisions = args.precisions or ("bf16" if on_gpu else "no,bf16")
     args.compile = on_gpu if args.compile is None else args.compile
     unknown = set(args.precisions.split(",")) - {"no", "bf16", "fp16"}
     if unknown:
         raise UserError(f"--precisions names {', '.join(sorted(unknown))}: give a list of no, bf16, fp16")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}: give at least 1")
+    step = 8 * SiT_models[args.model].keywords["patch_size"]
+    if args.resolution < step or args.resolution % step:
+        raise UserError(f"--resolution is {args.resolution}: give a multiple of {step}, the VAE's 8 pixels times the patch")
     if args.baseline and args.encoder == "cached":
         notice("the plain way runs its encoder: the ratio holds the gain of cached features, too")
     rows = [row for row in (*step_rows(args, device), alignment_row(args, device), update_row(args, device)) if row is not None]

@@ -1,5 +1,6 @@
 """Benchmarks run, say what they measured, and their pages say what they print. No test asks how long anything takes."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -97,12 +98,36 @@ def test_train_step(capsys, tmp_path, encoder_folder, encoder, monkeypatch):
 
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--device", "tpu"], "--device is 'tpu'"), (["--repeats", "0"], "--repeats is 0"), (["--precisions", "fp8"], "--precisions names fp8"),
-    (["--device", "cuda"], "torch sees no GPU"),
+    (["--device", "cuda"], "torch sees no GPU"), (["--batch-size", "0"], "--batch-size is 0"), (["--resolution", "33"], "multiple of 16"),
+    (["--output", "{}"], "is a folder"), (["--output", "{}/file/a.json"], "file"),
 ])
-def test_mistakes_end_with_one_sentence(capsys, flags, sentence):
+def test_mistakes_end_with_one_sentence(tmp_path, capsys, flags, sentence):
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stopped:
-        train_step.main(flags)
+        train_step.main([flag.format(tmp_path) for flag in flags])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--only", "nosuch"], "--only names nosuch"), (["--only", ","], "--only names"), (["--repeats", "0"], "--repeats is 0"),
+    (["--output", "{}"], "is a folder"),
+])
+def test_all_benchmarks_refuse_before_the_first_one_runs(tmp_path, capsys, monkeypatch, flags, sentence):
+    every = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr(every, "run", lambda *_: pytest.fail("one has run"))
+    with pytest.raises(SystemExit) as stopped:
+        every.main([flag.format(tmp_path) for flag in flags])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_all_benchmarks_become_one_file_and_one_page(tmp_path, capsys, monkeypatch):
+    every = importlib.import_module("benchmarks.__main__")
+    row = {"name": "a step", "measured": 2.0, "unit": "images/s", "ideal": 4.0, "share": 0.5, "formula": "by hand", "ratio": None}
+    monkeypatch.setattr(every, "run", lambda name, _: None if name == "data" else {"benchmark": name, "settings": {}, "rows": [row]})
+    with pytest.raises(SystemExit) as stopped:                    # one of them failed
+        every.main(["--only", "train_step,data", "--output", str(tmp_path / "all.json")])
+    assert stopped.value.code == 1 and [found["benchmark"] for found in json.loads((tmp_path / "all.json").read_text())] == ["train_step"]
+    assert "| a step | 2 images/s | 4 images/s | 50 % | - | by hand |" in capsys.readouterr().out
 
 
 def test_peaks_are_measured_where_none_is_known(monkeypatch):

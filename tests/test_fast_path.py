@@ -198,14 +198,15 @@ def test_images_travel_as_bytes(encoder_folder, monkeypatch):
 # ---- the flags
 
 def require_same(plainly: dict[str, torch.Tensor], fast: dict[str, torch.Tensor]) -> None:
-    """After two steps of AdamW at 1e-4. Where a gradient is nearly zero, its sign and so a whole step may differ; on average nothing does."""
+    """After two steps of AdamW at 1e-4. Where a gradient is nearly zero, its sign and so a whole step may differ; on average none does."""
     assert plainly.keys() == fast.keys()
     apart = torch.cat([(fast[name] - value).flatten().abs() for name, value in plainly.items()])
     assert apart.max() <= 2 * 2 * 1e-4 and apart.mean() < 1e-6
 
 
 def require_same_losses(plainly: Path, fast: Path) -> None:
-    first, second = ([json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()] for folder in (plainly, fast))
+    logs = [(folder / "run" / "metrics.jsonl").read_text() for folder in (plainly, fast)]
+    first, second = ([json.loads(line) for line in log.splitlines()] for log in logs)
     assert len(first) == len(second) == 2
     for a, b in zip(first, second, strict=True):
         for name in ("denoising_loss", "cls_loss", "align_cosine", "grad_norm"):
