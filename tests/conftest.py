@@ -9,6 +9,7 @@ os.environ.update(VISIBLE_BEFORE=os.environ.get("CUDA_VISIBLE_DEVICES", "all"), 
                   HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"), TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"),
                   XDG_CACHE_HOME=tempfile.mkdtemp(prefix="empty-cache-"))
 
+import diffusers.utils.logging
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from evaluations import extraction, features
 from evaluations.features import Extractor, load_extractor
 from evaluations.inception import Inception
 from models.vae import Codec
+
+diffusers.utils.logging.get_logger()  # it keeps the stderr of its first use: not that of a test, which is closed behind it
 
 SIDE, CLASSES, IMAGES = 32, 3, 12
 
