@@ -17,10 +17,21 @@ FEATURES = Path(__file__).parent / "networks" / "features"
 
 
 @torch.inference_mode()
-def predict(network: TimmFeatures, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+def embed(network: torch.nn.Module, images: torch.Tensor, device: torch.device | str = "cpu", batch_size: int = 256) -> torch.Tensor:
+    """The features (N, F) of uint8 images (N, 3, R, R) by a network on `device`; on the CPU."""
+    return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
+
+
+def predict(network: TimmFeatures, images: torch.Tensor) -> torch.Tensor:
     """The class that `network`, which has its class head, sees in each of the uint8 images (N, 3, R, R) -> int64 (N,)."""
+    return class_of(network, embed(network, images))
+
+
+@torch.inference_mode()
+def class_of(network: TimmFeatures, features: torch.Tensor) -> torch.Tensor:
+    """The class int64 (N,) that the class head of `network`, on the CPU or not, sees in features (N, F)."""
     head = network.model.get_classifier()
-    return torch.cat([head(network(part)).argmax(dim=1) for part in images.split(batch_size)])
+    return head(features.to(head.weight.device)).argmax(dim=1).cpu()
 
 
 def read_samples(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
