@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +20,6 @@ def draw_figures(results: dict, pictures: dict[tuple[str, int], dict[str, np.nda
         pictures: of each (method, seed), `images` uint8 (steps, n, 3, R, R) and perhaps `neighbours` (steps, n, k), rows of `training`.
         training: uint8 (T, R, R, 3).
     """
-    matplotlib.rcParams["svg.hashsalt"] = "toy"
     save(convergence(results), output / "convergence.png")
     first = {method: pictures[method, seed] for method, seed in sorted(pictures, key=lambda key: -key[1])}    # of the lowest seed
     ordered = {method: first[method] for method in METHODS if method in first}
@@ -79,13 +77,12 @@ def samples(results: dict, pictures: dict[str, dict[str, np.ndarray]]) -> Figure
     steps = results["setting"]["steps"]
     figure = Figure(figsize=(1.1 * len(steps) + 0.8, 1.15 * len(pictures) + 0.3), layout="constrained")
     grid = figure.subplots(len(pictures), len(steps), squeeze=False)
+    for axes, step in zip(grid[0], steps, strict=True):
+        axes.set_title(f"{step:,}", fontsize=8)
     for row, (method, arrays) in zip(grid, pictures.items(), strict=True):
-        for axes, step, images in zip(row, steps, arrays["images"], strict=True):
+        for axes, images in zip(row, arrays["images"], strict=True):
             axes.imshow(mosaic(images[:PER_CELL].transpose(0, 2, 3, 1), 2), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row is grid[0]:
-                axes.set_title(f"{step:,}", fontsize=8)
+            axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(METHODS[method].title.replace(", ", ",\n"), fontsize=8)
     return figure
 
@@ -109,8 +106,8 @@ def class_token(results: dict, method: str, arrays: dict[str, np.ndarray], train
         axes.minorticks_off()
         axes.legend(fontsize=7)
     images, neighbours = arrays["images"][-1].transpose(0, 2, 3, 1), training[arrays["neighbours"][-1]]
-    rows = [np.concatenate([image[None], np.full_like(image, 255)[None, :, :], near]) for image, near in zip(images, neighbours, strict=True)]
-    nearest.imshow(mosaic(np.concatenate(rows), len(rows[0])), interpolation="nearest")
+    rows = np.concatenate([images[:, None], np.full_like(images, 255)[:, None], neighbours], axis=1)      # (n, 2 + k, R, R, 3)
+    nearest.imshow(mosaic(rows.reshape(-1, *rows.shape[2:]), rows.shape[1]), interpolation="nearest")
     nearest.set_title("sample | nearest training images by class token", fontsize=8)
     nearest.axis("off")
     return figure

@@ -27,7 +27,8 @@ METHODS = {
 TARGETS = ("sit", "repa")                     # whose final distance the others are timed to
 SCORES = {"distance": "distance", "class_agreement": "class agreement", "precision": "precision", "recall": "recall"}
 TOKENS = {"token_cosine": "cosine to its image's token", "token_cosine_other": "to another's of its label",
-          "token_agreement": "token shows its label", "class_agreement": "image shows its label", "token_nearest": "cosine to nearest training token"}
+          "token_nearest": "to the nearest training image's", "token_agreement": "token shows its label",
+          "class_agreement": "image shows its label"}
 
 
 def spread(values: list[float]) -> dict:
@@ -103,20 +104,20 @@ def tables(results: dict) -> str:
                     *(shown_steps(found["steps_to"][target], last) for target in summary["targets"])] for method, found in methods.items()])
     curves = table(["distance after", *(f"{step:,}" for step in results["setting"]["steps"])],
                    [[titles[method], *(plus_minus(point["distance"], 2) for point in found["curve"])] for method, found in methods.items()])
-    real = results["real"]
-    limits = table(["real images, never seen", *SCORES.values(), *(TOKENS[key] for key in TOKENS if key not in SCORES)],
-                   [[what, *(shown(key, spread([real[name][key]])) for key in (*SCORES, *(key for key in TOKENS if key not in SCORES)))]
-                    for name, what in (("drawn", "as drawn"), ("decoded", "through the VAE"))])
     tokens = {method: found["curve"] for method, found in methods.items() if "token_cosine" in found["curve"][-1]}
     token = "\n".join(table([f"{titles[method]}, after", *TOKENS.values()],
                             [[f"{point['step']:,}", *(shown(key, point[key]) for key in TOKENS)] for point in curve])
                       for method, curve in tokens.items())
+    columns = SCORES | TOKENS
+    real = table(["real images, never seen", *columns.values()],
+                 [[what, *(shown(key, spread([results["real"][name][key]])) for key in columns)]
+                  for name, what in (("drawn", "as drawn"), ("decoded", "through the VAE"))])
+    draws = summary["distance_over_draws"]
     noise = ", ".join(f"{titles[method]} {value['std']:.3f}" for method, value in summary["distance_over_samplings"].items())
-    lines = [final, curves, token, limits,
-             f"± is the standard deviation over {max(len(found['steps_to'][next(iter(summary['targets']))]['steps']) for found in methods.values())} "
-             f"seeds of training. Standard deviation of the distance at {results['setting']['num_samples']:,} samples: {noise} over "
-             f"{summary['distance_over_draws']['seeds']} samplings of one checkpoint; {summary['distance_over_draws']['std']:.3f} over as many draws of real "
-             f"images, whose distance is {summary['distance_over_draws']['mean']:.3f}.\n"]
+    lines = [final, curves, token, real,
+             f"± is the standard deviation over seeds of training. That of the distance at {results['setting']['num_samples']:,} samples: "
+             f"{noise} over {draws['seeds']} samplings of one checkpoint; {draws['std']:.3f} over as many draws of real images, whose mean "
+             f"distance is {draws['mean']:.3f}.\n"]
     if results["not_run"]:
         lines.append("Not run, for lack of time: " + ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}"
                                                                for piece in results["not_run"]) + ".\n")

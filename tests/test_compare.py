@@ -1,0 +1,232 @@
+"""The toy's comparison: steps to a distance, the class token beside its image, pieces that are kept, and the page that it wrote."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.errors import UserError
+from models.sit import SiT
+from toy import compare
+from toy.compare import HOW, MAIN, SCALES, open_data
+from toy.draw import draw_many
+from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, token_scores
+from toy.summary import METHODS, headline, steps_to, summarise, tables
+
+ROOT = Path(__file__).parents[1]
+TINY = replace(SCALES["cpu"], steps=(2, 4), num_samples=32, flags=("--num-workers", "0", "--batch-size", "8"),
+               pieces=(("sit", 0), ("reg", 0), ("reg", 1)))
+
+
+# ------------------------------------------------------------------------------------------------------------ steps and spreads
+
+def curve(steps, distances) -> list[dict]:
+    return [{"step": step, "distance": distance} for step, distance in zip(steps, distances, strict=True)]
+
+
+def test_steps_to_a_distance_are_exact_on_a_power_law():
+    steps = (250, 500, 1000, 3000)
+    points = curve(steps, [80 * step**-0.4 for step in steps])
+    for sought in (300, 500, 777, 2500):
+        assert steps_to(points, 80 * sought**-0.4) == pytest.approx(sought, rel=1e-9)
+
+
+def test_a_distance_counts_from_the_first_time_it_is_reached():
+    assert steps_to(curve((1, 2, 4), (8, 2, 4)), 4) == pytest.approx(2**0.5)
+    assert steps_to(curve((1, 2, 4), (8, 2, 4)), 9) == 1
+    assert steps_to(curve((1, 2, 4), (8, 6, 5)), 4) is None
+
+
+def made_up(finals: dict[str, list[float]]) -> dict:
+    """Results of runs whose distance falls as step^-1/2 to the given ones at step 400; all other scores are 0.5."""
+    others = {"class_agreement": 0.5, "precision": 0.5, "recall": 0.5}
+    tokens = {"token_cosine": 0.5, "token_cosine_other": 0.5, "token_agreement": 0.5, "token_nearest": 0.5}
+    pieces = [{"method": method, "seed": seed, "repeated_distances": [final, final + 0.1] if seed == 0 else [],
+               "points": [point | others | (tokens if METHODS[method].name == "reg" else {})
+                          for point in curve((100, 400), (2 * final, final))]}
+              for method, found in finals.items() for seed, final in enumerate(found)]
+    real = {"drawn": {"distance": 0.1} | others | tokens, "decoded": {"distance": 0.2} | others | tokens, "distances": [0.1, 0.3]}
+    results = {"setting": {"steps": [100, 400], "num_samples": 1024}, "pieces": pieces, "not_run": [], "real": real}
+    return results | {"summary": summarise(results)}
+
+
+def test_the_summary_times_every_method_to_the_mean_final_distance_of_sit_and_repa():
+    results = made_up({"sit": [4.0, 4.4], "repa": [3.0, 3.0], "reg": [2.1, 2.1]})
+    found = results["summary"]["methods"]
+    assert results["summary"]["targets"] == {"sit": pytest.approx(4.2), "repa": pytest.approx(3)}
+    assert found["reg"]["steps_to"]["sit"] | {"steps": 0} == {"steps": 0, "mean": pytest.approx(100), "std": pytest.approx(0), "seeds": 2}
+    assert found["reg"]["steps_to"]["repa"]["mean"] == pytest.approx(400 * (2.1 / 3) ** 2)
+    assert found["sit"]["steps_to"]["sit"]["steps"] == [pytest.approx(400 * (4 / 4.2) ** 2), None]
+    assert found["sit"]["curve"][-1]["distance"] == {"mean": pytest.approx(4.2), "std": pytest.approx(0.2 * 2**0.5), "seeds": 2}
+    text = tables(results)
+    assert "| SiT | 4.20 ± 0.28 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 363 (1 of 2 runs) | not in 400 |" in text
+    assert headline(results) == ("SiT's distance after 400 steps (4.20) is reached by REPA after 204 ± 0 steps and REG after 100 ± 0 steps; "
+                                 "REPA's distance after 400 steps (3.00) is reached by REG after 196 ± 0 steps.")
+
+
+def test_the_sentence_says_so_where_the_order_does_not_hold():
+    results = made_up({"sit": [3.0], "repa": [4.0], "reg": [5.0]})
+    assert headline(results) == ("SiT's distance after 400 steps (3.00) is reached by REPA after none of its 400 steps and REG after none of "
+                                 "its 400 steps; REPA's distance after 400 steps (4.00) is reached by REG after none of its 400 steps.")
+
+
+def test_what_was_not_run_is_named():
+    results = made_up({"sit": [3.0], "reg": [2.0]}) | {"not_run": [{"method": "patches", "seed": 2}]}
+    assert "Not run, for lack of time: class token, patches aligned seed 2." in tables(results) and "REPA" not in tables(results)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the scores
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """64 drawn images, prepared as the script does, with the encoder's features."""
+    folder = tmp_path_factory.mktemp("toy")
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    encode = [sys.executable, "-m", "preprocessing.dataset_tools", "encode", "--source", folder / "images", "--workers", "0",
+              "--dest", folder / "features-local-dir-toy-networks-encoder", "--enc-type", "local-dir:toy/networks/encoder"]
+    for command in (["bash", "toy/prepare.sh", folder, "32", "64"], encode):
+        subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(data):
+    return open_data(data)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """96 images that no network has seen, uint8 (96, 3, 32, 32), and labels (96,)."""
+    drawings = draw_many(77, 96)
+    images = np.stack([drawing.image for drawing in drawings])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([drawing.label for drawing in drawings])
+
+
+def test_the_reference_is_a_fresh_draw(data):
+    with np.load(data / "reference.npz") as file:
+        reference = {image.tobytes() for image in file["arr_0"]}
+    training = {image.tobytes() for image in compare.read_training(data)[0].permute(0, 2, 3, 1).numpy()}
+    assert len(training) == 64 and len(reference) == 2048 and not training & reference
+
+
+def test_real_images_score_near_perfect_and_noise_does_not(judge, fresh):
+    images, labels = fresh
+    real, noise = image_scores(judge, images, labels), image_scores(judge, torch.randint_like(images, 256), labels)
+    assert real["class_agreement"] > 0.98 and real["precision"] > 0.8
+    assert noise["class_agreement"] < 0.3 and noise["precision"] < 0.1 and noise["distance"] > 5 * real["distance"]
+
+
+def test_the_encoders_own_tokens_fit_their_images_better_than_others_of_the_label(judge, fresh):
+    images, labels = fresh
+    own = judge.encoder(images)
+    scores = token_scores(judge, own, images, labels)
+    assert scores["token_cosine"] == pytest.approx(1, abs=1e-6) and scores["token_cosine_other"] < 0.9
+    assert scores["token_agreement"] > 0.9 and scores["token_nearest"] > scores["token_cosine_other"]
+    swapped = token_scores(judge, own[next_of_label(labels)], images, labels)
+    assert swapped["token_cosine"] == pytest.approx(scores["token_cosine_other"], abs=1e-6)
+    random = token_scores(judge, torch.randn_like(own), images, labels)
+    assert abs(random["token_cosine"]) < 0.1 and random["token_agreement"] < 0.3
+
+
+def test_the_next_of_a_label_is_another_image_of_it():
+    labels = torch.tensor([2, 0, 2, 1, 0, 2])
+    assert next_of_label(labels).tolist() == [2, 4, 5, 3, 1, 0]
+
+
+def test_nearest_tokens_are_by_angle_and_sorted():
+    known = torch.tensor([[10.0, 0], [0, 1], [-1, 0]])
+    values, indices = nearest(torch.tensor([[1.0, 0.1]]), known, 2)
+    assert indices.tolist() == [[0, 1]] and values[0, 0].item() == pytest.approx(1 / math.hypot(1, 0.1))
+
+
+def test_every_method_starts_from_the_same_noise_and_labels(judge):
+    """An untrained SiT predicts a velocity of zero, so that its samples are the decoded noise: with or without a class token."""
+    size = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=16, z_dims=())
+    plain = draw_samples(SiT(**size, cls_token_dim=None).eval(), judge, 20, HOW)
+    slotted = draw_samples(SiT(**size, cls_token_dim=128).eval(), judge, 20, HOW)
+    assert torch.equal(plain[0], slotted[0]) and torch.equal(plain[1], slotted[1]) and plain[2] is None and slotted[2].shape == (20, 128)
+    assert plain[1].tolist() == [index % 16 for index in range(20)]
+
+
+def test_real_images_bound_what_a_model_can_reach(judge):
+    real = real_scores(judge, 256, 32, [5, 6])
+    assert 0 < real["drawn"]["distance"] < real["decoded"]["distance"] < 1.5 and real["distances"][0] == real["drawn"]["distance"]
+    assert real["distances"][0] != real["distances"][1] and real["decoded"]["token_cosine"] > 0.98
+
+
+# ------------------------------------------------------------------------------------------------------------------- the pieces
+
+def test_scales_run_the_methods_in_turn_and_the_ablations_last():
+    assert [piece[0] for piece in SCALES["cpu"].pieces[:3]] == list(MAIN) and {seed for _, seed in SCALES["cpu"].pieces} == {0, 1, 2}
+    methods = [method for method, _ in SCALES["gpu"].pieces]
+    assert methods[:9] == list(MAIN) * 3 and set(methods[9:]) == {"class-token", "patches"}
+    for scale in SCALES.values():
+        assert len(scale.steps) >= 6
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compare")
+    compare.compare(TINY, "cpu", data, output, math.inf)
+    return output
+
+
+def test_a_comparison_leaves_results_tables_and_pictures(run):
+    results = json.loads((run / "results.json").read_text())
+    assert [(piece["method"], piece["seed"]) for piece in results["pieces"]] == list(TINY.pieces) and results["not_run"] == []
+    assert [point["step"] for point in results["pieces"][1]["points"]] == [2, 4]
+    assert results["pieces"][0]["points"] != results["pieces"][1]["points"] != results["pieces"][2]["points"]
+    assert "token_cosine" in results["pieces"][1]["points"][0] and "token_cosine" not in results["pieces"][0]["points"][0]
+    assert len(set(results["pieces"][0]["repeated_distances"])) == compare.REPEATS and results["pieces"][2]["repeated_distances"] == []
+    assert results["summary"] == json.loads(json.dumps(summarise(results))) and (run / "tables.md").read_text() == tables(results)
+    for name in ("convergence.png", "samples.png", "class_token.png"):
+        assert Image.open(run / name).width > 200
+    settings = [json.loads((run / name / "args.json").read_text()) for name in ("sit-seed0", "reg-seed1")]
+    assert [(found["method"], found["seed"], found["cached_features"]) for found in settings] == [("sit", 0, "off"), ("reg", 1, "require")]
+    assert [path.name for path in (run / "sit-seed0" / "checkpoints").iterdir()] == ["0000004.pt"]
+
+
+def test_the_same_command_keeps_whole_pieces(run, data):
+    kept = [run / "reg-seed0" / "scores.json", run / "sit-seed0" / "checkpoints" / "0000004.pt"]
+    before, results = [path.stat().st_mtime_ns for path in kept], json.loads((run / "results.json").read_text())
+    compare.compare(TINY, "cpu", data, run, math.inf)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    again = json.loads((run / "results.json").read_text())
+    assert again["pieces"] == results["pieces"] and again["summary"] == results["summary"]
+
+
+def test_pieces_of_another_setting_are_refused(run, data):
+    with pytest.raises(UserError, match="was made with another setting: name another --output"):
+        compare.compare(replace(TINY, num_samples=64), "cpu", data, run, math.inf)
+
+
+def test_what_the_time_does_not_allow_is_reported(run, data):
+    scale = replace(TINY, pieces=(*TINY.pieces, ("patches", 0)))
+    compare.compare(scale, "cpu", data, run, 1e-9)
+    results = json.loads((run / "results.json").read_text())
+    assert results["not_run"] == [{"method": "patches", "seed": 0}] and len(results["pieces"]) == 3
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--data-dir", "nowhere", "--output", "{}"], "has no reference.npz: prepare the data with bash toy/compare.sh --scale cpu"),
+    (["--data-dir", "nowhere", "--output", "{}", "--minutes", "0"], "--minutes 0.0 is no time"),
+])
+def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main([flag.format(tmp_path / "new") for flag in flags])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_training_that_fails_is_named_with_its_log(data, tmp_path):
+    broken = replace(TINY, flags=("--batch-size", "0"), pieces=(("sit", 0),))
+    with pytest.raises(UserError, match="the training of sit-seed0 ended with status 2 .*batch-size.*: see .*sit-seed0.log"):
+        compare.compare(broken, "cpu", data, tmp_path, math.inf)
+    assert not (tmp_path / "results.json").exists()
