@@ -1,13 +1,17 @@
-# make toy    the whole story on a CPU: install, draw, prepare, train REG, sample, score
-# make test   install, ruff, and the whole test suite
-# Both install into .venv; VENV=DIR uses (and completes) an existing environment instead.
+# make toy      the whole story on a CPU: install, draw, prepare, train REG, sample, score
+# make compare  SiT, REPA and REG side by side on the toy, an hour at most: toy/RESULTS.md says what came out
+# make test     install, ruff, and the whole test suite
+# All install into .venv; VENV=DIR uses (and completes) an existing environment instead.
 VENV ?= .venv
 PYTHON3 ?= python3
 PYTHON := $(abspath $(VENV))/bin/python
 
-.PHONY: toy test
+.PHONY: toy compare test
 toy: $(VENV)/.installed
 	PYTHON=$(PYTHON) bash toy/run.sh
+
+compare: $(VENV)/.installed
+	PYTHON=$(PYTHON) bash toy/compare.sh --scale cpu
 
 test: $(VENV)/.installed-tests
 	$(PYTHON) -m ruff check .

@@ -158,7 +158,7 @@ def test_readme_links_lead_somewhere():
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", "toy/prepare.sh", "toy/compare.sh", ".ci/run"])
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
