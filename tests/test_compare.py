@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from models.errors import UserError
 from models.sit import SiT
 from toy import compare
-from toy.compare import HOW, MAIN, SCALES, open_data
+from toy.compare import HOW, MAIN, SCALES, open_data, prepare, setting_of
 from toy.draw import draw_many
 from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, token_scores
-from toy.summary import METHODS, headline, steps_to, summarise, tables
+from toy.summary import METHODS, as_text, headline, steps_to, summarise, tables
 
 ROOT = Path(__file__).parents[1]
-TINY = replace(SCALES["cpu"], steps=(2, 4), num_samples=32, flags=("--num-workers", "0", "--batch-size", "8"),
+TINY = replace(SCALES["cpu"], steps=(2, 4), num_samples=32, num_images=64, flags=("--num-workers", "0", "--batch-size", "8"),
                pieces=(("sit", 0), ("reg", 0), ("reg", 1)))
 
 
@@ -50,11 +52,13 @@ def made_up(finals: dict[str, list[float]]) -> dict:
     others = {"class_agreement": 0.5, "precision": 0.5, "recall": 0.5}
     tokens = {"token_cosine": 0.5, "token_cosine_other": 0.5, "token_agreement": 0.5, "token_nearest": 0.5}
     pieces = [{"method": method, "seed": seed, "repeated_distances": [final, final + 0.1] if seed == 0 else [],
+               "train_seconds": 60, "score_seconds": 30,
                "points": [point | others | (tokens if METHODS[method].name == "reg" else {})
                           for point in curve((100, 400), (2 * final, final))]}
               for method, found in finals.items() for seed, final in enumerate(found)]
     real = {"drawn": {"distance": 0.1} | others | tokens, "decoded": {"distance": 0.2} | others | tokens, "distances": [0.1, 0.3]}
-    results = {"setting": {"steps": [100, 400], "num_samples": 1024}, "pieces": pieces, "not_run": [], "real": real}
+    results = {"setting": {"steps": [100, 400], "num_samples": 1024}, "pieces": pieces, "not_run": [], "real": real,
+               "machine": {"device": "a machine", "torch": "2.6"}}
     return results | {"summary": summarise(results)}
 
 
@@ -62,25 +66,32 @@ def test_the_summary_times_every_method_to_the_mean_final_distance_of_sit_and_re
     results = made_up({"sit": [4.0, 4.4], "repa": [3.0, 3.0], "reg": [2.1, 2.1]})
     found = results["summary"]["methods"]
     assert results["summary"]["targets"] == {"sit": pytest.approx(4.2), "repa": pytest.approx(3)}
-    assert found["reg"]["steps_to"]["sit"] | {"steps": 0} == {"steps": 0, "mean": pytest.approx(100), "std": pytest.approx(0), "seeds": 2}
+    hundred = pytest.approx(100)
+    assert found["reg"]["steps_to"]["sit"] == {"steps": [hundred] * 2, "mean": hundred, "std": pytest.approx(0), "seeds": 2}
     assert found["reg"]["steps_to"]["repa"]["mean"] == pytest.approx(400 * (2.1 / 3) ** 2)
-    assert found["sit"]["steps_to"]["sit"]["steps"] == [pytest.approx(400 * (4 / 4.2) ** 2), None]
+    assert found["sit"]["steps_to"]["sit"] == {"steps": [pytest.approx(400 * (4 / 4.2) ** 2), None], "mean": None, "std": None, "seeds": 2}
+    assert [at["mean"] for at in found["repa"]["steps_to_sit_at"]] == [100, pytest.approx(400 * (3 / 4.2) ** 2)]
+    assert found["reg"]["beside_sit"]["seeds"]["mean"] == pytest.approx(-2.1)
+    assert found["reg"]["beside_sit"]["samplings"] == {"mean": pytest.approx(-1.9), "std": pytest.approx(0, abs=1e-9), "seeds": 2}
     assert found["sit"]["curve"][-1]["distance"] == {"mean": pytest.approx(4.2), "std": pytest.approx(0.2 * 2**0.5), "seeds": 2}
-    text = tables(results)
-    assert "| SiT | 4.20 ± 0.28 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 363 (1 of 2 runs) | not in 400 |" in text
-    assert headline(results) == ("SiT's distance after 400 steps (4.20) is reached by REPA after 204 ± 0 steps and REG after 100 ± 0 steps; "
-                                 "REPA's distance after 400 steps (3.00) is reached by REG after 196 ± 0 steps.")
+    text = tables(results)["After 400 steps"]
+    assert "| SiT | 4.20 ± 0.28 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 1 of 2 runs in 400 | not in 400 |" in text
+    assert headline(results) == (
+        "SiT's distance after 400 steps (4.20) is reached by REPA after 204 ± 0 and by REG after 100 ± 0; "
+        "REPA's distance after 400 steps (3.00) is reached by REG after 196 ± 0.")
 
 
 def test_the_sentence_says_so_where_the_order_does_not_hold():
-    results = made_up({"sit": [3.0], "repa": [4.0], "reg": [5.0]})
-    assert headline(results) == ("SiT's distance after 400 steps (3.00) is reached by REPA after none of its 400 steps and REG after none of "
-                                 "its 400 steps; REPA's distance after 400 steps (4.00) is reached by REG after none of its 400 steps.")
+    results = made_up({"sit": [3.0, 3.2], "repa": [3.0, 4.0], "reg": [5.0, 5.0]})
+    assert headline(results) == ("SiT's distance after 400 steps (3.10) is reached by REPA in 1 of 2 runs and by REG in none of 2 runs; "
+                                 "REPA's distance after 400 steps (3.50) is reached by REG in none of 2 runs.")
+    assert headline(made_up({"sit": [3.0]})) == ""
 
 
 def test_what_was_not_run_is_named():
     results = made_up({"sit": [3.0], "reg": [2.0]}) | {"not_run": [{"method": "patches", "seed": 2}]}
-    assert "Not run, for lack of time: class token, patches aligned seed 2." in tables(results) and "REPA" not in tables(results)
+    text = as_text(results)
+    assert "### Not run\n\nFor lack of time: class token, patches aligned seed 2.\n" in text and "REPA" not in text
 
 
 # ------------------------------------------------------------------------------------------------------------------- the scores
@@ -89,11 +100,7 @@ def test_what_was_not_run_is_named():
 def data(tmp_path_factory):
     """64 drawn images, prepared as the script does, with the encoder's features."""
     folder = tmp_path_factory.mktemp("toy")
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    encode = [sys.executable, "-m", "preprocessing.dataset_tools", "encode", "--source", folder / "images", "--workers", "0",
-              "--dest", folder / "features-local-dir-toy-networks-encoder", "--enc-type", "local-dir:toy/networks/encoder"]
-    for command in (["bash", "toy/prepare.sh", folder, "32", "64"], encode):
-        subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
+    prepare(TINY, folder)
     return folder
 
 
@@ -172,6 +179,15 @@ def test_scales_run_the_methods_in_turn_and_the_ablations_last():
         assert len(scale.steps) >= 6
 
 
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_flag_of_a_piece_is_one_that_train_takes(scale, method):
+    args = train.resolve(train.parse_args(["--method", method.name, "--model", "SiT-T/2", *scale.flags, *method.flags]))
+    asked = {"sit": (0, None), "repa": (5, "patches"), "reg": (5, "all")}[method.name]
+    asked = {"--proj-coeff": (0, None), "--align": (5, "patches")}.get("".join(method.flags[:1]), asked)
+    assert (args.proj_coeff, args.align) == asked
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("compare")
@@ -186,7 +202,7 @@ def test_a_comparison_leaves_results_tables_and_pictures(run):
     assert results["pieces"][0]["points"] != results["pieces"][1]["points"] != results["pieces"][2]["points"]
     assert "token_cosine" in results["pieces"][1]["points"][0] and "token_cosine" not in results["pieces"][0]["points"][0]
     assert len(set(results["pieces"][0]["repeated_distances"])) == compare.REPEATS and results["pieces"][2]["repeated_distances"] == []
-    assert results["summary"] == json.loads(json.dumps(summarise(results))) and (run / "tables.md").read_text() == tables(results)
+    assert results["summary"] == json.loads(json.dumps(summarise(results))) and (run / "tables.md").read_text() == as_text(results)
     for name in ("convergence.png", "samples.png", "class_token.png"):
         assert Image.open(run / name).width > 200
     settings = [json.loads((run / name / "args.json").read_text()) for name in ("sit-seed0", "reg-seed1")]
@@ -204,7 +220,7 @@ def test_the_same_command_keeps_whole_pieces(run, data):
 
 
 def test_pieces_of_another_setting_are_refused(run, data):
-    with pytest.raises(UserError, match="was made with another setting: name another --output"):
+    with pytest.raises(UserError, match="holds pieces of another setting: name another --output"):
         compare.compare(replace(TINY, num_samples=64), "cpu", data, run, math.inf)
 
 
@@ -215,14 +231,44 @@ def test_what_the_time_does_not_allow_is_reported(run, data):
     assert results["not_run"] == [{"method": "patches", "seed": 0}] and len(results["pieces"]) == 3
 
 
-@pytest.mark.parametrize(("flags", "sentence"), [
-    (["--data-dir", "nowhere", "--output", "{}"], "has no reference.npz: prepare the data with bash toy/compare.sh --scale cpu"),
-    (["--data-dir", "nowhere", "--output", "{}", "--minutes", "0"], "--minutes 0.0 is no time"),
-])
-def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path, capsys):
+def test_data_of_another_size_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match="holds 64 images of 32 px, and this scale takes 8192 of 32 px: remove it, or name another"):
+        compare.compare(SCALES["cpu"], "cpu", data, tmp_path, math.inf)
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        compare.main([flag.format(tmp_path / "new") for flag in flags])
-    assert stopped.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "new").exists()
+        compare.main(["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "new"), "--minutes", "0"])
+    assert stopped.value.code == 2 and "--minutes 0.0 is no time" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_stopped_comparison_stops_its_trainings_which_save(data, tmp_path):
+    """SIGTERM to the program: the piece that trains writes a checkpoint, and nothing is left running."""
+    program = f"""
+import signal, sys
+from pathlib import Path
+from dataclasses import replace
+from models.errors import without_traceback
+from tests.test_compare import TINY
+from toy import compare
+signal.signal(signal.SIGTERM, compare.interrupt)
+if __name__ == "__main__":
+    scale = replace(TINY, steps=(100_000,), pieces=(("sit", 0),))
+    without_traceback(compare.compare)(scale, "cpu", Path({str(data)!r}), Path({str(tmp_path)!r}), float("inf"))
+"""
+    (tmp_path / "program.py").write_text(program)
+    running = subprocess.Popen([sys.executable, tmp_path / "program.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                               stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "sit-seed0" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.2)
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted: the same command goes on" in errors, errors
+    assert len(list((tmp_path / "sit-seed0" / "checkpoints").glob("*.pt"))) == 1
+    assert "stopped by SIGTERM" in (tmp_path / "sit-seed0.log").read_text()
 
 
 def test_a_training_that_fails_is_named_with_its_log(data, tmp_path):
@@ -230,3 +276,29 @@ def test_a_training_that_fails_is_named_with_its_log(data, tmp_path):
     with pytest.raises(UserError, match="the training of sit-seed0 ended with status 2 .*batch-size.*: see .*sit-seed0.log"):
         compare.compare(broken, "cpu", data, tmp_path, math.inf)
     assert not (tmp_path / "results.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------- the page
+
+@pytest.fixture(scope="module")
+def published():
+    return json.loads((ROOT / "toy" / "results" / "results.json").read_text())
+
+
+def test_the_page_says_what_the_results_say(published):
+    page = (ROOT / "toy" / "RESULTS.md").read_text()
+    assert published["summary"] == json.loads(json.dumps(summarise(published)))
+    for heading, text in tables(published).items():
+        assert f"### {heading}\n\n{text}" in page, heading
+    assert headline(published) in " ".join(page.split())
+    for picture in ("convergence.png", "samples.png", "class_token.png"):
+        assert f"(results/{picture})" in page and Image.open(ROOT / "toy" / "results" / picture).width > 500
+
+
+def test_the_readme_says_what_the_results_say(published):
+    assert headline(published) in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_published_setting_is_the_one_that_runs(published):
+    assert published["setting"] == setting_of(SCALES["cpu"])
+    assert {(piece["method"], piece["seed"]) for piece in (*published["pieces"], *published["not_run"])} == set(SCALES["cpu"].pieces)

@@ -17,6 +17,7 @@ from models import checkpoint
 from models.sit import SiT_models
 from preprocessing import dataset_tools
 from tests.stress import kills
+from toy import compare
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train", "generate"}
@@ -133,6 +134,8 @@ def test_readme_commands_parse(command):
         train.parse_args(command[3:])
     elif command[:2] == ["bash", "eval.sh"]:
         parse_eval(command[2:])
+    elif command[:2] == ["bash", "toy/compare.sh"]:
+        compare.parse_args([*command[2:], "--data-dir", "x", "--output", "x"])
     elif command[:2] == ["python", "train.py"]:
         train.parse_args(command[2:])
     elif command[:2] == ["python", "generate.py"]:
@@ -149,6 +152,8 @@ def test_readme_commands_parse(command):
         importlib.import_module(command[2]).parse_args(command[3:])
     elif command[1:3] == ["-m", "evaluations.evaluator"]:
         evaluator.parse_args(command[3:])
+    elif command[0] == "make":
+        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
         assert command == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
 

@@ -12,6 +12,7 @@ import torch
 
 from evaluations.features import TimmFeatures
 from models.errors import UserError, without_traceback
+from models.precision import full_precision
 
 FEATURES = Path(__file__).parent / "networks" / "features"
 
@@ -19,7 +20,8 @@ FEATURES = Path(__file__).parent / "networks" / "features"
 @torch.inference_mode()
 def embed(network: torch.nn.Module, images: torch.Tensor, device: torch.device | str = "cpu", batch_size: int = 256) -> torch.Tensor:
     """The features (N, F) of uint8 images (N, 3, R, R) by a network on `device`; on the CPU."""
-    return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
+    with full_precision(torch.device(device)):
+        return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
 
 
 def predict(network: TimmFeatures, images: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,13 @@ from evaluations.features import TimmFeatures
 from evaluations.metrics import frechet_distance, gaussian_statistics, precision_recall
 from models import checkpoint
 from models.encoders import LOCAL, load_encoder
+from models.precision import full_precision
 from models.sit import SiT
 from models.vae import Codec, load_codec
 from samplers import Sampling, sample_images
-from toy.agreement import class_of, embed
+from toy.agreement import FEATURES, class_of, embed
 from toy.draw import draw_many
 
-NETWORKS = Path(__file__).parent / "networks"
 ENCODER = f"{LOCAL}toy/networks/encoder"      # as train.sh's recipe names it
 BLOCK = 256                                   # images that are sampled at a time
 SHOWN = 8                                     # of them kept for the pictures, the first ones
@@ -45,16 +45,17 @@ class Judge:
 
 def open_judge(reference: torch.Tensor, training: torch.Tensor, training_labels: torch.Tensor, device: torch.device) -> Judge:
     """Load the toy's networks, and look at the reference (M, 3, R, R) and the training images (T, 3, R, R), both uint8."""
-    features = TimmFeatures.load(NETWORKS / "features").eval().to(device)
+    features = TimmFeatures.load(FEATURES).eval().to(device)
     encoder = ClassToken(load_encoder(ENCODER, device, reference.shape[-1]))
-    return Judge(device, features, embed(features, reference, device), load_codec(str(NETWORKS / "vae"), device), encoder,
+    return Judge(device, features, embed(features, reference, device), load_codec(str(FEATURES.parent / "vae"), device), encoder,
                  embed(encoder, training, device), training_labels)
 
 
 @torch.inference_mode()
 def draw_samples(model: SiT, judge: Judge, count: int, how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Images uint8 (N, 3, R, R), labels (N,), class tokens (N, E) or None; label and noise of image i are those of every model."""
-    blocks = [sample_images(model, judge.codec, range(start, min(start + BLOCK, count)), how) for start in range(0, count, BLOCK)]
+    with full_precision(judge.device):
+        blocks = [sample_images(model, judge.codec, range(start, min(start + BLOCK, count)), how) for start in range(0, count, BLOCK)]
     images, labels, tokens = zip(*blocks, strict=True)
     return torch.cat(images), torch.cat(labels), None if tokens[0] is None else torch.cat(tokens)
 
@@ -151,7 +152,8 @@ def real_scores(judge: Judge, count: int, resolution: int, seeds: list[int]) -> 
 def through_vae(codec: Codec, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 images (N, 3, R, R), encoded to the mean of their latents and decoded again."""
     decoded = []
-    for part in images.split(BLOCK):
-        moments = codec.encode(part.to(device))                                           # (B, 2C, H, W)
-        decoded.append(codec.decode(codec.space.latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))).cpu())
+    with full_precision(device):
+        for part in images.split(BLOCK):
+            moments = codec.encode(part.to(device))                                       # (B, 2C, H, W)
+            decoded.append(codec.decode(codec.space.latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))).cpu())
     return torch.cat(decoded)

@@ -47,24 +47,37 @@ def steps_to(points: list[dict], target: float) -> float | None:
     return None
 
 
+def arrival(runs: list[list[dict]], target: float) -> dict:
+    """`steps_to` of every run; their mean and spread only where all arrived, since those that did are the better ones."""
+    steps = [steps_to(points, target) for points in runs]
+    return {"steps": steps, **(spread(steps) if None not in steps else {"mean": None, "std": None, "seeds": len(steps)})}
+
+
 def summarise(results: dict) -> dict:
-    """Per method: every score at every step over the seeds, and the steps to the mean final distance of SiT and of REPA."""
-    by_method = {method: [piece["points"] for piece in results["pieces"] if piece["method"] == method] for method in METHODS}
-    by_method = {method: runs for method, runs in by_method.items() if runs}
-    targets = {target: fmean(points[-1]["distance"] for points in by_method[target]) for target in TARGETS if target in by_method}
+    """Per method: every score at every step over the seeds, the steps to what SiT had at each step and to the final distance of SiT and
+    REPA (means over their seeds), and the distance's difference to SiT, seed by seed and sampling by sampling, which share their noise."""
+    by_method = {method: {piece["seed"]: piece for piece in results["pieces"] if piece["method"] == method} for method in METHODS}
+    runs = {method: [piece["points"] for piece in pieces.values()] for method, pieces in by_method.items() if pieces}
+    curves = {method: [{"step": rows[0]["step"], **{key: spread([row[key] for row in rows]) for key in rows[0] if key != "step"}}
+                       for rows in zip(*found, strict=True)] for method, found in runs.items()}
+    targets = {target: curves[target][-1]["distance"]["mean"] for target in TARGETS if target in curves}
+    samplings = {method: piece["repeated_distances"] for method, pieces in by_method.items() for piece in pieces.values()
+                 if piece["repeated_distances"]}
     methods = {}
-    for method, runs in by_method.items():
-        curve = [{"step": rows[0]["step"], **{key: spread([row[key] for row in rows]) for key in rows[0] if key != "step"}}
-                 for rows in zip(*runs, strict=True)]
-        reached = {}
-        for target, value in targets.items():
-            found = [steps_to(points, value) for points in runs]
-            there = [steps for steps in found if steps is not None]
-            reached[target] = {"steps": found, **(spread(there) if there else {"mean": None, "std": None, "seeds": 0})}
-        methods[method] = {"curve": curve, "steps_to": reached}
-    sampling = {piece["method"]: spread(piece["repeated_distances"]) for piece in results["pieces"] if piece["repeated_distances"]}
-    return {"targets": targets, "methods": methods, "distance_over_samplings": sampling,
-            "distance_over_draws": spread(results["real"]["distances"])}
+    for method, found in runs.items():
+        methods[method] = {"curve": curves[method], "steps_to": {target: arrival(found, value) for target, value in targets.items()}}
+        if "sit" in runs:
+            sit, own = by_method["sit"], by_method[method]
+            shared = [seed for seed in own if seed in sit]
+            methods[method]["steps_to_sit_at"] = [{"step": point["step"], **arrival(found, point["distance"]["mean"])}
+                                                  for point in curves["sit"]]
+            if method != "sit" and shared:
+                methods[method]["beside_sit"] = {
+                    "seeds": spread([own[seed]["points"][-1]["distance"] - sit[seed]["points"][-1]["distance"] for seed in shared]),
+                    "samplings": spread([a - b for a, b in zip(samplings[method], samplings["sit"], strict=True)])}
+    return {"targets": targets, "methods": methods, "distance_over_samplings": {method: spread(of) for method, of in samplings.items()},
+            "distance_over_draws": spread(results["real"]["distances"]),
+            "core_minutes": sum(piece["train_seconds"] + piece["score_seconds"] for piece in results["pieces"]) / 60}
 
 
 # --------------------------------------------------------------------------------------------------------------------- tables
@@ -75,66 +88,87 @@ def plus_minus(value: dict, digits: int, scale: float = 1) -> str:
     return mean if value["std"] is None else f"{mean} ± {scale * value['std']:.{digits}f}"
 
 
+def signed(value: dict) -> str:
+    return ("+" if value["mean"] >= 0 else "") + plus_minus(value, 2)
+
+
 def shown(key: str, value: dict) -> str:
     return f"{plus_minus(value, 1, 100)} %" if "agreement" in key else plus_minus(value, 2 if key == "distance" else 3)
 
 
 def shown_steps(reached: dict, last: int) -> str:
-    """Steps with their spread; of runs that never came there, how many did."""
-    runs, there = len(reached["steps"]), reached["seeds"]
-    if there == 0:
-        return f"not in {last:,}"
-    words = f"{reached['mean']:,.0f}" + ("" if reached["std"] is None else f" ± {reached['std']:,.0f}")
-    return words if there == runs else f"{words} ({there} of {runs} runs)"
+    """Steps with their spread; where not all runs came there, how many did."""
+    there = [steps for steps in reached["steps"] if steps is not None]
+    if reached["mean"] is None:
+        return f"{len(there)} of {len(reached['steps'])} runs in {last:,}" if there else f"not in {last:,}"
+    return f"{reached['mean']:,.0f}" + ("" if reached["std"] is None else f" ± {reached['std']:,.0f}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def tables(results: dict) -> str:
-    """The page's tables in Markdown: final scores and steps to a distance, the distance at every step, the class token, what is real."""
-    summary = results["summary"]
-    methods, last = summary["methods"], results["setting"]["steps"][-1]
+def tables(results: dict) -> dict[str, str]:
+    """RESULTS.md's tables in Markdown by their headings, and the sentences on spread and on what was not run."""
+    summary, setting = results["summary"], results["setting"]
+    methods, last = summary["methods"], setting["steps"][-1]
     titles = {method: METHODS[method].title for method in methods}
+    columns, draws = SCORES | TOKENS, summary["distance_over_draws"]
 
-    final = table([f"after {last:,} steps", *SCORES.values(), *(f"steps to {titles[target]}'s {value:.2f}" for target, value in
-                                                               summary["targets"].items())],
-                  [[titles[method], *(shown(key, found["curve"][-1][key]) for key in SCORES),
-                    *(shown_steps(found["steps_to"][target], last) for target in summary["targets"])] for method, found in methods.items()])
-    curves = table(["distance after", *(f"{step:,}" for step in results["setting"]["steps"])],
-                   [[titles[method], *(plus_minus(point["distance"], 2) for point in found["curve"])] for method, found in methods.items()])
-    tokens = {method: found["curve"] for method, found in methods.items() if "token_cosine" in found["curve"][-1]}
-    token = "\n".join(table([f"{titles[method]}, after", *TOKENS.values()],
-                            [[f"{point['step']:,}", *(shown(key, point[key]) for key in TOKENS)] for point in curve])
-                      for method, curve in tokens.items())
-    columns = SCORES | TOKENS
-    real = table(["real images, never seen", *columns.values()],
-                 [[what, *(shown(key, spread([results["real"][name][key]])) for key in columns)]
-                  for name, what in (("drawn", "as drawn"), ("decoded", "through the VAE"))])
-    draws = summary["distance_over_draws"]
-    noise = ", ".join(f"{titles[method]} {value['std']:.3f}" for method, value in summary["distance_over_samplings"].items())
-    lines = [final, curves, token, real,
-             f"± is the standard deviation over seeds of training. That of the distance at {results['setting']['num_samples']:,} samples: "
-             f"{noise} over {draws['seeds']} samplings of one checkpoint; {draws['std']:.3f} over as many draws of real images, whose mean "
-             f"distance is {draws['mean']:.3f}.\n"]
-    if results["not_run"]:
-        lines.append("Not run, for lack of time: " + ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}"
-                                                               for piece in results["not_run"]) + ".\n")
-    return "\n".join(lines)
+    found = {
+        f"After {last:,} steps": table(
+            ["", *SCORES.values(), *(f"steps to {titles[target]}'s {value:.2f}" for target, value in summary["targets"].items())],
+            [[titles[method], *(shown(key, of["curve"][-1][key]) for key in SCORES),
+              *(shown_steps(of["steps_to"][target], last) for target in summary["targets"])] for method, of in methods.items()]),
+        "Distance by step": table(
+            ["", *(f"{step:,}" for step in setting["steps"])],
+            [[titles[method], *(plus_minus(point["distance"], 2) for point in of["curve"])] for method, of in methods.items()]),
+        **({"Steps to SiT's distance": table(
+            ["", *(f"{point['distance']['mean']:.2f} (SiT after {point['step']:,})" for point in methods["sit"]["curve"])],
+            [[titles[method], *(shown_steps(reached, last) for reached in of["steps_to_sit_at"])]
+             for method, of in methods.items() if method != "sit"])} if "sit" in methods else {}),
+        **{f"Class token: {titles[method]}": table(
+            ["steps", *TOKENS.values()],
+            [[f"{point['step']:,}", *(shown(key, point[key]) for key in TOKENS)] for point in of["curve"]])
+           for method, of in methods.items() if "token_cosine" in of["curve"][-1]},
+        "Real images, never seen": table(
+            ["", *columns.values()],
+            [[what, *(shown(key, spread([results["real"][name][key]])) for key in columns)]
+             for name, what in (("drawn", "as drawn"), ("decoded", "through the VAE"))]),
+    }
+    noise = ", ".join(f"{titles[method]} {value['std']:.2f}" for method, value in summary["distance_over_samplings"].items())
+    found["Spread"] = (
+        f"± is the standard deviation over seeds of training, all sampled with one set of noise. Other noise moves the distance of one "
+        f"checkpoint at {setting['num_samples']:,} samples by a standard deviation of {noise} ({draws['seeds']} samplings); other draws of "
+        f"real images by {draws['std']:.3f}, around {draws['mean']:.3f}.\n")
+    beside = [f"{titles[method]} {signed(of['beside_sit']['seeds'])} over seeds and {signed(of['beside_sit']['samplings'])} over samplings "
+              f"of the first seed" for method, of in methods.items() if "beside_sit" in of]
+    if beside:
+        found["Spread"] += f"Most of it is common to the methods. Final distance less SiT's with the same noise: {'; '.join(beside)}.\n"
+    found["Run"] = (f"{len(results['pieces'])} pieces, {summary['core_minutes']:.0f} minutes of one device or core on "
+                    f"{results['machine']['device']}, PyTorch {results['machine']['torch']}.\n")
+    missing = ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}" for piece in results["not_run"])
+    return found | ({"Not run": f"For lack of time: {missing}.\n"} if missing else {})
+
+
+def as_text(results: dict) -> str:
+    """All tables under their headings, and the headline."""
+    return "".join(f"### {heading}\n\n{text}\n" for heading, text in tables(results).items()) + headline(results) + "\n"
 
 
 def headline(results: dict) -> str:
-    """One sentence that says whatever came out: steps of REPA and REG to SiT's final distance, and REG's to REPA's."""
+    """What came out, whatever it was: after how many steps the others are at SiT's final distance, and REG at REPA's."""
     summary, last = results["summary"], results["setting"]["steps"][-1]
     said = []
-    for target in summary["targets"]:
-        others = [method for method in ("repa", "reg") if method in summary["methods"] and method != target]
-        reached = " and ".join(f"{METHODS[method].title} after {words_of(summary['methods'][method]['steps_to'][target], last)}"
-                               for method in others)
-        said.append(f"{METHODS[target].title}'s distance after {last:,} steps ({summary['targets'][target]:.2f}) is reached by {reached}")
-    return "; ".join(said) + "."
+    for target, value in summary["targets"].items():
+        others = {method: summary["methods"][method]["steps_to"][target] for method in ("repa", "reg")
+                  if method in summary["methods"] and method != target}
+        reached = " and by ".join(f"{METHODS[method].title} {words_of(found)}" for method, found in others.items())
+        if others:
+            said.append(f"{METHODS[target].title}'s distance after {last:,} steps ({value:.2f}) is reached by {reached}")
+    return "; ".join(said) + "." if said else ""
 
 
-def words_of(reached: dict, last: int) -> str:
-    return f"none of its {last:,} steps" if reached["seeds"] == 0 else f"{shown_steps(reached, last)} steps"
+def words_of(reached: dict) -> str:
+    there, runs = sum(steps is not None for steps in reached["steps"]), len(reached["steps"])
+    return f"after {shown_steps(reached, 0)}" if there == runs else f"in {there or 'none'} of {runs} runs"
