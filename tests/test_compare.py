@@ -172,7 +172,7 @@ def test_real_images_bound_what_a_model_can_reach(judge):
 # ------------------------------------------------------------------------------------------------------------------- the pieces
 
 def test_scales_run_the_methods_in_turn_and_the_ablations_last():
-    assert [piece[0] for piece in SCALES["cpu"].pieces[:3]] == list(MAIN) and {seed for _, seed in SCALES["cpu"].pieces} == {0, 1, 2}
+    assert SCALES["cpu"].pieces == tuple((method, seed) for seed in range(3) for method in MAIN)
     methods = [method for method, _ in SCALES["gpu"].pieces]
     assert methods[:9] == list(MAIN) * 3 and set(methods[9:]) == {"class-token", "patches"}
     for scale in SCALES.values():
@@ -246,13 +246,11 @@ def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys):
 def test_a_stopped_comparison_stops_its_trainings_which_save(data, tmp_path):
     """SIGTERM to the program: the piece that trains writes a checkpoint, and nothing is left running."""
     program = f"""
-import signal, sys
 from pathlib import Path
 from dataclasses import replace
 from models.errors import without_traceback
 from tests.test_compare import TINY
 from toy import compare
-signal.signal(signal.SIGTERM, compare.interrupt)
 if __name__ == "__main__":
     scale = replace(TINY, steps=(100_000,), pieces=(("sit", 0),))
     without_traceback(compare.compare)(scale, "cpu", Path({str(data)!r}), Path({str(tmp_path)!r}), float("inf"))
@@ -302,3 +300,20 @@ def test_the_readme_says_what_the_results_say(published):
 def test_the_published_setting_is_the_one_that_runs(published):
     assert published["setting"] == setting_of(SCALES["cpu"])
     assert {(piece["method"], piece["seed"]) for piece in (*published["pieces"], *published["not_run"])} == set(SCALES["cpu"].pieces)
+
+
+def test_the_claims_in_words_hold_in_the_results(published):
+    """What page and README say beyond the tables: who is nearest up to 1,000 steps and at the end; how token and image belong together."""
+    methods = published["summary"]["methods"]
+    means = {method: {point["step"]: point["distance"]["mean"] for point in methods[method]["curve"]} for method in MAIN}
+    assert all(means["reg"][step] < means["repa"][step] < means["sit"][step] for step in (250, 500, 750, 1000))
+    assert means["reg"][1500] > means["sit"][1500] and means["reg"][2000] > means["sit"][2000]
+    at_750 = {method: round(found["steps_to_sit_at"][2]["mean"]) for method, found in methods.items()}
+    assert at_750["reg"] < at_750["repa"] < 750
+    for name in ("toy/RESULTS.md", "README.md"):
+        words = " ".join((ROOT / name).read_text().split())
+        assert f"after 750 steps comes after {at_750['repa']} of REPA and {at_750['reg']} of REG" in words
+    for point in methods["reg"]["curve"]:
+        assert point["token_cosine"]["mean"] - point["token_cosine_other"]["mean"] > 5 * point["token_cosine"]["std"]
+        assert point["token_agreement"]["mean"] > point["class_agreement"]["mean"]
+        assert point["token_nearest"]["mean"] < published["real"]["drawn"]["token_nearest"]

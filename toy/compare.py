@@ -69,7 +69,7 @@ SCALES = {
     "cpu": Scale(
         data="data/toy", resolution=32, num_images=8192, num_samples=1024, steps=(250, 500, 750, 1000, 1500, 2000),
         flags=(*TUNED, "--learning-rate", "3e-3", "--num-workers", "0"),
-        pieces=in_turn(MAIN, 3) + in_turn(ABLATIONS, 2),
+        pieces=in_turn(MAIN, 3),
     ),
     "gpu": Scale(
         data="data/toy64", resolution=64, num_images=32768, num_samples=4096, steps=(250, 500, 750, 1000, 1500, 2000),
@@ -213,7 +213,7 @@ def run_pieces(scale: Scale, data: Path, output: Path, processes: int, minutes: 
         else:
             waiting.append((method, seed))
     longest = max(map(seconds, pieces), default=0.0)
-    context = multiprocessing.get_context("spawn")
+    context, before = multiprocessing.get_context("spawn"), signal.signal(signal.SIGTERM, interrupt)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=signal.signal, initargs=(signal.SIGTERM, interrupt)) as pool:
         try:
             while waiting or running:
@@ -233,6 +233,8 @@ def run_pieces(scale: Scale, data: Path, output: Path, processes: int, minutes: 
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)       # other pools end their workers with that signal
     pieces.sort(key=lambda piece: scale.pieces.index((piece["method"], piece["seed"])))
     return pieces, [{"method": method, "seed": seed} for method, seed in waiting]
 
@@ -271,7 +273,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes} is no time: give more than 0")
-    signal.signal(signal.SIGTERM, interrupt)
     scale = SCALES[args.scale]
     compare(scale, args.scale, args.data_dir or ROOT / scale.data, args.output or ROOT / "exps" / f"compare-{args.scale}", args.minutes)
 

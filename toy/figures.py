@@ -50,7 +50,6 @@ def convergence(results: dict) -> Figure:
         over_seeds(axes, found["curve"], "distance", color=COLOURS[method], label=METHODS[method].title)
     for target, value in summary["targets"].items():
         axes.axhline(value, color=COLOURS[target], linestyle=":", linewidth=1)
-    axes.axhline(results["real"]["decoded"]["distance"], color="black", linestyle="--", linewidth=1, label="real images through the VAE")
     axes.set(xscale="log", yscale="log", xlabel="training steps", ylabel="Frechet distance, toy features")
     plain_ticks(axes, results["setting"]["steps"])
     axes.legend(fontsize=8)
