@@ -18,7 +18,7 @@ import train
 from models.errors import UserError
 from models.sit import SiT
 from toy import compare
-from toy.compare import HOW, MAIN, SCALES, open_data, prepare, setting_of
+from toy.compare import HOW, MAIN, SCALES, open_data, prepare, require_size, setting_of
 from toy.draw import draw_many
 from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, token_scores
 from toy.summary import METHODS, as_text, headline, steps_to, summarise, tables
@@ -101,7 +101,17 @@ def data(tmp_path_factory):
     """64 drawn images, prepared as the script does, with the encoder's features."""
     folder = tmp_path_factory.mktemp("toy")
     prepare(TINY, folder)
+    with pytest.raises(UserError, match="holds 64 images of 32 px, and this scale takes 8192 of 32 px: remove it, or name another"):
+        require_size(SCALES["cpu"], folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(data):
+    """The same data, which `compare` is spared to prepare again: five programs that would find all of it whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "prepare", lambda *_: None)
+        yield data
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +199,9 @@ def test_every_flag_of_a_piece_is_one_that_train_takes(scale, method):
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
+def run(prepared, tmp_path_factory):
     output = tmp_path_factory.mktemp("compare")
-    compare.compare(TINY, "cpu", data, output, math.inf)
+    compare.compare(TINY, "cpu", prepared, output, math.inf)
     return output
 
 
@@ -210,31 +220,25 @@ def test_a_comparison_leaves_results_tables_and_pictures(run):
     assert [path.name for path in (run / "sit-seed0" / "checkpoints").iterdir()] == ["0000004.pt"]
 
 
-def test_the_same_command_keeps_whole_pieces(run, data):
+def test_the_same_command_keeps_whole_pieces(run, prepared):
     kept = [run / "reg-seed0" / "scores.json", run / "sit-seed0" / "checkpoints" / "0000004.pt"]
     before, results = [path.stat().st_mtime_ns for path in kept], json.loads((run / "results.json").read_text())
-    compare.compare(TINY, "cpu", data, run, math.inf)
+    compare.compare(TINY, "cpu", prepared, run, math.inf)
     assert [path.stat().st_mtime_ns for path in kept] == before
     again = json.loads((run / "results.json").read_text())
     assert again["pieces"] == results["pieces"] and again["summary"] == results["summary"]
 
 
-def test_pieces_of_another_setting_are_refused(run, data):
+def test_pieces_of_another_setting_are_refused(run, prepared):
     with pytest.raises(UserError, match="holds pieces of another setting: name another --output"):
-        compare.compare(replace(TINY, num_samples=64), "cpu", data, run, math.inf)
+        compare.compare(replace(TINY, num_samples=64), "cpu", prepared, run, math.inf)
 
 
-def test_what_the_time_does_not_allow_is_reported(run, data):
+def test_what_the_time_does_not_allow_is_reported(run, prepared):
     scale = replace(TINY, pieces=(*TINY.pieces, ("patches", 0)))
-    compare.compare(scale, "cpu", data, run, 1e-9)
+    compare.compare(scale, "cpu", prepared, run, 1e-9)
     results = json.loads((run / "results.json").read_text())
     assert results["not_run"] == [{"method": "patches", "seed": 0}] and len(results["pieces"]) == 3
-
-
-def test_data_of_another_size_are_refused(data, tmp_path):
-    with pytest.raises(UserError, match="holds 64 images of 32 px, and this scale takes 8192 of 32 px: remove it, or name another"):
-        compare.compare(SCALES["cpu"], "cpu", data, tmp_path, math.inf)
-    assert not list(tmp_path.glob("*.log"))
 
 
 def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys):
@@ -251,6 +255,7 @@ from dataclasses import replace
 from models.errors import without_traceback
 from tests.test_compare import TINY
 from toy import compare
+compare.prepare = lambda *_: None
 if __name__ == "__main__":
     scale = replace(TINY, steps=(100_000,), pieces=(("sit", 0),))
     without_traceback(compare.compare)(scale, "cpu", Path({str(data)!r}), Path({str(tmp_path)!r}), float("inf"))
@@ -269,10 +274,10 @@ if __name__ == "__main__":
     assert "stopped by SIGTERM" in (tmp_path / "sit-seed0.log").read_text()
 
 
-def test_a_training_that_fails_is_named_with_its_log(data, tmp_path):
+def test_a_training_that_fails_is_named_with_its_log(prepared, tmp_path):
     broken = replace(TINY, flags=("--batch-size", "0"), pieces=(("sit", 0),))
     with pytest.raises(UserError, match="the training of sit-seed0 ended with status 2 .*batch-size.*: see .*sit-seed0.log"):
-        compare.compare(broken, "cpu", data, tmp_path, math.inf)
+        compare.compare(broken, "cpu", prepared, tmp_path, math.inf)
     assert not (tmp_path / "results.json").exists()
 
 

@@ -160,6 +160,11 @@ def prepare(scale: Scale, data: Path) -> None:
     for command in (["bash", "toy/prepare.sh", data, scale.resolution, scale.num_images], encode):
         if subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=False).returncode:
             raise UserError(f"the data in {data} could not be prepared, for the reason above: mend it, or remove {data}")
+    require_size(scale, data)
+
+
+def require_size(scale: Scale, data: Path) -> None:
+    """Raise UserError where the images to train on are not as many or as large as the scale's."""
     images, _ = read_training(data)
     if images.shape != (scale.num_images, 3, scale.resolution, scale.resolution):
         raise UserError(f"{data} holds {len(images)} images of {images.shape[-1]} px, and this scale takes {scale.num_images} of "
