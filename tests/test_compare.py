@@ -257,14 +257,14 @@ from tests.test_compare import TINY
 from toy import compare
 compare.prepare = lambda *_: None
 if __name__ == "__main__":
-    scale = replace(TINY, steps=(100_000,), pieces=(("sit", 0),))
+    scale = replace(TINY, steps=(100_000,), flags=(*TINY.flags, "--logging-steps", "1"), pieces=(("sit", 0),))
     without_traceback(compare.compare)(scale, "cpu", Path({str(data)!r}), Path({str(tmp_path)!r}), float("inf"))
 """
     (tmp_path / "program.py").write_text(program)
     running = subprocess.Popen([sys.executable, tmp_path / "program.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
                                stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "sit-seed0" / "metrics.jsonl"
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
         time.sleep(0.2)
     running.terminate()
