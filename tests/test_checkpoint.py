@@ -235,11 +235,11 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch)
     model = small()
     began, may_end = threading.Event(), threading.Event()
     original = torch.save
-    monkeypatch.setattr(torch, "save", lambda *a: (began.set(), may_end.wait(10), original(*a)))
+    monkeypatch.setattr(torch, "save", lambda *a: (began.set(), may_end.wait(300), original(*a)))
     saver = checkpoint.Saver(tmp_path)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     saver.start(content(model, model))
-    assert began.wait(10) and checkpoint.newest(tmp_path) is None                 # nothing looks whole before it is
+    assert began.wait(300) and checkpoint.newest(tmp_path) is None                 # nothing looks whole before it is
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)

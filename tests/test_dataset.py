@@ -161,7 +161,7 @@ def test_reading_from_forked_processes_at_once(tmp_path):
     children = [context.Process(target=whole, args=(offset, queue)) for offset in (0, 7)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=30) for _ in children] == [True, True]
+    assert [queue.get(timeout=300) for _ in children] == [True, True]
     for child in children:
         child.join()
 

@@ -307,7 +307,7 @@ def test_processes_may_open_at_once(data, cache):
     children = [context.Process(target=open_at_once) for _ in range(4)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [[True] * 5] * 4
+    assert [queue.get(timeout=300) for _ in children] == [[True] * 5] * 4
     for child in children:
         child.join()
     assert len(list(cache.iterdir())) == 3                                    # the zip, its catalogue, and that of the moments

@@ -102,7 +102,7 @@ def metadata(path: Path) -> dict:
 def run_program(arguments: list[str], cwd: Path = ROOT, expected: int = 0, **variables) -> subprocess.CompletedProcess:
     """Run `python arguments...`, which must end with the status `expected`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == expected, done.stderr
     return done
 

@@ -129,7 +129,9 @@ def test_readme_commands_parse(command):
         assert any(name in (ROOT / place).read_text() for place in ("train.sh", "eval.sh", "models/processes.py"))
     if command[:3] == ["python", "-m", "models.processes"]:
         command[1:3] = []                                         # the launcher takes what python takes
-    if command[:2] == ["bash", "train.sh"]:
+    if command[0] == "make":
+        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif command[:2] == ["bash", "train.sh"]:
         assert re.search(rf"^    {command[2]}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
         train.parse_args(command[3:])
     elif command[:2] == ["bash", "eval.sh"]:
@@ -152,8 +154,6 @@ def test_readme_commands_parse(command):
         importlib.import_module(command[2]).parse_args(command[3:])
     elif command[1:3] == ["-m", "evaluations.evaluator"]:
         evaluator.parse_args(command[3:])
-    elif command[0] == "make":
-        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
         assert command == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
 

@@ -205,7 +205,7 @@ def test_few_blocks_wait_to_be_written(folder, monkeypatch):
     go_on, written, put = threading.Event(), [], []
 
     def stands(_, block, *arguments, **options):
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         written.append(block)
 
     def sample():
@@ -220,5 +220,5 @@ def test_few_blocks_wait_to_be_written(folder, monkeypatch):
     thread.join(0.3)
     assert len(put) <= sample_folder.WAITING and not written      # no more than that, however long one waits
     go_on.set()
-    thread.join(60)
+    thread.join(300)
     assert written == put == [range(i, i + 1) for i in range(5)]

@@ -15,7 +15,7 @@ from models import checkpoint, processes
 from models.stopping import STOPPED, SUPERVISED, StopRequest
 from tests.test_train import ROOT, run
 
-PATIENCE = 60  # seconds after which a test gives up; none is measured
+PATIENCE = 300  # seconds after which a test gives up; none is measured
 
 
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
