@@ -26,7 +26,7 @@ from toy.draw import draw_many
 
 ENCODER = f"{LOCAL}toy/networks/encoder"      # as train.sh's recipe names it
 BLOCK = 256                                   # images that are sampled at a time
-SHOWN = 8                                     # of them kept for the pictures, the first ones
+SHOWN = (0, 5, 10, 15, 3, 6, 9, 12)           # of them kept for the pictures: each shape and each colour, by balanced labels
 NEIGHBOURS = 5                                # training images shown beside a generated class token
 
 
@@ -111,14 +111,14 @@ def nearest(tokens: torch.Tensor, known: torch.Tensor, count: int = 1) -> tuple[
 
 
 def score_checkpoint(path: Path, judge: Judge, count: int, how: Sampling) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The scores of a checkpoint's EMA samples, and what the pictures show of them: `images` (SHOWN, 3, R, R), of a model with a
-    class-token slot also `neighbours` (SHOWN, NEIGHBOURS), the training images nearest to the generated class tokens."""
+    """The scores of a checkpoint's EMA samples, and what the pictures show of them: `images` (S, 3, R, R), S = len(SHOWN), of a
+    model with a class-token slot also `neighbours` (S, NEIGHBOURS), the training images nearest to the generated class tokens."""
     images, labels, tokens = draw_samples(checkpoint.build_for_sampling(checkpoint.read(path)).to(judge.device), judge, count, how)
-    shown = {"images": images[:SHOWN]}
+    shown = {"images": images[list(SHOWN)]}
     scores = image_scores(judge, images, labels)
     if tokens is not None:
         scores |= token_scores(judge, tokens, images, labels)
-        shown["neighbours"] = nearest(tokens[:SHOWN], judge.known, NEIGHBOURS)[1]
+        shown["neighbours"] = nearest(tokens[list(SHOWN)], judge.known, NEIGHBOURS)[1]
     return scores, shown
 
 

@@ -55,7 +55,8 @@ def arrival(runs: list[list[dict]], target: float) -> dict:
 
 def summarise(results: dict) -> dict:
     """Per method: every score at every step over the seeds, the steps to what SiT had at each step and to the final distance of SiT and
-    REPA (means over their seeds), and the distance's difference to SiT, seed by seed and sampling by sampling, which share their noise."""
+    REPA (means over their seeds), and the distance's difference to SiT, at each step seed by seed and at the end sampling by sampling,
+    which share their noise."""
     by_method = {method: {piece["seed"]: piece for piece in results["pieces"] if piece["method"] == method} for method in METHODS}
     runs = {method: [piece["points"] for piece in pieces.values()] for method, pieces in by_method.items() if pieces}
     curves = {method: [{"step": rows[0]["step"], **{key: spread([row[key] for row in rows]) for key in rows[0] if key != "step"}}
@@ -73,7 +74,9 @@ def summarise(results: dict) -> dict:
                                                   for point in curves["sit"]]
             if method != "sit" and shared:
                 methods[method]["beside_sit"] = {
-                    "seeds": spread([own[seed]["points"][-1]["distance"] - sit[seed]["points"][-1]["distance"] for seed in shared]),
+                    "curve": [{"step": point["step"], "distance": spread([own[seed]["points"][index]["distance"]
+                                                                          - sit[seed]["points"][index]["distance"] for seed in shared])}
+                              for index, point in enumerate(curves["sit"])],
                     "samplings": spread([a - b for a, b in zip(samplings[method], samplings["sit"], strict=True)])}
     return {"targets": targets, "methods": methods, "distance_over_samplings": {method: spread(of) for method, of in samplings.items()},
             "distance_over_draws": spread(results["real"]["distances"]),
@@ -113,6 +116,7 @@ def tables(results: dict) -> dict[str, str]:
     summary, setting = results["summary"], results["setting"]
     methods, last = summary["methods"], setting["steps"][-1]
     titles = {method: METHODS[method].title for method in methods}
+    beside = {method: of for method, of in methods.items() if "beside_sit" in of}
     columns, draws = SCORES | TOKENS, summary["distance_over_draws"]
 
     found = {
@@ -123,6 +127,10 @@ def tables(results: dict) -> dict[str, str]:
         "Distance by step": table(
             ["", *(f"{step:,}" for step in setting["steps"])],
             [[titles[method], *(plus_minus(point["distance"], 2) for point in of["curve"])] for method, of in methods.items()]),
+        **({"Distance less SiT's, seed by seed": table(
+            ["", *(f"{step:,}" for step in setting["steps"])],
+            [[titles[method], *(signed(point["distance"]) for point in of["beside_sit"]["curve"])] for method, of in beside.items()])}
+           if beside else {}),
         **({"Steps to SiT's distance": table(
             ["", *(f"{point['distance']['mean']:.2f} (SiT after {point['step']:,})" for point in methods["sit"]["curve"])],
             [[titles[method], *(shown_steps(reached, last) for reached in of["steps_to_sit_at"])]
@@ -138,13 +146,12 @@ def tables(results: dict) -> dict[str, str]:
     }
     noise = ", ".join(f"{titles[method]} {value['std']:.2f}" for method, value in summary["distance_over_samplings"].items())
     found["Spread"] = (
-        f"± is the standard deviation over seeds of training, all sampled with one set of noise. Other noise moves the distance of one "
-        f"checkpoint at {setting['num_samples']:,} samples by a standard deviation of {noise} ({draws['seeds']} samplings); other draws of "
-        f"real images by {draws['std']:.3f}, around {draws['mean']:.3f}.\n")
-    beside = [f"{titles[method]} {signed(of['beside_sit']['seeds'])} over seeds and {signed(of['beside_sit']['samplings'])} over samplings "
-              f"of the first seed" for method, of in methods.items() if "beside_sit" in of]
+        "± is the standard deviation over seeds, each with its own order of the data and its own noise to sample from, which all methods "
+        f"share. Other noise moves the distance of one checkpoint at {setting['num_samples']:,} samples by a standard deviation of "
+        f"{noise} ({draws['seeds']} samplings); other draws of real images by {draws['std']:.3f}, around {draws['mean']:.3f}.\n")
     if beside:
-        found["Spread"] += f"Most of it is common to the methods. Final distance less SiT's with the same noise: {'; '.join(beside)}.\n"
+        moved = "; ".join(f"{titles[method]} {signed(of['beside_sit']['samplings'])}" for method, of in beside.items())
+        found["Spread"] += f"Much of it is common to the methods. Final distance less SiT's over those samplings: {moved}.\n"
     found["Run"] = (f"{len(results['pieces'])} pieces, {summary['core_minutes']:.0f} minutes of one device or core on "
                     f"{results['machine']['device']}, PyTorch {results['machine']['torch']}.\n")
     missing = ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}" for piece in results["not_run"])
