@@ -20,14 +20,14 @@ from models.errors import UserError
 from models.sit import SiT
 from preprocessing import dataset_tools
 from toy import compare, draw
-from toy.compare import HOW, MAIN, SCALES, open_data, prepare, require_size, setting_of
+from toy.compare import HOW, MAIN, SCALES, open_data, prepare, require_setting, require_size, setting_of, training_flags
 from toy.draw import draw_many
-from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, token_scores
+from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, score_checkpoint, token_scores
 from toy.summary import METHODS, as_text, headline, steps_to, summarise, tables
 
 ROOT = Path(__file__).parents[1]
-TINY = replace(SCALES["cpu"], steps=(2, 4), num_samples=32, num_images=64, flags=("--num-workers", "0", "--batch-size", "8"),
-               pieces=(("sit", 0), ("reg", 1)))
+TINY = replace(SCALES["cpu"], steps=(2, 4), num_samples=32, num_images=64, flags=(*SCALES["cpu"].flags, "--batch-size", "8"),
+               pieces=(("sit", 1), ("reg", 1)))
 
 
 # ------------------------------------------------------------------------------------------------------------ steps and spreads
@@ -231,19 +231,36 @@ def test_a_comparison_leaves_results_tables_and_pictures(run):
     results = json.loads((run / "results.json").read_text())
     assert [(piece["method"], piece["seed"]) for piece in results["pieces"]] == list(TINY.pieces) and results["not_run"] == []
     assert [point["step"] for point in results["pieces"][1]["points"]] == [2, 4]
-    assert results["pieces"][0]["points"] != results["pieces"][1]["points"]
+    assert results["pieces"][0]["points"][-1]["distance"] != results["pieces"][1]["points"][-1]["distance"]
     assert "token_cosine" in results["pieces"][1]["points"][0] and "token_cosine" not in results["pieces"][0]["points"][0]
     assert [len(set(piece["repeated_distances"])) for piece in results["pieces"]] == [compare.REPEATS, compare.REPEATS]
     assert results["summary"] == json.loads(json.dumps(summarise(results))) and (run / "tables.md").read_text() == as_text(results)
     for name in ("convergence.png", "samples.png", "class_token.png"):
         assert Image.open(run / name).width > 200
-    settings = [json.loads((run / name / "args.json").read_text()) for name in ("sit-seed0", "reg-seed1")]
-    assert [(found["method"], found["seed"], found["cached_features"]) for found in settings] == [("sit", 0, "off"), ("reg", 1, "require")]
-    assert [path.name for path in (run / "sit-seed0" / "checkpoints").iterdir()] == ["0000004.pt"]
+    settings = [json.loads((run / name / "args.json").read_text()) for name in ("sit-seed1", "reg-seed1")]
+    assert [(found["method"], found["seed"], found["cached_features"]) for found in settings] == [("sit", 1, "off"), ("reg", 1, "require")]
+    assert [path.name for path in (run / "sit-seed1" / "checkpoints").iterdir()] == ["0000004.pt"]
+
+
+def test_a_piece_is_sampled_with_the_noise_of_its_seed(run, judge):
+    last = run / "sit-seed1" / "checkpoints" / "0000004.pt"
+    kept = json.loads((run / "sit-seed1" / "scores.json").read_text())["points"][-1]["distance"]
+    of_seed = [score_checkpoint(last, judge, TINY.num_samples, replace(HOW, seed=seed))[0]["distance"] for seed in (0, 1)]
+    assert kept == pytest.approx(of_seed[1], rel=1e-6) and kept != pytest.approx(of_seed[0], rel=1e-3)
+
+
+def test_pieces_of_other_flags_are_not_set_beside_each_other(run, tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"sit-seed{seed}").mkdir()
+        args = json.loads((run / "sit-seed1" / "args.json").read_text()) | {"seed": seed, "adam_weight_decay": 0.1 * seed}
+        (tmp_path / f"sit-seed{seed}" / "args.json").write_text(json.dumps(args))
+    assert training_flags(tmp_path, [{"method": "sit", "seed": 1}])["sit"]["adam_weight_decay"] == 0.1
+    with pytest.raises(UserError, match="sit-seed1 was trained with other flags than the pieces before it: remove it"):
+        training_flags(tmp_path, [{"method": "sit", "seed": 0}, {"method": "sit", "seed": 1}])
 
 
 def test_the_same_command_keeps_whole_pieces(run, prepared):
-    kept = [run / "reg-seed1" / "scores.json", run / "sit-seed0" / "checkpoints" / "0000004.pt"]
+    kept = [run / "reg-seed1" / "scores.json", run / "sit-seed1" / "checkpoints" / "0000004.pt"]
     before, results = [path.stat().st_mtime_ns for path in kept], json.loads((run / "results.json").read_text())
     compare.compare(TINY, "cpu", prepared, run, math.inf)
     assert [path.stat().st_mtime_ns for path in kept] == before
@@ -256,11 +273,25 @@ def test_pieces_of_another_setting_are_refused(run, prepared):
         compare.compare(replace(TINY, num_samples=64), "cpu", prepared, run, math.inf)
 
 
+def test_a_setting_of_no_piece_is_replaced(tmp_path):
+    require_setting(TINY, tmp_path)
+    other = replace(TINY, num_samples=64)
+    require_setting(other, tmp_path)
+    assert json.loads((tmp_path / compare.SETTING).read_text()) == setting_of(other)
+
+
 def test_what_the_time_does_not_allow_is_reported(run, prepared):
     scale = replace(TINY, pieces=(*TINY.pieces, ("patches", 0)))
     compare.compare(scale, "cpu", prepared, run, 1e-9)
     results = json.loads((run / "results.json").read_text())
     assert results["not_run"] == [{"method": "patches", "seed": 0}] and len(results["pieces"]) == 2
+
+
+def test_the_gpus_scale_is_refused_without_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--scale", "gpu", "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "new")])
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+    assert "there is no CUDA device: use --scale cpu" in capsys.readouterr().err
 
 
 def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys):

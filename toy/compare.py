@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -31,6 +32,7 @@ from models import checkpoint
 from models.cached_features import features_folder
 from models.errors import UserError, notice, say, without_traceback
 from models.files import make_folder, write_whole
+from preprocessing.work import all_cores
 from samplers import Sampling
 from toy.figures import draw_figures
 from toy.scores import ENCODER, Judge, open_judge, real_scores, repeated_distances, score_checkpoint
@@ -40,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 HOW = Sampling(mode="ode", num_steps=25, cfg_scale=1.0, labels="balanced")      # unguided, as convergence is reported
 REPEATS = 5                                             # samplings of one checkpoint, and draws of real images, for the spread
 FRESH_SEED = 100                                        # of real images that nobody has seen; the next ones follow it
+STOPS = (signal.SIGTERM, signal.SIGHUP)                 # as Ctrl-C does; the second when a terminal is closed
 PIECE, PICTURES = "scores.json", "pictures.npz"         # in the folder of a piece, beside its checkpoints
 SETTING = "setting.json"                                # of all pieces in an output folder
 OWN = ("data_dir", "output_dir", "exp_name", "seed", "resume", "report_to")     # flags that differ between pieces or machines
@@ -64,17 +67,18 @@ def in_turn(methods: tuple[str, ...], seeds: int) -> tuple[tuple[str, int], ...]
 
 
 MAIN, ABLATIONS = ("sit", "repa", "reg"), ("class-token", "patches")
-EMA = ("--ema-decay", "0.99")                   # a longer mean would still hold the first weights; RESULTS.md says what else was tried
+PAPER = ("--proj-coeff", "0.5", "--cls", "0.03")        # lambda and beta; RESULTS.md says how the rest was chosen
 SCALES = {
     "cpu": Scale(
         data="data/toy", resolution=32, num_images=8192, num_samples=1024, steps=(250, 500, 750, 1000, 1500, 2000),
-        flags=(*EMA, "--encoder-depth", "2", "--learning-rate", "3e-3", "--num-workers", "0"),
+        flags=(*PAPER, "--model", "SiT-T/2", "--batch-size", "64", "--encoder-depth", "2", "--learning-rate", "6e-3", "--ema-decay", "0.99",
+               "--mixed-precision", "no", "--no-compile", "--no-allow-tf32", "--num-workers", "0"),
         pieces=in_turn(MAIN, 3),
     ),
     "gpu": Scale(
         data="data/toy64", resolution=64, num_images=32768, num_samples=4096, steps=(250, 500, 750, 1000, 1500, 2000),
-        flags=(*EMA, "--model", "SiT-S/2", "--batch-size", "256", "--learning-rate", "1e-3", "--projector-dim", "1024",
-               "--num-workers", "12"),
+        flags=(*PAPER, "--model", "SiT-S/2", "--batch-size", "256", "--encoder-depth", "4", "--projector-dim", "1024",
+               "--learning-rate", "1e-3", "--ema-decay", "0.99", "--mixed-precision", "bf16", "--compile", "--num-workers", "12"),
         pieces=in_turn(MAIN, 3) + in_turn(ABLATIONS, 3),
     ),
 }
@@ -86,8 +90,8 @@ def piece_name(method: str, seed: int) -> str:
     return f"{method}-seed{seed}"
 
 
-def train(scale: Scale, method: str, seed: int, data: Path, output: Path) -> None:
-    """Train one piece to its last step, or go on with it; raises UserError where train.sh fails.
+def train(scale: Scale, method: str, seed: int, data: Path, output: Path) -> float:
+    """Train one piece to its last step, or go on with it -> seconds, earlier calls' included; raises UserError where train.sh fails.
 
     train.sh has a session of its own: Ctrl-C reaches it through this function alone, as the one signal after which it saves.
     """
@@ -97,7 +101,8 @@ def train(scale: Scale, method: str, seed: int, data: Path, output: Path) -> Non
                "--cached-features", "require" if of_method.name != "sit" else "off"]
     environment = os.environ | {"METHOD": of_method.name, "DATA_DIR": str(data.resolve()), "OUTPUT_DIR": str(output.resolve()),
                                 "PYTHON": sys.executable, "NUM_GPUS": "1", "REPORT_TO": "none", "OMP_NUM_THREADS": "1"}
-    log = output / f"{name}.log"
+    log, spent = output / f"{name}.log", output / f"{name}.seconds"
+    began = time.time()
     with open(log, "a", encoding="utf-8") as stream, \
             subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True) as process:
         try:
@@ -106,17 +111,19 @@ def train(scale: Scale, method: str, seed: int, data: Path, output: Path) -> Non
             process.terminate()
             process.wait()
             raise
+        finally:
+            with open(spent, "a", encoding="utf-8") as file:
+                file.write(f"{time.time() - began:.1f}\n")
     if status:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no output"])[-1]
         raise UserError(f"the training of {name} ended with status {status} ({last}): see {log}")
+    return sum(map(float, spent.read_text(encoding="utf-8").split()))
 
 
 def run_piece(scale: Scale, method: str, seed: int, data: Path, output: Path) -> dict:
     """Train and score one piece -> what its scores.json holds; its pictures and its last checkpoint stay beside it."""
     torch.set_num_threads(1)                            # their number would show in the last bits
-    began = time.time()
-    train(scale, method, seed, data, output)
-    trained = time.time()
+    train_seconds, trained = train(scale, method, seed, data, output), time.time()
     judge, how = open_data(data), replace(HOW, seed=seed)
     experiment = output / piece_name(method, seed)
     points, shown = [], []
@@ -132,7 +139,7 @@ def run_piece(scale: Scale, method: str, seed: int, data: Path, output: Path) ->
         repeats = [points[-1]["distance"], *repeated_distances(last, judge, scale.num_samples, again)]
     stacked = {key: torch.stack([pictures[key] for pictures in shown]).numpy() for key in shown[0]}
     write_whole(experiment / PICTURES, lambda partial: save_arrays(partial, stacked))
-    piece = {"method": method, "seed": seed, "train_seconds": round(trained - began, 1), "score_seconds": round(time.time() - trained, 1),
+    piece = {"method": method, "seed": seed, "train_seconds": round(train_seconds, 1), "score_seconds": round(time.time() - trained, 1),
              "points": points, "repeated_distances": repeats}
     write_json(experiment / PIECE, piece)
     for path in checkpoint.saved(experiment).values():  # several times the size of everything else
@@ -198,31 +205,41 @@ def setting_of(scale: Scale) -> dict:
 def require_setting(scale: Scale, output: Path) -> None:
     """Keep the setting in the output folder, before anything is trained; raises UserError where pieces of another one are there."""
     kept = output / SETTING
-    if not kept.is_file():
-        write_json(kept, setting_of(scale))
-    elif json.loads(kept.read_text(encoding="utf-8")) != setting_of(scale):
+    begun = any((output / piece_name(method, seed)).exists() for method, seed in scale.pieces)
+    if begun and (not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != setting_of(scale)):
         raise UserError(f"{output} holds pieces of another setting: name another --output, or remove it")
+    write_json(kept, setting_of(scale))
 
 
 def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def run_pieces(scale: Scale, data: Path, output: Path, processes: int, minutes: float) -> tuple[list[dict], list[dict]]:
-    """Run what is not there yet, `processes` pieces at a time -> the pieces, and those for which the time did not last."""
-    began, pieces, waiting, running = time.time(), [], [], {}
+def interruptible() -> None:
+    for number in STOPS:
+        signal.signal(number, interrupt)
+
+
+def run_pieces(scale: Scale, data: Path, output: Path, processes: int, deadline: float, report: Callable[[list[dict]], None]) -> None:
+    """Run what is not there yet, `processes` pieces at a time, while the longest so far would end before `deadline` (a time.time()).
+
+    `report` is given the pieces that are whole, in the scale's order, at the start if there are any and after each new one.
+    """
+    pieces, waiting, running = [], [], {}
     for method, seed in scale.pieces:
         kept = output / piece_name(method, seed) / PIECE
         if kept.is_file():
             pieces.append(json.loads(kept.read_text(encoding="utf-8")))
         else:
             waiting.append((method, seed))
-    longest = max(map(seconds, pieces), default=0.0)
-    context, before = multiprocessing.get_context("spawn"), signal.signal(signal.SIGTERM, interrupt)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=signal.signal, initargs=(signal.SIGTERM, interrupt)) as pool:
+    if pieces:
+        report(pieces)
+    context, before = multiprocessing.get_context("spawn"), {number: signal.signal(number, interrupt) for number in STOPS}
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=interruptible) as pool:
         try:
             while waiting or running:
-                while waiting and len(running) < processes and time.time() - began + longest < 60 * minutes:
+                longest = max(map(seconds, pieces), default=0.0)
+                while waiting and len(running) < processes and time.time() + longest < deadline:
                     method, seed = waiting.pop(0)
                     say(f"{piece_name(method, seed)} begins")
                     running[pool.submit(run_piece, scale, method, seed, data, output)] = (method, seed)
@@ -232,16 +249,15 @@ def run_pieces(scale: Scale, data: Path, output: Path, processes: int, minutes: 
                 for future in done:
                     running.pop(future)
                     pieces.append(future.result())
-                    longest = max(longest, seconds(pieces[-1]))
-                    say(f"{len(pieces)} of {len(scale.pieces)} pieces, {(time.time() - began) / 60:.1f} minutes")
+                pieces.sort(key=lambda piece: scale.pieces.index((piece["method"], piece["seed"])))
+                report(pieces)
         except BaseException:                           # the others would train on for minutes, or for ever
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)       # other pools end their workers with that signal
-    pieces.sort(key=lambda piece: scale.pieces.index((piece["method"], piece["seed"])))
-    return pieces, [{"method": method, "seed": seed} for method, seed in waiting]
+            for number, handler in before.items():      # other pools end their workers with SIGTERM
+                signal.signal(number, handler)
 
 
 def seconds(piece: dict) -> float:
@@ -250,15 +266,20 @@ def seconds(piece: dict) -> float:
 
 def machine() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"device": gpu or f"{os.cpu_count()} CPU cores, {platform.machine()}", "python": platform.python_version(),
+    return {"device": gpu or f"{all_cores()} CPU cores, {platform.machine()}", "python": platform.python_version(),
             "torch": torch.__version__}
 
 
 def training_flags(output: Path, pieces: list[dict]) -> dict:
-    """Every flag that train.py resolved, by method, but those that differ from piece to piece."""
-    args = {piece["method"]: json.loads((output / piece_name(piece["method"], piece["seed"]) / "args.json").read_text(encoding="utf-8"))
-            for piece in pieces}
-    return {method: {flag: value for flag, value in found.items() if flag not in OWN} for method, found in args.items()}
+    """Every flag that train.py resolved, by method, but those that belong to a piece; raises UserError where one method's differ."""
+    flags = {}
+    for piece in pieces:
+        experiment = output / piece_name(piece["method"], piece["seed"])
+        args = json.loads((experiment / "args.json").read_text(encoding="utf-8"))
+        found = {flag: value for flag, value in args.items() if flag not in OWN}
+        if flags.setdefault(piece["method"], found) != found:
+            raise UserError(f"{experiment} was trained with other flags than the pieces before it: remove it, or name another --output")
+    return flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -278,35 +299,47 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes} is no time: give more than 0")
+    if args.scale == "gpu" and not torch.cuda.is_available():
+        raise UserError("--scale gpu came, and there is no CUDA device: use --scale cpu")
     scale = SCALES[args.scale]
     compare(scale, args.scale, args.data_dir or ROOT / scale.data, args.output or ROOT / "exps" / f"compare-{args.scale}", args.minutes)
 
 
 def compare(scale: Scale, name: str, data: Path, output: Path, minutes: float) -> None:
-    """Prepare the data, run the pieces, then write results.json, tables.md and the pictures into `output`."""
+    """Prepare the data, run the pieces, and after each one write results.json, tables.md and the pictures of all so far into `output`."""
+    deadline = time.time() + 60 * minutes
     data, output = data.resolve(), output.resolve()
     make_folder(output)
     require_setting(scale, output)
     prepare(scale, data)
-    processes = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    pieces, not_run = run_pieces(scale, data, output, processes, minutes)
-    if not pieces:
-        raise UserError(f"--minutes {minutes:g} did not allow a single piece: give more")
     real = real_scores(open_data(data), scale.num_samples, scale.resolution, list(range(FRESH_SEED, FRESH_SEED + REPEATS)))
-    results = {"scale": name, "setting": setting_of(scale), "flags": training_flags(output, pieces), "machine": machine(), "real": real,
-               "pieces": pieces, "not_run": not_run}
-    results["summary"] = summarise(results)
-    write_json(output / "results.json", results)
-    write_whole(output / "tables.md", lambda partial: partial.write_text(as_text(results), encoding="utf-8"))
-    pictures = {}
-    for piece in pieces:
-        with np.load(output / piece_name(piece["method"], piece["seed"]) / PICTURES) as file:
-            pictures[piece["method"], piece["seed"]] = dict(file)
-    draw_figures(results, pictures, read_training(data)[0].permute(0, 2, 3, 1).numpy(), output)
+    training = read_training(data)[0].permute(0, 2, 3, 1).numpy()
+    results = {}
+
+    def report(pieces: list[dict]) -> None:
+        whole = {(piece["method"], piece["seed"]) for piece in pieces}
+        results.update({
+            "scale": name, "setting": setting_of(scale), "flags": training_flags(output, pieces), "machine": machine(), "real": real,
+            "pieces": pieces,
+            "not_run": [{"method": method, "seed": seed} for method, seed in scale.pieces if (method, seed) not in whole]})
+        results["summary"] = summarise(results)
+        write_json(output / "results.json", results)
+        write_whole(output / "tables.md", lambda partial: partial.write_text(as_text(results), encoding="utf-8"))
+        draw_figures(results, {key: shown_of(output / piece_name(*key)) for key in whole}, training, output)
+        say(f"{len(pieces)} of {len(scale.pieces)} pieces")
+
+    run_pieces(scale, data, output, 1 if torch.cuda.is_available() else all_cores(), deadline, report)
+    if not results:
+        raise UserError(f"--minutes {minutes:g} did not allow a single piece: give more")
     say(as_text(results))
-    if not_run:
-        notice(f"{len(not_run)} pieces were not run for lack of time: give the same command again")
+    if results["not_run"]:
+        notice(f"{len(results['not_run'])} pieces were not run for lack of time: give the same command again")
     say(f"see {output}/results.json, convergence.png, samples.png and class_token.png")
+
+
+def shown_of(experiment: Path) -> dict[str, np.ndarray]:
+    with np.load(experiment / PICTURES) as file:
+        return dict(file)
 
 
 if __name__ == "__main__":
