@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import train
@@ -22,6 +23,7 @@ from preprocessing import dataset_tools
 from toy import compare, draw
 from toy.compare import HOW, MAIN, SCALES, open_data, prepare, require_setting, require_size, setting_of, training_flags
 from toy.draw import draw_many
+from toy.figures import digest, draw_figures
 from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, score_checkpoint, token_scores
 from toy.summary import METHODS, as_text, headline, steps_to, summarise, tables
 
@@ -64,23 +66,42 @@ def made_up(finals: dict[str, list[float]]) -> dict:
     return results | {"summary": summarise(results)}
 
 
-def test_the_summary_times_every_method_to_the_mean_final_distance_of_sit_and_repa():
-    results = made_up({"sit": [4.0, 4.4], "repa": [3.0, 3.0], "reg": [2.1, 2.1]})
+def test_the_summary_times_every_method_to_where_sit_and_repa_end_with_the_same_seed():
+    results = made_up({"sit": [4.0, 4.4], "repa": [3.0, 3.3], "reg": [2.4, 2.4]})
     found = results["summary"]["methods"]
-    assert results["summary"]["targets"] == {"sit": pytest.approx(4.2), "repa": pytest.approx(3)}
-    hundred = pytest.approx(100)
-    assert found["reg"]["steps_to"]["sit"] == {"steps": [hundred] * 2, "mean": hundred, "std": pytest.approx(0), "seeds": 2}
-    assert found["reg"]["steps_to"]["repa"]["mean"] == pytest.approx(400 * (2.1 / 3) ** 2)
-    assert found["sit"]["steps_to"]["sit"] == {"steps": [pytest.approx(400 * (4 / 4.2) ** 2), None], "mean": None, "std": None, "seeds": 2}
-    assert [at["mean"] for at in found["repa"]["steps_to_sit_at"]] == [100, pytest.approx(400 * (3 / 4.2) ** 2)]
-    assert [at["distance"]["mean"] for at in found["reg"]["beside_sit"]["curve"]] == [pytest.approx(-4.2), pytest.approx(-2.1)]
-    assert found["reg"]["beside_sit"]["samplings"] == {"mean": pytest.approx(-1.9), "std": pytest.approx(0, abs=1e-9), "seeds": 2}
+    assert results["summary"]["targets"] == {"sit": pytest.approx(4.2), "repa": pytest.approx(3.15)}
+    steps = [100 * (4.8 / 4) ** 2, 100 * (4.8 / 4.4) ** 2]
+    reached = found["reg"]["steps_to"]["sit"]
+    assert reached["steps"] == pytest.approx(steps) and reached["mean"] == pytest.approx(sum(steps) / 2) and not reached["bound"]
+    assert reached["factor"]["mean"] == pytest.approx((400 / steps[0] + 400 / steps[1]) / 2)
+    assert list(found["sit"]["steps_to"]) == ["repa"] and found["sit"]["steps_to"]["repa"]["steps"] == [None, None]
+    assert [(at["mean"], at["bound"]) for at in found["repa"]["steps_to_sit_at"]] == [(100, True), (pytest.approx(225), False)]
+    assert [at["distance"]["mean"] for at in found["reg"]["beside_sit"]] == [pytest.approx(-3.6), pytest.approx(-1.8)]
+    assert found["reg"]["beside_sit_over_samplings"] == [{"mean": pytest.approx(-1.6), "std": pytest.approx(0, abs=1e-9), "seeds": 2}]
     assert found["sit"]["curve"][-1]["distance"] == {"mean": pytest.approx(4.2), "std": pytest.approx(0.2 * 2**0.5), "seeds": 2}
     text = tables(results)["After 400 steps"]
-    assert "| SiT | 4.20 ± 0.28 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 1 of 2 runs in 400 | not in 400 |" in text
+    assert "| SiT | 4.20 ± 0.28 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 400 | not in 400 |" in text
+    assert "| REG | 2.40 ± 0.00 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 132 ± 18 | 234 ± 31 |" in text
     assert headline(results) == (
-        "SiT's distance after 400 steps (4.20) is reached by REPA after 204 ± 0 and by REG after 100 ± 0; "
-        "REPA's distance after 400 steps (3.00) is reached by REG after 196 ± 0.")
+        "SiT's distance after 400 steps (4.20) is reached by REPA after 225 ± 0 (1.78 times fewer) and by REG after 132 ± 18 (3.07 times "
+        "fewer); REPA's distance after 400 steps (3.15) is reached by REG after 234 ± 31 (1.73 times fewer).")
+
+
+def test_a_run_that_is_there_at_the_first_scored_step_gives_a_bound():
+    results = made_up({"sit": [4.0, 4.4], "reg": [2.1, 2.1]})
+    assert headline(results) == "SiT's distance after 400 steps (4.20) is reached by REG after at most 105 (at least 3.81 times fewer)."
+
+
+def test_pieces_without_their_counterparts_are_summarised_as_far_as_they_go():
+    results = made_up({"sit": [4.0, 4.4], "reg": [2.1, 2.4]})
+    del results["pieces"][2]                                                                      # REG, seed 0
+    results["summary"] = summarise(results)
+    found = results["summary"]["methods"]["reg"]
+    assert found["steps_to"]["sit"]["seeds"] == 1 and found["beside_sit_over_samplings"] == []
+    assert "REG after 119 (3.36 times fewer)" in as_text(results)
+    results["pieces"] = [piece for piece in results["pieces"] if (piece["method"], piece["seed"]) != ("sit", 1)]
+    results["summary"] = summarise(results)
+    assert results["summary"]["methods"]["reg"]["steps_to"]["sit"]["seeds"] == 0 and headline(results) == ""
 
 
 def test_the_sentence_says_so_where_the_order_does_not_hold():
@@ -93,7 +114,16 @@ def test_the_sentence_says_so_where_the_order_does_not_hold():
 def test_what_was_not_run_is_named():
     results = made_up({"sit": [3.0], "reg": [2.0]}) | {"not_run": [{"method": "patches", "seed": 2}]}
     text = as_text(results)
-    assert "### Not run\n\nFor lack of time: class token, patches aligned seed 2.\n" in text and "REPA" not in text
+    assert "### Not run\n\nclass token, patches aligned seed 2.\n" in text and "REPA" not in text
+
+
+def test_rows_of_the_samples_share_a_seed(monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr("toy.figures.samples", lambda _, rows: shown.append(rows) or Figure())
+    results = made_up({"sit": [4.0, 4.4], "repa": [3.0], "reg": [2.1, 2.4]})
+    pictures = {key: {"of": key} for key in [("sit", 0), ("repa", 1), ("sit", 1), ("reg", 1)]}
+    draw_figures(results, pictures, np.zeros((0, 32, 32, 3)), tmp_path)
+    assert shown == [{method: {"of": (method, 1)} for method in ("sit", "repa", "reg")}]
 
 
 # ------------------------------------------------------------------------------------------------------------------- the scores
@@ -236,7 +266,7 @@ def test_a_comparison_leaves_results_tables_and_pictures(run):
     assert [len(set(piece["repeated_distances"])) for piece in results["pieces"]] == [compare.REPEATS, compare.REPEATS]
     assert results["summary"] == json.loads(json.dumps(summarise(results))) and (run / "tables.md").read_text() == as_text(results)
     for name in ("convergence.png", "samples.png", "class_token.png"):
-        assert Image.open(run / name).width > 200
+        assert Image.open(run / name).text["Results"] == digest(results)
     settings = [json.loads((run / name / "args.json").read_text()) for name in ("sit-seed1", "reg-seed1")]
     assert [(found["method"], found["seed"], found["cached_features"]) for found in settings] == [("sit", 1, "off"), ("reg", 1, "require")]
     assert [path.name for path in (run / "sit-seed1" / "checkpoints").iterdir()] == ["0000004.pt"]
@@ -347,7 +377,7 @@ def test_the_page_says_what_the_results_say(published):
         assert f"### {heading}\n\n{text}" in page, heading
     assert headline(published) in " ".join(page.split())
     for picture in ("convergence.png", "samples.png", "class_token.png"):
-        assert f"(results/{picture})" in page and Image.open(ROOT / "toy" / "results" / picture).width > 500
+        assert f"(results/{picture})" in page and Image.open(ROOT / "toy" / "results" / picture).text["Results"] == digest(published)
 
 
 def test_the_readme_says_what_the_results_say(published):

@@ -1,5 +1,8 @@
 """The comparison's pictures: distance against steps, samples by method and step, and the class token beside its image."""
 
+import hashlib
+import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +23,25 @@ def draw_figures(results: dict, pictures: dict[tuple[str, int], dict[str, np.nda
         pictures: of each (method, seed), `images` uint8 (steps, n, 3, R, R) and perhaps `neighbours` (steps, n, k), rows of `training`.
         training: uint8 (T, R, R, 3).
     """
-    save(convergence(results), output / "convergence.png")
-    first = {method: pictures[method, seed] for method, seed in sorted(pictures, key=lambda key: -key[1])}    # of the lowest seed
-    ordered = {method: first[method] for method in METHODS if method in first}
-    save(samples(results, ordered), output / "samples.png")
-    with_token = [method for method, arrays in ordered.items() if "neighbours" in arrays]
+    seeds = Counter(seed for _, seed in sorted(pictures, key=lambda key: key[1]))
+    (seed, _), = seeds.most_common(1)                    # rows share their noise: those of one seed
+    rows = {method: pictures[method, seed] for method in METHODS if (method, seed) in pictures}
+    figures = {"convergence.png": convergence(results), "samples.png": samples(results, rows)}
+    with_token = [method for method, arrays in rows.items() if "neighbours" in arrays]
     if with_token:
         chosen = "reg" if "reg" in with_token else with_token[0]
-        save(class_token(results, chosen, ordered[chosen], training), output / "class_token.png")
+        figures["class_token.png"] = class_token(results, chosen, rows[chosen], training)
+    for name, figure in figures.items():
+        save(figure, output / name, digest(results))
 
 
-def save(figure: Figure, path: Path) -> None:
-    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=130))
+def digest(results: dict) -> str:
+    """What a figure carries to say which results it shows."""
+    return hashlib.sha256(json.dumps(results["pieces"]).encode()).hexdigest()
+
+
+def save(figure: Figure, path: Path, results: str) -> None:
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=130, metadata={"Results": results}))
 
 
 def over_seeds(axes: Axes, curve: list[dict], key: str, **style) -> None:
@@ -43,25 +53,32 @@ def over_seeds(axes: Axes, curve: list[dict], key: str, **style) -> None:
 
 
 def convergence(results: dict) -> Figure:
+    """Left: distance against steps; right: the distance less SiT's of the same seed, in which the noise that they share is gone."""
     summary = results["summary"]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes, beside = figure.subplots(1, 2)
     for method, found in summary["methods"].items():
-        over_seeds(axes, found["curve"], "distance", color=COLOURS[method], label=METHODS[method].title)
+        style = {"color": COLOURS[method], "label": METHODS[method].title}
+        over_seeds(axes, found["curve"], "distance", **style)
+        if "beside_sit" in found:
+            over_seeds(beside, found["beside_sit"], "distance", **style)
     for target, value in summary["targets"].items():
         axes.axhline(value, color=COLOURS[target], linestyle=":", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="training steps", ylabel="Frechet distance, toy features")
-    plain_ticks(axes, results["setting"]["steps"])
-    axes.legend(fontsize=8)
-    return figure
-
-
-def plain_ticks(axes: Axes, steps: list[int]) -> None:
-    axes.set_xticks(steps, [f"{step:,}" for step in steps], fontsize=7, rotation=45)
-    axes.minorticks_off()
     low, high = axes.get_ylim()
     ticks = [tick for tick in (0.2, 0.5, 1, 2, 3, 4, 5, 7, 10, 20, 50, 100) if low < tick < high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.legend(fontsize=8)
+    beside.axhline(0, color=COLOURS["sit"], linewidth=1)
+    beside.set(xscale="log", xlabel="training steps", ylabel="distance less SiT's, seed by seed")
+    for panel in (axes, beside):
+        step_ticks(panel, results["setting"]["steps"])
+    return figure
+
+
+def step_ticks(axes: Axes, steps: list[int]) -> None:
+    axes.set_xticks(steps, [f"{step:,}" for step in steps], fontsize=7, rotation=45)
+    axes.minorticks_off()
 
 
 def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
@@ -101,8 +118,7 @@ def class_token(results: dict, method: str, arrays: dict[str, np.ndarray], train
         over_seeds(agreements, curve, key, color=colour, label=label)
     agreements.set(xscale="log", xlabel="training steps", ylabel="share that shows the label", ylim=(0, 1))
     for axes in (cosines, agreements):
-        axes.set_xticks(results["setting"]["steps"], [f"{step:,}" for step in results["setting"]["steps"]], fontsize=7, rotation=45)
-        axes.minorticks_off()
+        step_ticks(axes, results["setting"]["steps"])
         axes.legend(fontsize=7)
     images, neighbours = arrays["images"][-1].transpose(0, 2, 3, 1), training[arrays["neighbours"][-1]]
     rows = np.concatenate([images[:, None], np.full_like(images, 255)[:, None], neighbours], axis=1)      # (n, 2 + k, R, R, 3)

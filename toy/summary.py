@@ -47,38 +47,49 @@ def steps_to(points: list[dict], target: float) -> float | None:
     return None
 
 
-def arrival(runs: list[list[dict]], target: float) -> dict:
-    """`steps_to` of every run; their mean and spread only where all arrived, since those that did are the better ones."""
-    steps = [steps_to(points, target) for points in runs]
-    return {"steps": steps, **(spread(steps) if None not in steps else {"mean": None, "std": None, "seeds": len(steps)})}
+def arrival(own: dict[int, list[dict]], others: dict[int, list[dict]], index: int) -> dict:
+    """For each seed that both have, the steps after which a run is where the other one was at its scored step `index`: `steps_to`.
+
+    Mean and spread only where all arrived, since those that did are the better ones; no spread either, and the mean a `bound`, where
+    one was there at the first scored step, and so perhaps before. `factor`: how many times fewer steps that is than the other took.
+    """
+    shared = [seed for seed in own if seed in others]
+    steps = [steps_to(own[seed], others[seed][index]["distance"]) for seed in shared]
+    result = {"steps": steps, "bound": any(own[seed][0]["step"] == found for seed, found in zip(shared, steps, strict=True)),
+              "mean": None, "std": None, "factor": None, "seeds": len(steps)}
+    if steps and None not in steps:
+        factors = [others[seed][index]["step"] / found for seed, found in zip(shared, steps, strict=True)]
+        result |= spread(steps) | {"factor": spread(factors)}
+        result["std"] = None if result["bound"] else result["std"]
+    return result
 
 
 def summarise(results: dict) -> dict:
-    """Per method: every score at every step over the seeds, the steps to what SiT had at each step and to the final distance of SiT and
-    REPA (means over their seeds), and the distance's difference to SiT, at each step seed by seed and at the end sampling by sampling,
-    which share their noise."""
+    """Per method: every score at every step over the seeds; the steps to what SiT had at each step, and to where SiT and REPA end, seed by
+    seed; and the distance's difference to SiT, at each step seed by seed and at the end sampling by sampling, which share their noise."""
     by_method = {method: {piece["seed"]: piece for piece in results["pieces"] if piece["method"] == method} for method in METHODS}
-    runs = {method: [piece["points"] for piece in pieces.values()] for method, pieces in by_method.items() if pieces}
+    runs = {method: {seed: piece["points"] for seed, piece in pieces.items()} for method, pieces in by_method.items() if pieces}
     curves = {method: [{"step": rows[0]["step"], **{key: spread([row[key] for row in rows]) for key in rows[0] if key != "step"}}
-                       for rows in zip(*found, strict=True)] for method, found in runs.items()}
+                       for rows in zip(*found.values(), strict=True)] for method, found in runs.items()}
     targets = {target: curves[target][-1]["distance"]["mean"] for target in TARGETS if target in curves}
-    samplings = {method: piece["repeated_distances"] for method, pieces in by_method.items() for piece in pieces.values()
+    samplings = {(method, seed): piece["repeated_distances"] for method, pieces in by_method.items() for seed, piece in pieces.items()
                  if piece["repeated_distances"]}
     methods = {}
     for method, found in runs.items():
-        methods[method] = {"curve": curves[method], "steps_to": {target: arrival(found, value) for target, value in targets.items()}}
-        if "sit" in runs:
-            sit, own = by_method["sit"], by_method[method]
-            shared = [seed for seed in own if seed in sit]
-            methods[method]["steps_to_sit_at"] = [{"step": point["step"], **arrival(found, point["distance"]["mean"])}
-                                                  for point in curves["sit"]]
-            if method != "sit" and shared:
-                methods[method]["beside_sit"] = {
-                    "curve": [{"step": point["step"], "distance": spread([own[seed]["points"][index]["distance"]
-                                                                          - sit[seed]["points"][index]["distance"] for seed in shared])}
-                              for index, point in enumerate(curves["sit"])],
-                    "samplings": spread([a - b for a, b in zip(samplings[method], samplings["sit"], strict=True)])}
-    return {"targets": targets, "methods": methods, "distance_over_samplings": {method: spread(of) for method, of in samplings.items()},
+        methods[method] = {"curve": curves[method],
+                           "steps_to": {target: arrival(found, runs[target], -1) for target in targets if target != method}}
+        shared = [seed for seed in found if seed in runs.get("sit", {})]
+        if method != "sit" and shared:
+            methods[method]["steps_to_sit_at"] = [{"step": point["step"], **arrival(found, runs["sit"], index)}
+                                                  for index, point in enumerate(curves["sit"])]
+            methods[method]["beside_sit"] = [
+                {"step": point["step"], "distance": spread([found[seed][index]["distance"] - runs["sit"][seed][index]["distance"]
+                                                            for seed in shared])} for index, point in enumerate(curves["sit"])]
+            methods[method]["beside_sit_over_samplings"] = [
+                spread([a - b for a, b in zip(samplings[method, seed], samplings["sit", seed], strict=True)])
+                for seed in shared if (method, seed) in samplings and ("sit", seed) in samplings]
+    return {"targets": targets, "methods": methods,
+            "distance_over_samplings": {method: spread(of) for (method, _), of in samplings.items()},
             "distance_over_draws": spread(results["real"]["distances"]),
             "core_minutes": sum(piece["train_seconds"] + piece["score_seconds"] for piece in results["pieces"]) / 60}
 
@@ -101,10 +112,11 @@ def shown(key: str, value: dict) -> str:
 
 def shown_steps(reached: dict, last: int) -> str:
     """Steps with their spread; where not all runs came there, how many did."""
-    there = [steps for steps in reached["steps"] if steps is not None]
     if reached["mean"] is None:
-        return f"{len(there)} of {len(reached['steps'])} runs in {last:,}" if there else f"not in {last:,}"
-    return f"{reached['mean']:,.0f}" + ("" if reached["std"] is None else f" ± {reached['std']:,.0f}")
+        there = sum(steps is not None for steps in reached["steps"])
+        return f"{there} of {len(reached['steps'])} runs in {last:,}" if there else f"not in {last:,}"
+    return ("at most " if reached["bound"] else "") + f"{reached['mean']:,.0f}" + (
+        "" if reached["std"] is None else f" ± {reached['std']:,.0f}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -118,23 +130,23 @@ def tables(results: dict) -> dict[str, str]:
     titles = {method: METHODS[method].title for method in methods}
     beside = {method: of for method, of in methods.items() if "beside_sit" in of}
     columns, draws = SCORES | TOKENS, summary["distance_over_draws"]
+    by_step = ["", *(f"{step:,}" for step in setting["steps"])]
 
     found = {
         f"After {last:,} steps": table(
-            ["", *SCORES.values(), *(f"steps to {titles[target]}'s {value:.2f}" for target, value in summary["targets"].items())],
+            ["", *SCORES.values(), *(f"steps to where {titles[target]} ends" for target in summary["targets"])],
             [[titles[method], *(shown(key, of["curve"][-1][key]) for key in SCORES),
-              *(shown_steps(of["steps_to"][target], last) for target in summary["targets"])] for method, of in methods.items()]),
+              *(shown_steps(of["steps_to"][target], last) if target != method else f"{last:,}" for target in summary["targets"])]
+             for method, of in methods.items()]),
         "Distance by step": table(
-            ["", *(f"{step:,}" for step in setting["steps"])],
-            [[titles[method], *(plus_minus(point["distance"], 2) for point in of["curve"])] for method, of in methods.items()]),
-        **({"Distance less SiT's, seed by seed": table(
-            ["", *(f"{step:,}" for step in setting["steps"])],
-            [[titles[method], *(signed(point["distance"]) for point in of["beside_sit"]["curve"])] for method, of in beside.items()])}
-           if beside else {}),
-        **({"Steps to SiT's distance": table(
-            ["", *(f"{point['distance']['mean']:.2f} (SiT after {point['step']:,})" for point in methods["sit"]["curve"])],
-            [[titles[method], *(shown_steps(reached, last) for reached in of["steps_to_sit_at"])]
-             for method, of in methods.items() if method != "sit"])} if "sit" in methods else {}),
+            by_step, [[titles[method], *(plus_minus(point["distance"], 2) for point in of["curve"])] for method, of in methods.items()])}
+    if beside:
+        found["Distance less SiT's, seed by seed"] = table(
+            by_step, [[titles[method], *(signed(point["distance"]) for point in of["beside_sit"])] for method, of in beside.items()])
+        found["Steps to where SiT is after so many"] = table(
+            ["", *by_step[2:]],                          # nothing is scored before the first
+            [[titles[method], *(shown_steps(reached, last) for reached in of["steps_to_sit_at"][1:])] for method, of in beside.items()])
+    found |= {
         **{f"Class token: {titles[method]}": table(
             ["steps", *TOKENS.values()],
             [[f"{point['step']:,}", *(shown(key, point[key]) for key in TOKENS)] for point in of["curve"]])
@@ -147,15 +159,15 @@ def tables(results: dict) -> dict[str, str]:
     noise = ", ".join(f"{titles[method]} {value['std']:.2f}" for method, value in summary["distance_over_samplings"].items())
     found["Spread"] = (
         "± is the standard deviation over seeds, each with its own order of the data and its own noise to sample from, which all methods "
-        f"share. Other noise moves the distance of one checkpoint at {setting['num_samples']:,} samples by a standard deviation of "
-        f"{noise} ({draws['seeds']} samplings); other draws of real images by {draws['std']:.3f}, around {draws['mean']:.3f}.\n")
-    if beside:
-        moved = "; ".join(f"{titles[method]} {signed(of['beside_sit']['samplings'])}" for method, of in beside.items())
-        found["Spread"] += f"Much of it is common to the methods. Final distance less SiT's over those samplings: {moved}.\n"
+        f"share. Other noise moves the distance of the first seed's last checkpoint at {setting['num_samples']:,} samples by a standard "
+        f"deviation of {noise} ({draws['seeds']} samplings); other draws of real images have {draws['mean']:.3f} ± {draws['std']:.3f}.\n")
+    moved = "; ".join(f"{titles[method]} {signed(value)}" for method, of in beside.items() for value in of["beside_sit_over_samplings"])
+    if moved:
+        found["Spread"] += f"Its distance less SiT's with the same noise, over those samplings: {moved}.\n"
     found["Run"] = (f"{len(results['pieces'])} pieces, {summary['core_minutes']:.0f} minutes of one device or core on "
                     f"{results['machine']['device']}, PyTorch {results['machine']['torch']}.\n")
     missing = ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}" for piece in results["not_run"])
-    return found | ({"Not run": f"For lack of time: {missing}.\n"} if missing else {})
+    return found | ({"Not run": f"{missing}.\n"} if missing else {})
 
 
 def as_text(results: dict) -> str:
@@ -164,18 +176,21 @@ def as_text(results: dict) -> str:
 
 
 def headline(results: dict) -> str:
-    """What came out, whatever it was: after how many steps the others are at SiT's final distance, and REG at REPA's."""
+    """What came out, whatever it was: after how many steps the others are where SiT ends, and REG where REPA does, seed by seed."""
     summary, last = results["summary"], results["setting"]["steps"][-1]
     said = []
     for target, value in summary["targets"].items():
         others = {method: summary["methods"][method]["steps_to"][target] for method in ("repa", "reg")
                   if method in summary["methods"] and method != target}
-        reached = " and by ".join(f"{METHODS[method].title} {words_of(found)}" for method, found in others.items())
-        if others:
+        reached = " and by ".join(f"{METHODS[method].title} {words_of(found)}" for method, found in others.items() if found["seeds"])
+        if reached:
             said.append(f"{METHODS[target].title}'s distance after {last:,} steps ({value:.2f}) is reached by {reached}")
     return "; ".join(said) + "." if said else ""
 
 
 def words_of(reached: dict) -> str:
-    there, runs = sum(steps is not None for steps in reached["steps"]), len(reached["steps"])
-    return f"after {shown_steps(reached, 0)}" if there == runs else f"in {there or 'none'} of {runs} runs"
+    there, runs = sum(steps is not None for steps in reached["steps"]), reached["seeds"]
+    if there < runs:
+        return f"in {there or 'none'} of {runs} runs"
+    at_least = "at least " if reached["bound"] else ""
+    return f"after {shown_steps(reached, 0)} ({at_least}{reached['factor']['mean']:.2f} times fewer)"
