@@ -76,8 +76,8 @@ def test_the_summary_times_every_method_to_where_sit_and_repa_end_with_the_same_
     assert reached["factor"]["mean"] == pytest.approx((400 / steps[0] + 400 / steps[1]) / 2)
     assert list(found["sit"]["steps_to"]) == ["repa"] and found["sit"]["steps_to"]["repa"]["steps"] == [None, None]
     assert [(at["mean"], at["bound"]) for at in found["repa"]["steps_to_sit_at"]] == [(100, True), (pytest.approx(225), False)]
-    assert [at["distance"]["mean"] for at in found["reg"]["beside_sit"]] == [pytest.approx(-3.6), pytest.approx(-1.8)]
-    assert found["reg"]["beside_sit_over_samplings"] == [{"mean": pytest.approx(-1.6), "std": pytest.approx(0, abs=1e-9), "seeds": 2}]
+    assert [at["distance"]["mean"] for at in found["reg"]["beside_sit"]] == [pytest.approx((2.4 / 4 + 2.4 / 4.4) / 2)] * 2
+    assert [over["mean"] for over in found["reg"]["beside_sit_over_samplings"]] == [pytest.approx((2.4 / 4 + 2.5 / 4.1) / 2)]
     assert found["sit"]["curve"][-1]["distance"] == {"mean": pytest.approx(4.2), "std": pytest.approx(0.2 * 2**0.5), "seeds": 2}
     text = tables(results)["After 400 steps"]
     assert "| SiT | 4.20 ± 0.28 | 50.0 ± 0.0 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 400 | not in 400 |" in text

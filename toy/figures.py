@@ -53,7 +53,7 @@ def over_seeds(axes: Axes, curve: list[dict], key: str, **style) -> None:
 
 
 def convergence(results: dict) -> Figure:
-    """Left: distance against steps; right: the distance less SiT's of the same seed, in which the noise that they share is gone."""
+    """Left: distance against steps; right: the distance over SiT's of the same seed, in which the noise that they share is gone."""
     summary = results["summary"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes, beside = figure.subplots(1, 2)
@@ -69,8 +69,8 @@ def convergence(results: dict) -> Figure:
     ticks = [tick for tick in (0.2, 0.5, 1, 2, 3, 4, 5, 7, 10, 20, 50, 100) if low < tick < high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.legend(fontsize=8)
-    beside.axhline(0, color=COLOURS["sit"], linewidth=1)
-    beside.set(xscale="log", xlabel="training steps", ylabel="distance less SiT's, seed by seed")
+    beside.axhline(1, color=COLOURS["sit"], linewidth=1)
+    beside.set(xscale="log", xlabel="training steps", ylabel="distance over SiT's, seed by seed")
     for panel in (axes, beside):
         step_ticks(panel, results["setting"]["steps"])
     return figure

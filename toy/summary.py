@@ -66,7 +66,7 @@ def arrival(own: dict[int, list[dict]], others: dict[int, list[dict]], index: in
 
 def summarise(results: dict) -> dict:
     """Per method: every score at every step over the seeds; the steps to what SiT had at each step, and to where SiT and REPA end, seed by
-    seed; and the distance's difference to SiT, at each step seed by seed and at the end sampling by sampling, which share their noise."""
+    seed; and the distance over SiT's, at each step seed by seed and at the end sampling by sampling, in which the shared noise is gone."""
     by_method = {method: {piece["seed"]: piece for piece in results["pieces"] if piece["method"] == method} for method in METHODS}
     runs = {method: {seed: piece["points"] for seed, piece in pieces.items()} for method, pieces in by_method.items() if pieces}
     curves = {method: [{"step": rows[0]["step"], **{key: spread([row[key] for row in rows]) for key in rows[0] if key != "step"}}
@@ -83,10 +83,10 @@ def summarise(results: dict) -> dict:
             methods[method]["steps_to_sit_at"] = [{"step": point["step"], **arrival(found, runs["sit"], index)}
                                                   for index, point in enumerate(curves["sit"])]
             methods[method]["beside_sit"] = [
-                {"step": point["step"], "distance": spread([found[seed][index]["distance"] - runs["sit"][seed][index]["distance"]
+                {"step": point["step"], "distance": spread([found[seed][index]["distance"] / runs["sit"][seed][index]["distance"]
                                                             for seed in shared])} for index, point in enumerate(curves["sit"])]
             methods[method]["beside_sit_over_samplings"] = [
-                spread([a - b for a, b in zip(samplings[method, seed], samplings["sit", seed], strict=True)])
+                spread([a / b for a, b in zip(samplings[method, seed], samplings["sit", seed], strict=True)])
                 for seed in shared if (method, seed) in samplings and ("sit", seed) in samplings]
     return {"targets": targets, "methods": methods,
             "distance_over_samplings": {method: spread(of) for (method, _), of in samplings.items()},
@@ -100,10 +100,6 @@ def plus_minus(value: dict, digits: int, scale: float = 1) -> str:
     """`4.03 ± 0.10`, or the mean alone of a single seed."""
     mean = f"{scale * value['mean']:.{digits}f}"
     return mean if value["std"] is None else f"{mean} ± {scale * value['std']:.{digits}f}"
-
-
-def signed(value: dict) -> str:
-    return ("+" if value["mean"] >= 0 else "") + plus_minus(value, 2)
 
 
 def shown(key: str, value: dict) -> str:
@@ -141,8 +137,8 @@ def tables(results: dict) -> dict[str, str]:
         "Distance by step": table(
             by_step, [[titles[method], *(plus_minus(point["distance"], 2) for point in of["curve"])] for method, of in methods.items()])}
     if beside:
-        found["Distance less SiT's, seed by seed"] = table(
-            by_step, [[titles[method], *(signed(point["distance"]) for point in of["beside_sit"])] for method, of in beside.items()])
+        found["Distance over SiT's, seed by seed"] = table(
+            by_step, [[titles[method], *(plus_minus(point["distance"], 3) for point in of["beside_sit"])] for method, of in beside.items()])
         found["Steps to where SiT is after so many"] = table(
             ["", *by_step[2:]],                          # nothing is scored before the first
             [[titles[method], *(shown_steps(reached, last) for reached in of["steps_to_sit_at"][1:])] for method, of in beside.items()])
@@ -161,9 +157,9 @@ def tables(results: dict) -> dict[str, str]:
         "± is the standard deviation over seeds, each with its own order of the data and its own noise to sample from, which all methods "
         f"share. Other noise moves the distance of the first seed's last checkpoint at {setting['num_samples']:,} samples by a standard "
         f"deviation of {noise} ({draws['seeds']} samplings); other draws of real images have {draws['mean']:.3f} ± {draws['std']:.3f}.\n")
-    moved = "; ".join(f"{titles[method]} {signed(value)}" for method, of in beside.items() for value in of["beside_sit_over_samplings"])
+    moved = "; ".join(f"{titles[method]} {plus_minus(value, 3)}" for method, of in beside.items() for value in of["beside_sit_over_samplings"])
     if moved:
-        found["Spread"] += f"Its distance less SiT's with the same noise, over those samplings: {moved}.\n"
+        found["Spread"] += f"Its distance over SiT's with the same noise, in those samplings: {moved}.\n"
     found["Run"] = (f"{len(results['pieces'])} pieces, {summary['core_minutes']:.0f} minutes of one device or core on "
                     f"{results['machine']['device']}, PyTorch {results['machine']['torch']}.\n")
     missing = ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}" for piece in results["not_run"])
