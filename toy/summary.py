@@ -157,7 +157,8 @@ def tables(results: dict) -> dict[str, str]:
         "± is the standard deviation over seeds, each with its own order of the data and its own noise to sample from, which all methods "
         f"share. Other noise moves the distance of the first seed's last checkpoint at {setting['num_samples']:,} samples by a standard "
         f"deviation of {noise} ({draws['seeds']} samplings); other draws of real images have {draws['mean']:.3f} ± {draws['std']:.3f}.\n")
-    moved = "; ".join(f"{titles[method]} {plus_minus(value, 3)}" for method, of in beside.items() for value in of["beside_sit_over_samplings"])
+    moved = "; ".join(f"{titles[method]} {plus_minus(value, 3)}" for method, of in beside.items()
+                      for value in of["beside_sit_over_samplings"])
     if moved:
         found["Spread"] += f"Its distance over SiT's with the same noise, in those samplings: {moved}.\n"
     found["Run"] = (f"{len(results['pieces'])} pieces, {summary['core_minutes']:.0f} minutes of one device or core on "
