@@ -53,7 +53,7 @@ class Scale:
     """One setting of the experiment, the same for every method."""
 
     data: str                     # folder of the prepared data
-    resolution: int               # of the toy's pictures
+    resolution: int               # of the images, in pixels
     num_images: int               # to train on
     flags: tuple[str, ...]        # for `train.sh toy`, whose recipe holds the rest
     steps: tuple[int, ...]        # that are scored; the last one ends the training

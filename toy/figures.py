@@ -116,7 +116,7 @@ def class_token(results: dict, method: str, arrays: dict[str, np.ndarray], train
     cosines.set(xscale="log", xlabel="training steps", ylabel="cosine of class tokens")
     for key, colour, label in (("token_agreement", "tab:red", "class token"), ("class_agreement", "tab:green", "image")):
         over_seeds(agreements, curve, key, color=colour, label=label)
-    agreements.set(xscale="log", xlabel="training steps", ylabel="share that shows the label", ylim=(0, 1))
+    agreements.set(xscale="log", xlabel="training steps", ylabel="class agreement", ylim=(0, 1))
     for axes in (cosines, agreements):
         step_ticks(axes, results["setting"]["steps"])
         axes.legend(fontsize=7)

@@ -27,8 +27,8 @@ METHODS = {
 TARGETS = ("sit", "repa")                     # whose final distance the others are timed to
 SCORES = {"distance": "distance", "class_agreement": "class agreement", "precision": "precision", "recall": "recall"}
 TOKENS = {"token_cosine": "cosine to its image's token", "token_cosine_other": "to another's of its label",
-          "token_nearest": "to the nearest training image's", "token_agreement": "token shows its label",
-          "class_agreement": "image shows its label"}
+          "token_nearest": "to the nearest training image's", "token_agreement": "class agreement of the token",
+          "class_agreement": "class agreement"}
 
 
 def spread(values: list[float]) -> dict:
