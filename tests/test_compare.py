@@ -324,6 +324,17 @@ def test_the_gpus_scale_is_refused_without_one(tmp_path, capsys):
     assert "there is no CUDA device: use --scale cpu" in capsys.readouterr().err
 
 
+def test_another_learning_rate_is_that_of_every_piece(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(compare, "compare", lambda scale, *_: ran.append(scale))
+    compare.main(["--learning-rate", "1e-3"])
+    args = train.parse_args(["--method", "reg", *ran[0].flags])
+    assert args.learning_rate == 1e-3 and setting_of(ran[0]) != setting_of(SCALES["cpu"])
+    with pytest.raises(SystemExit):
+        compare.main(["--learning-rate", "0"])
+    assert "--learning-rate 0.0 came: give a number above 0" in capsys.readouterr().err and len(ran) == 1
+
+
 def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         compare.main(["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "new"), "--minutes", "0"])

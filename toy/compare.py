@@ -289,6 +289,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR", help="where the data is or will be; None: the scale's own")
     parser.add_argument("--output", type=Path, default=None, metavar="DIR",
                         help="holds a folder per piece, and the results; None: exps/compare-SCALE")
+    parser.add_argument("--learning-rate", type=float, default=None, metavar="LR", help="of every method; None: the scale's own")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="a piece begins only while the longest so far would still end in that time")
     return parser.parse_args(argv)
@@ -301,7 +302,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--minutes {args.minutes} is no time: give more than 0")
     if args.scale == "gpu" and not torch.cuda.is_available():
         raise UserError("--scale gpu came, and there is no CUDA device: use --scale cpu")
+    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
+        raise UserError(f"--learning-rate {args.learning_rate} came: give a number above 0")
     scale = SCALES[args.scale]
+    if args.learning_rate is not None:
+        scale = replace(scale, flags=(*scale.flags, "--learning-rate", str(args.learning_rate)))
     compare(scale, args.scale, args.data_dir or ROOT / scale.data, args.output or ROOT / "exps" / f"compare-{args.scale}", args.minutes)
 
 
