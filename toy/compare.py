@@ -84,6 +84,10 @@ SCALES = {
 }
 
 
+def at_learning_rate(scale: Scale, learning_rate: float) -> Scale:
+    return replace(scale, flags=(*scale.flags, "--learning-rate", str(learning_rate)))
+
+
 # ------------------------------------------------------------------------------------------------------------------ one piece
 
 def piece_name(method: str, seed: int) -> str:
@@ -306,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--learning-rate {args.learning_rate} came: give a number above 0")
     scale = SCALES[args.scale]
     if args.learning_rate is not None:
-        scale = replace(scale, flags=(*scale.flags, "--learning-rate", str(args.learning_rate)))
+        scale = at_learning_rate(scale, args.learning_rate)
     compare(scale, args.scale, args.data_dir or ROOT / scale.data, args.output or ROOT / "exps" / f"compare-{args.scale}", args.minutes)
 
 
