@@ -21,7 +21,7 @@ from models.errors import UserError
 from models.sit import SiT
 from preprocessing import dataset_tools
 from toy import compare, draw
-from toy.compare import HOW, MAIN, SCALES, at_learning_rate, open_data, prepare, require_setting, require_size, setting_of, training_flags
+from toy.compare import HOW, MAIN, SCALES, at_learning_rate, open_data, prepare, require_setting, setting_of, training_flags
 from toy.draw import draw_many
 from toy.figures import digest, draw_figures
 from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, score_checkpoint, token_scores
@@ -137,7 +137,6 @@ def data(tmp_path_factory):
     recorder.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(recorder))
-        patch.setattr(compare, "require_size", lambda *_: None)
         prepare(TINY, folder)
     programs = {"toy.draw": draw.main, "preprocessing.dataset_tools": dataset_tools.main}
     commands = [shlex.split(line) for line in record.read_text().splitlines()]
@@ -146,9 +145,6 @@ def data(tmp_path_factory):
     for minus_m, program, *arguments in commands:
         assert minus_m == "-m"
         programs[program](arguments)
-    require_size(TINY, folder)
-    with pytest.raises(UserError, match="holds 64 images of 32 px, and this scale takes 8192 of 32 px: remove it, or name another"):
-        require_size(SCALES["cpu"], folder)
     return folder
 
 
@@ -158,6 +154,16 @@ def prepared(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "prepare", lambda *_: None)
         yield data
+
+
+def test_data_of_another_size_is_refused_before_anything_is_made(data, tmp_path):
+    for scale, takes in ((SCALES["cpu"], "8192 of 32x32"), (replace(TINY, resolution=64), "64 of 64x64")):
+        with pytest.raises(UserError, match=f"holds 64 images of 32x32, and this scale takes {takes}: name another --data-dir"):
+            compare.compare(scale, "cpu", data, tmp_path / "output", math.inf)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot create the folder .*file"):
+        compare.compare(TINY, "cpu", tmp_path / "file", tmp_path / "output", math.inf)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_data_that_cannot_be_prepared_is_an_error(tmp_path, monkeypatch):
@@ -330,6 +336,8 @@ def test_another_learning_rate_is_that_of_every_piece(monkeypatch, capsys):
     compare.main(["--learning-rate", "1e-3"])
     args = train.parse_args(["--method", "reg", *ran[0].flags])
     assert args.learning_rate == 1e-3 and setting_of(ran[0]) != setting_of(SCALES["cpu"])
+    compare.main(["--learning-rate", "0.006"])
+    assert ran.pop() == SCALES["cpu"]
     with pytest.raises(SystemExit):
         compare.main(["--learning-rate", "0"])
     assert "--learning-rate 0.0 came: give a number above 0" in capsys.readouterr().err and len(ran) == 1

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from evaluations.images import open_images
 from models import checkpoint
@@ -85,6 +86,9 @@ SCALES = {
 
 
 def at_learning_rate(scale: Scale, learning_rate: float) -> Scale:
+    """The scale itself where that is its learning rate already."""
+    if float(scale.flags[scale.flags.index("--learning-rate") + 1]) == learning_rate:
+        return scale
     return replace(scale, flags=(*scale.flags, "--learning-rate", str(learning_rate)))
 
 
@@ -170,16 +174,18 @@ def prepare(scale: Scale, data: Path) -> None:
               "--dest", data / features_folder(ENCODER), "--enc-type", ENCODER]
     for command in (["bash", "toy/prepare.sh", data, scale.resolution, scale.num_images], encode):
         if subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=False).returncode:
-            raise UserError(f"the data in {data} could not be prepared, for the reason above: mend it, or remove {data}")
-    require_size(scale, data)
+            raise UserError(f"the data in {data} could not be prepared, for the reason above: name another --data-dir, or mend it")
 
 
 def require_size(scale: Scale, data: Path) -> None:
-    """Raise UserError where the images to train on are not as many or as large as the scale's."""
-    images, _ = read_training(data)
-    if images.shape != (scale.num_images, 3, scale.resolution, scale.resolution):
-        raise UserError(f"{data} holds {len(images)} images of {images.shape[-1]} px, and this scale takes {scale.num_images} of "
-                        f"{scale.resolution} px: remove it, or name another --data-dir")
+    """Raise UserError where the images that were drawn already are not as many or as large as the scale's."""
+    paths = list((data / "raw").glob("*/*.png"))
+    if paths:
+        with Image.open(paths[0]) as image:
+            width, height = image.size
+        if (len(paths), width, height) != (scale.num_images, scale.resolution, scale.resolution):
+            raise UserError(f"{data} holds {len(paths)} images of {width}x{height}, and this scale takes {scale.num_images} of "
+                            f"{scale.resolution}x{scale.resolution}: name another --data-dir")
 
 
 @functools.cache
@@ -290,12 +296,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="size of the experiment")
-    parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR", help="where the data is or will be; None: the scale's own")
+    parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR",
+                        help="where the data is or will be; None: data/toy or data/toy64")
     parser.add_argument("--output", type=Path, default=None, metavar="DIR",
                         help="holds a folder per piece, and the results; None: exps/compare-SCALE")
-    parser.add_argument("--learning-rate", type=float, default=None, metavar="LR", help="of every method; None: the scale's own")
+    parser.add_argument("--learning-rate", type=float, default=None, metavar="LR",
+                        help="of every method; None: the scale's own, 6e-3 for cpu and 1e-3 for gpu")
     parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="a piece begins only while the longest so far would still end in that time")
+                        help="a piece begins only while the longest so far would still end in that time; the first ones always begin")
     return parser.parse_args(argv)
 
 
@@ -318,8 +326,8 @@ def compare(scale: Scale, name: str, data: Path, output: Path, minutes: float) -
     """Prepare the data, run the pieces, and after each one write results.json, tables.md and the pictures of all so far into `output`."""
     deadline = time.time() + 60 * minutes
     data, output = data.resolve(), output.resolve()
-    make_folder(output)
-    require_setting(scale, output)
+    require_size(scale, make_folder(data))
+    require_setting(scale, make_folder(output))
     prepare(scale, data)
     real = real_scores(open_data(data), scale.num_samples, scale.resolution, list(range(FRESH_SEED, FRESH_SEED + REPEATS)))
     training = read_training(data)[0].permute(0, 2, 3, 1).numpy()
