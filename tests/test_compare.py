@@ -436,7 +436,7 @@ def test_the_published_settings_are_those_that_run(published, lower):
         assert {(piece["method"], piece["seed"]) for piece in (*results["pieces"], *results["not_run"])} == set(scale.pieces)
 
 
-def test_the_claims_in_words_hold_in_the_results(published, page):
+def test_the_claims_in_words_hold_in_the_results(published, lower, page):
     """What page and README say beyond the tables: how near the methods are; how token and image belong together."""
     methods, real = published["summary"]["methods"], published["real"]["decoded"]
     means = {method: [point["distance"]["mean"] for point in methods[method]["curve"]] for method in MAIN}
@@ -446,6 +446,13 @@ def test_the_claims_in_words_hold_in_the_results(published, page):
     near = f"{min(value['mean'] for value in over):.2f} to {max(value['mean'] for value in over):.2f} of SiT's"
     spreads = f"{min(value['std'] for value in over):.2f} to {max(value['std'] for value in over):.2f}"
     assert f"{near}, a difference that is smaller than its spread over seeds ({spreads})" in flat(page)
+
+    of_lower = lower["summary"]["methods"]
+    ends = [piece["points"][-1]["distance"] for piece in lower["pieces"]]                         # SiT, REPA, REG of seed 0, then of seed 1
+    assert ends[2] < min(ends[:2]) and ends[5] < min(ends[3:5])
+    agreements = [f"{100 * of_lower[method]['curve'][-1]['class_agreement']['mean']:.1f} %" for method in ("reg", "sit")]
+    assert f"REG ends at {ends[2] / ends[0]:.2f} and {ends[5] / ends[3]:.2f} of SiT's distance" in flat(page)
+    assert f"({agreements[0]} against {agreements[1]})" in flat(page)
 
     for point in methods["reg"]["curve"]:
         assert point["token_cosine"]["mean"] - point["token_cosine_other"]["mean"] > 3 * point["token_cosine"]["std"]
