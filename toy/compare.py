@@ -77,7 +77,7 @@ SCALES = {
         pieces=in_turn(MAIN, 3),
     ),
     "gpu": Scale(
-        data="data/toy64", resolution=64, num_images=32768, num_samples=4096, steps=(250, 500, 750, 1000, 1500, 2000),
+        data="data/toy64", resolution=64, num_images=32768, num_samples=2048, steps=(250, 500, 750, 1000, 1250, 1500),
         flags=(*PAPER, "--model", "SiT-S/2", "--batch-size", "256", "--encoder-depth", "4", "--projector-dim", "1024",
                "--learning-rate", "1e-3", "--ema-decay", "0.99", "--mixed-precision", "bf16", "--compile", "--num-workers", "12"),
         pieces=in_turn(MAIN, 3) + in_turn(ABLATIONS, 3),
