@@ -469,10 +469,10 @@ def features_path(data_dir: str | Path, enc_type: str) -> Path | None:
     return next((Path(path) for path in (folder, f"{folder}.zip") if os.path.exists(path)), None)
 
 
-def all_features(data_dir: str | Path) -> list[Features]:
-    """Those of every encoder in a data folder."""
+def feature_stores(data_dir: str | Path) -> list[Path]:
+    """Where the features of every encoder lie in a data folder."""
     found = sorted(path for path in Path(data_dir).glob(f"{FOLDER}*") if path.is_dir() or path.suffix == ".zip")
-    return [Features(path) for path in found if path.suffix != ".partial"]        # that is a zip to be
+    return [path for path in found if path.suffix != ".partial"]                  # that is a zip to be
 
 
 # ---- the data set ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dataset import BadSamples, Features, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, features_path
+from dataset import BadSamples, Features, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, feature_stores, features_path
 from evaluations.extraction import reference_cache
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images
@@ -260,6 +260,9 @@ def open_features(args: argparse.Namespace) -> list[Features]:
     encoders = with_weights(args.enc_type, args.encoder_weights)
     paths = [features_path(args.data_dir, name) for name, _ in encoders]
     if args.cached_features == "auto" and not any(paths):
+        others = [path.name for path in feature_stores(args.data_dir)]
+        if others:                                                # perhaps an encoder's whose folder was typed in another way
+            notice(f"{args.data_dir} holds {', '.join(others)}, and none of {args.enc_type}, whose images are encoded while training")
         return []
     found = []
     for (name, weights), path in zip(encoders, paths, strict=True):

@@ -2,7 +2,8 @@
 
 It builds data sets of its own in a temporary folder, as `preprocessing convert` and `encode --dtype float16` write them: photographs
 (smooth colours with noise) for the reading, tiny files for the opening of many. What is read was just written, so the disk is left out.
-The plain way of `--baseline` reads PNGs as Pillow compresses them at level 1, and opens without an index.
+The plain way of `--baseline` reads PNGs as Pillow compresses them at level 1, and opens without an index. Features are random numbers in
+dinov2-vit-b's layout, which training reads instead of images.
 """
 
 import argparse
@@ -24,18 +25,22 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 from benchmarks.harness import Row, open_device, parser, profile, ratio, report, timed
-from dataset import GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, read_image, read_moments
+from dataset import Features, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, read_image, read_moments
 from models import index
+from models.cached_features import FeaturesRecord, features_folder, pack
 from models.errors import UserError, say, without_traceback
 from models.files import make_folder, to_npy
 from preprocessing.convert import image_name, to_png
 from preprocessing.encode import moments_name
+from preprocessing.encode_features import features_name
 from preprocessing.work import all_cores
 
 GOAL, CORES = 5000, 16                # images/s on so many cores
 IMAGENET, FIRST, LATER = 1_281_167, 30.0, 2.0  # entries, and the seconds in which they are to open, first and later
 LATENT = (8, 8)                       # channels of the moments, pixels of the image to each of theirs
 ROUNDS = 8                            # batches that each worker reads in a run
+COMPRESSED = ", compressed"            # ends the name of the plain way's data sets
+ENCODER, WIDTH, PIXELS = "dinov2-vit-b", 768, 16  # whose features are read, and the pixels of the image to each of its patches
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -54,8 +59,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    if args.resolution < LATENT[1] or args.resolution % LATENT[1]:
-        raise UserError(f"--resolution is {args.resolution}: give a multiple of {LATENT[1]}")
+    if args.resolution < PIXELS or args.resolution % PIXELS:
+        raise UserError(f"--resolution is {args.resolution}: give a multiple of {PIXELS}")
     return args
 
 
@@ -103,6 +108,16 @@ def build(place: Path, pictures: list[bytes], moments: list[bytes], count: int, 
     for kind, files in (("images", images), ("vae-sd", latents)):
         write(place / kind, files, zipped, {"labels": [[name, i % 1000] for i, name in enumerate(files)]})
     return place
+
+
+def with_features(data: Path, count: int, resolution: int, zipped: bool) -> LatentDataset:
+    """The data set `build` made, with features of each entry, and without its images."""
+    record = FeaturesRecord(ENCODER, "random", "", None, resolution, resolution // PIXELS, WIDTH, class_token=True, dtype="float16")
+    stored = pack(torch.randn(min(count, 64), WIDTH), torch.randn(min(count, 64), record.grid**2, WIDTH), record.dtype)
+    contents = [to_npy(one) for one in stored]
+    files = {features_name(b"%05d/%08d" % (i // 1000, i)).decode(): contents[i % len(contents)] for i in range(count)}
+    write(data / features_folder(ENCODER), files, zipped, {"features": record.to_record()})
+    return LatentDataset(data, with_images=False, features=[Features(data / f"{features_folder(ENCODER)}{'.zip' * zipped}")])
 
 
 # --------------------------------------------------------------------------------------------------------------------- opening
@@ -182,8 +197,9 @@ def reader(data: LatentDataset, batch_size: int, workers: int, device: torch.dev
                         persistent_workers=workers > 0, pin_memory=device.type == "cuda")
 
     def run() -> None:
-        for images, moments, _, replaced in loader:
-            images.to(device, non_blocking=True), moments.to(device, non_blocking=True)
+        for images, moments, _, *features, replaced in loader:
+            for tensor in (images, moments, *(part for one in features for part in one.values())):
+                tensor.to(device, non_blocking=True)
             replaced[replaced >= 0].tolist()
 
     return run, batches.count * batch_size
@@ -195,9 +211,9 @@ def loading(args: argparse.Namespace, data: dict[str, LatentDataset], device: to
     for workers in sorted({1, args.workers}):
         readers = {kind: reader(of, args.batch_size, workers, device) for kind, of in data.items()}
         seconds = timed({kind: run for kind, (run, _) in readers.items()}, device, args.warmup, args.repeats)
-        for kind in ("folder", "zip"):
+        for kind in (kind for kind in readers if not kind.endswith(COMPRESSED)):
             images = readers[kind][1]
-            rate, plain = images / median(seconds[kind]), seconds.get(f"{kind}, compressed")
+            rate, plain = images / median(seconds[kind]), seconds.get(f"{kind}{COMPRESSED}")
             formula = f"{GOAL:,} images/s on {CORES} cores" + (f"; extrapolated to them: {rate * CORES / workers:,.0f}"
                                                                if workers != CORES else "")
             rows.append(Row(f"load, {kind}, {workers} worker{'s'[:workers > 1]}", rate, "images/s", GOAL * workers / CORES, formula,
@@ -219,15 +235,16 @@ def main(argv=None) -> None:
         place = Path(made)
         written = {"": [to_png(picture) for picture in pictures]}
         if args.baseline:
-            written[", compressed"] = [compressed(picture) for picture in pictures]
+            written[COMPRESSED] = [compressed(picture) for picture in pictures]
         data = {f"{kind}{how}": LatentDataset(build(place / f"{kind}{how}", files, moments, args.images, zipped=kind == "zip"))
                 for how, files in written.items() for kind in ("folder", "zip")}
         own = {kind: data[kind] for kind in ("folder", "zip")}
+        data |= {f"features, {kind}": with_features(place / kind, args.images, args.resolution, zipped=kind == "zip") for kind in own}
         rows = [*stages(args, own, pictures[0], device), *loading(args, data, device), *opening(args, place, device)]
         profile(reader(data["folder"], args.batch_size, 0, device)[0], args.profile, device)
     settings = {name: getattr(args, name) for name in ("resolution", "images", "batch_size", "workers", "entries")}
     size = {name: round(sum(map(len, files)) / len(files)) for name, files in written.items()}
-    report("data", rows, {**settings, "bytes_an_image": size[""], "bytes_compressed": size.get(", compressed")}, device, args.output)
+    report("data", rows, {**settings, "bytes_an_image": size[""], "bytes_compressed": size.get(COMPRESSED)}, device, args.output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import Row, matmul_peak, open_device, parser, profile, ratio, report, timed
+from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
 from dataset import IMAGE_EXTENSIONS, decode_image, list_keyed, list_names, open_store, read_image
 from models.errors import UserError, without_traceback
 from models.files import to_npy
@@ -28,7 +28,7 @@ from models.vae import Codec
 from preprocessing.convert import convert
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_name, set_precision
-from preprocessing.work import Destination, all_cores, load
+from preprocessing.work import Destination, all_cores, load, reading_workers
 
 CROP = "center-crop-dhariwal"
 WIDTHS = {"cuda": (128, 256, 512, 512), "cpu": (16, 32, 32, 32)}  # the VAE's channels; the first are Stable Diffusion's
@@ -136,7 +136,8 @@ class Stages:
             self.destination.write(self.outputs[i], to_npy(one))
 
     def whole(self, codec: Codec) -> None:
-        for _ in encode_batches(codec.encode, self.batches(max(self.args.workers)), self.write, on_gpu=self.device.type == "cuda"):
+        on_gpu = self.device.type == "cuda"
+        for _ in encode_batches(codec.encode, self.batches(reading_workers(on_gpu)), self.write, on_gpu):
             pass
 
     def plain(self, codec: Codec) -> None:
@@ -196,7 +197,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--batch-size", type=int, metavar="N", help="images encoded at a time; None: 32 on a GPU, 8 on a CPU")
     flags.add_argument("--resolution", type=int, default=256, metavar="N", help="of the images, in pixels, a multiple of 8")
     flags.add_argument("--workers", type=int, nargs="+", metavar="N", help="numbers of processes; None: 1, 2, 4, ... up to the cores")
-    flags.add_argument("--precision", nargs="+", choices=PRECISIONS, help="of the VAE; None: all on a GPU, fp32 and bf16 on a CPU")
+    flags.add_argument("--precision", nargs="+", choices=PRECISIONS,
+                       help="of the VAE; None: all on a GPU, fp32 on a CPU, and bf16 where it has instructions for it")
     return flags.parse_args(argv)
 
 
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, value in SIZES[device.type].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.workers = args.workers or sorted({*(2**i for i in range(int(math.log2(all_cores())) + 1)), all_cores()})
-    precisions = args.precision or [name for name in PRECISIONS if name != "tf32" or device.type == "cuda"]
+    precisions = args.precision or (PRECISIONS if device.type == "cuda" else sorted({"fp32", precision_that_suits(device)}, reverse=True))
     if min(args.images, args.encoded, args.batch_size, *args.workers) < 1 or args.resolution < 8 or args.resolution % 8:
         raise UserError(f"--images {args.images}, --encoded {args.encoded}, --batch-size {args.batch_size}, --workers {args.workers}, "
                         f"--resolution {args.resolution}: give at least 1 of each, and a multiple of 8 for the last")

@@ -1,12 +1,14 @@
 """What every benchmark shares: how times are taken, what they are compared with, how they are printed.
 
-Each benchmark is one process. Its ways of doing a thing are timed in turn, A B A B ..., after a warm-up, so that a ratio of two holds on a
-machine whose speed drifts; the median is reported. A row says what was measured, what the hardware allows at best, by which formula, and
-the share of it. Nothing here is asserted by a test: the numbers are a machine's, not the program's.
+Each benchmark is one process. Its ways of doing a thing are timed in turn, A B B A A B ..., after a warm-up, so that a ratio of two holds
+on a machine whose speed drifts, and neither always pays for the memory that the other gave back; the median is reported. A row says what
+was measured, what the hardware allows at best, by which formula, and the share of it. Nothing here is asserted by a test: the numbers are
+a machine's, not the program's.
 """
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -55,7 +57,7 @@ def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     flags.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", metavar="DEVICE", help="cpu or cuda")
     flags.add_argument("--threads", type=int, default=None, metavar="N", help="of a CPU; None: as many as PyTorch takes")
-    flags.add_argument("--warmup", type=int, default=2, metavar="N", help="runs before the first that counts")
+    flags.add_argument("--warmup", type=int, default=3, metavar="N", help="runs before the first that counts")
     flags.add_argument("--repeats", type=int, default=repeats, metavar="N", help="runs that count; the median is reported")
     flags.add_argument("--baseline", action="store_true", help="also time the plain way, in turn with the other, and print the ratio")
     flags.add_argument("--profile", type=Path, default=None, metavar="DIR", help="write a trace of one run, print its 20 longest operators")
@@ -78,7 +80,20 @@ def open_device(args: argparse.Namespace) -> torch.device:
         make_folder(args.profile)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    keep_memory()
     return torch.device(args.device)
+
+
+def keep_memory() -> None:
+    """Have this process keep what it frees, as PyTorch does with a GPU's memory; where the C library is not glibc, nothing happens.
+
+    glibc gives large blocks back to the system at once, and takes page faults to get them again: up to three quarters of what the alignment
+    seemed to cost, and what differed most from run to run. Now they end after a few runs, so that a warm-up is over then.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)                                    # M_TRIM_THRESHOLD: never give back the end of the heap
+        mallopt(-4, 0)                                            # M_MMAP_MAX: no blocks of their own
 
 
 def require_output(path: Path | None) -> None:
@@ -100,10 +115,10 @@ def synchronise(device: torch.device) -> None:
 
 
 def timed(ways: dict[str, Callable[[], object]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run of each way, run in turn; the device is waited for before and after each."""
+    """Seconds of every run of each way, run in turn and every other time in reverse; the device is waited for before and after each."""
     seconds = {name: [] for name in ways}
     for turn in range(warmup + repeats):
-        for name, run in ways.items():
+        for name, run in list(ways.items())[::-1 if turn % 2 else 1]:
             synchronise(device)
             start = time.perf_counter()
             run()
@@ -129,6 +144,15 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     seconds = min(timed({"": lambda: a @ b}, device, warmup=2, repeats=10)[""])
     flops = 2 * side**3 / seconds
     return flops, f"{flops / 1e12:.3g} TFLOP/s, the best {side}x{side} product in {str(dtype).removeprefix('torch.')} here"
+
+
+def precision_that_suits(device: torch.device) -> str:
+    """`bf16` on a GPU and on CPUs that have instructions for it, known by faster products; else `fp32`, since bf16 would be imitated."""
+    if device.type == "cuda":
+        return "bf16"
+    numbers = [torch.randn(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    seconds = timed({x.dtype: lambda x=x: x @ x for x in numbers}, device, warmup=2, repeats=5)
+    return "bf16" if median(seconds[torch.bfloat16]) < median(seconds[torch.float32]) else "fp32"
 
 
 def bandwidth(device: torch.device) -> tuple[float, str]:

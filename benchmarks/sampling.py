@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Row, matmul_peak, open_device, parser, profile, ratio, report, timed
+from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
 from evaluations.sample_folder import BlockWriter, SampleFolder, prepare, write_block
 from generate import make_blocks, make_ready
 from models.errors import UserError, notice, without_traceback
@@ -39,7 +39,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flags.add_argument("--batch-size", type=int, default=None, metavar="IMAGES", help="images per block; None: 64 on CUDA, 8 on a CPU")
     flags.add_argument("--num-steps", type=int, default=4, metavar="STEPS", help="solver steps of what is timed")
     flags.add_argument("--blocks", type=int, default=2, metavar="N", help="blocks of the whole path")
-    flags.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="of network and decoder")
+    flags.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None,
+                       help="of network and decoder; None: bf16 where there are instructions for it, else fp32")
     flags.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="compile the network; None: on CUDA")
     flags.add_argument("--model-url", type=str, default=None, metavar="VAE", help="decoder: hub id, folder, ema or mse; None: random")
     return flags.parse_args(argv)
@@ -49,6 +50,7 @@ def sized(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
     """The arguments with sizes that suit the machine. Raises UserError for sizes that cannot be."""
     suits = {"model": "SiT-XL/2", "resolution": 256, "batch_size": 64, "compile": True} if device.type == "cuda" else \
         {"model": "SiT-S/2", "resolution": 128, "batch_size": 8, "compile": False}
+    suits["precision"] = precision_that_suits(device)
     for name, value in suits.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -18,7 +18,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import loss
 import train
 from benchmarks import plain
-from benchmarks.harness import Row, bandwidth, count_launches, matmul_peak, open_device, parser, profile, ratio, report, timed
+from benchmarks.harness import (
+    Row,
+    bandwidth,
+    count_launches,
+    matmul_peak,
+    open_device,
+    parser,
+    precision_that_suits,
+    profile,
+    ratio,
+    report,
+    timed,
+)
 from loss import SILoss
 from models.compiling import compile_blocks, compiler_works
 from models.encoders import Encoder
@@ -35,12 +47,13 @@ ALIGNED = (256, 257, 768)    # batch, tokens and encoder width of the alignment 
 def parse_args(argv=None) -> argparse.Namespace:
     flags = parser("Time one training step, and its alignment and update alone.")
     flag = argparse.BooleanOptionalAction
-    flags.add_argument("--model", choices=tuple(SiT_models), default=None, help="None: SiT-XL/2 on CUDA, SiT-B/2 on a CPU")
+    flags.add_argument("--model", type=str, default=None, metavar="LIST", help="None: SiT-XL/2,SiT-B/2 on CUDA, SiT-B/2 on a CPU")
     flags.add_argument("--resolution", type=int, default=256, metavar="PIXELS")
     flags.add_argument("--batch-size", type=int, default=None, metavar="IMAGES", help="None: 256 on CUDA, 8 on a CPU")
     flags.add_argument("--enc-type", type=str, default="dinov2-vit-b", metavar="NAME", help="its weights are random")
     flags.add_argument("--encoder", choices=("online", "cached"), default="online", help="cached: features come with the batch")
-    flags.add_argument("--precisions", type=str, default=None, metavar="LIST", help="None: bf16 on CUDA, no,bf16 on a CPU")
+    flags.add_argument("--precisions", type=str, default=None, metavar="LIST",
+                       help="of no, bf16, fp16; None: bf16 on CUDA, no on a CPU, and bf16 where it has instructions for it")
     flags.add_argument("--compile", action=flag, default=None, help="None: on CUDA")
     flags.add_argument("--activation-checkpointing", action=flag, default=False)
     return flags.parse_args(argv)
@@ -138,10 +151,12 @@ def flops_per_image(settings: argparse.Namespace, cached: bool) -> float:
 # ------------------------------------------------------------------------------------------------------------------------ the rows
 
 def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Images/s of the whole step, for each precision; the launches of one step."""
+    """Images/s of the whole step of one model, for each precision; its launches and memory."""
     rows, cached = [], args.encoder == "cached"
     for precision in args.precisions.split(","):
         settings = settings_of(args, precision)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         ways = {"fast": fast_step(settings, device, cached)}
         ways["fast"]()
         memory = peak_memory(device)                              # before anything else takes some
@@ -151,14 +166,14 @@ def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
         profile(ways["fast"], args.profile, device)
         flops = flops_per_image(settings, cached)
         peak, source = matmul_peak(device, {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-        name = f"step, {'float32' if precision == 'no' else precision}{', compiled' if settings.compile else ''}"
+        name = f"{args.model}, {'float32' if precision == 'no' else precision}{', compiled' if settings.compile else ''}"
         rate = {way: args.batch_size / median(found) for way, found in seconds.items()}
         rows.append(Row(name, rate["fast"], "images/s", peak / flops, f"{source} / {flops / 1e9:.1f} GFLOP per image",
                         rate.get("plain"), ratio(seconds["fast"], seconds["plain"]) if args.baseline else None))
         if device.type == "cuda" or not settings.compile:         # on a CPU operators are counted, as they run without the compiler
             rows.append(Row(f"{name}: launches", count_launches(ways["fast"], device), "",
                             baseline=count_launches(ways["plain"], device) if args.baseline else None))
-        rows.append(Row(f"{name}: peak memory of the first step", memory, "GiB"))
+        rows.append(Row(f"{name}: peak memory of {'the first step' if device.type == 'cuda' else 'this process so far'}", memory, "GiB"))
         rows.append(memory_row(name, settings, device))
     return rows
 
@@ -195,16 +210,16 @@ def memory_row(name: str, settings: argparse.Namespace, device: torch.device) ->
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB so far: of the GPU as PyTorch counts it, else of this process."""
+    """GiB: of the GPU as PyTorch counts it since the count was reset, else of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def alignment_row(args: argparse.Namespace, device: torch.device) -> Row | None:
-    """Forward and backward of the alignment loss at batch 256, compiled, against the loop over samples."""
+def alignment_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Where there is a compiler: forward and backward of the alignment loss at batch 256, compiled, against the loop over samples."""
     if not compiler_works(device.type):
-        return None
+        return []
     projected, target = torch.randn(ALIGNED, device=device, requires_grad=True), torch.randn(ALIGNED, device=device)
     compiled = torch.compile(loss.alignment_loss, dynamic=False)
 
@@ -217,12 +232,12 @@ def alignment_row(args: argparse.Namespace, device: torch.device) -> Row | None:
     ways = {"fast": both_passes(compiled), "plain": both_passes(plain.alignment_loss)} if args.baseline else {"fast": both_passes(compiled)}
     seconds = timed(ways, device, args.warmup, args.repeats)
     moved, (speed, source) = 5 * projected.numel() * 4, bandwidth(device)
-    return Row(f"alignment loss, batch {ALIGNED[0]}, compiled", median(seconds["fast"]), "s", moved / speed,
-               f"{moved / 1e9:.2f} GB (two tensors read twice, one written) / {source}", *compared(seconds))
+    return [Row(f"alignment loss, batch {ALIGNED[0]}, compiled", median(seconds["fast"]), "s", moved / speed,
+                f"{moved / 1e9:.2f} GB (two tensors read twice, one written) / {source}", *compared(seconds))]
 
 
 def update_row(args: argparse.Namespace, device: torch.device) -> Row:
-    """Fused AdamW and EMA in one pass each, against one parameter at a time."""
+    """Fused AdamW and EMA of one model in one pass each, against one parameter at a time."""
     settings = settings_of(args, "no")
     _, _, model = build(settings, device)
     for parameter in model.parameters():
@@ -240,7 +255,7 @@ def update_row(args: argparse.Namespace, device: torch.device) -> Row:
 
     seconds = timed({"fast": fast, "plain": slow} if args.baseline else {"fast": fast}, device, args.warmup, args.repeats)
     moved, (speed, source) = 10 * 4 * sum(p.numel() for p in model.parameters()), bandwidth(device)
-    return Row("AdamW and EMA", median(seconds["fast"]), "s", moved / speed,
+    return Row(f"{args.model}, AdamW and EMA", median(seconds["fast"]), "s", moved / speed,
                f"{moved / 1e9:.2f} GB (7 passes over the parameters for AdamW, 3 for EMA) / {source}", *compared(seconds))
 
 
@@ -256,21 +271,26 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = open_device(args)
     on_gpu = device.type == "cuda"
-    args.model = args.model or ("SiT-XL/2" if on_gpu else "SiT-B/2")
+    args.model = args.model or ("SiT-XL/2,SiT-B/2" if on_gpu else "SiT-B/2")
     args.batch_size = (256 if on_gpu else 8) if args.batch_size is None else args.batch_size
-    args.precisions = args.precisions or ("bf16" if on_gpu else "no,bf16")
+    args.precisions = args.precisions or ("bf16" if on_gpu else "no,bf16" if precision_that_suits(device) == "bf16" else "no")
     args.compile = on_gpu if args.compile is None else args.compile
-    unknown = set(args.precisions.split(",")) - {"no", "bf16", "fp16"}
-    if unknown:
-        raise UserError(f"--precisions names {', '.join(sorted(unknown))}: give a list of no, bf16, fp16")
+    for flag, known in (("model", tuple(SiT_models)), ("precisions", ("no", "bf16", "fp16"))):
+        unknown = set(getattr(args, flag).split(",")) - set(known)
+        if unknown:
+            raise UserError(f"--{flag} names {', '.join(sorted(unknown))}: give a list of {', '.join(known)}")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: give at least 1")
-    step = 8 * SiT_models[args.model].keywords["patch_size"]
+    step = 8 * max(SiT_models[name].keywords["patch_size"] for name in args.model.split(","))
     if args.resolution < step or args.resolution % step:
         raise UserError(f"--resolution is {args.resolution}: give a multiple of {step}, the VAE's 8 pixels times the patch")
     if args.baseline and args.encoder == "cached":
         notice("the plain way runs its encoder: the ratio holds the gain of cached features, too")
-    rows = [row for row in (*step_rows(args, device), alignment_row(args, device), update_row(args, device)) if row is not None]
+    rows = []
+    for name in args.model.split(","):
+        one = argparse.Namespace(**{**vars(args), "model": name})
+        rows += [*step_rows(one, device), update_row(one, device)]
+    rows += alignment_rows(args, device)
     settings = ("model", "resolution", "batch_size", "encoder", "enc_type", "compile", "activation_checkpointing", "repeats")
     report("train_step", rows, {name: getattr(args, name) for name in settings}, device, args.output)
 

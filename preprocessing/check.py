@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import LatentDataset, all_features, shown
+from dataset import Features, LatentDataset, feature_stores, shown
 from models.errors import UserError
 from models.files import write_whole
 from models.vae import Codec, LatentSpace, load_codec
@@ -63,7 +63,7 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
     picture = Path(output)
     if picture.suffix != ".png" or not picture.parent.is_dir():
         raise UserError(f"--output {shown(output)}: expected the name of a .png in a folder that exists")
-    entries = LatentDataset(source, features=all_features(source))
+    entries = LatentDataset(source, features=[Features(path) for path in feature_stores(source)])
     if entries.vae_record is None:
         print(f"{shown(source)} does not record its VAE: taking {LatentSpace()}")
     space = LatentSpace.from_record(entries.vae_record) if entries.vae_record else LatentSpace()

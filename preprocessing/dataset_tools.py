@@ -14,6 +14,8 @@ import io
 import sys
 from pathlib import Path
 
+import torch
+
 if not __package__:  # called as a script: the repository is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -25,7 +27,7 @@ from preprocessing.convert import TRANSFORMS, convert
 from preprocessing.encode import PRECISIONS
 from preprocessing.encode import encode as encode_moments
 from preprocessing.encode_features import encode_features
-from preprocessing.work import all_cores
+from preprocessing.work import all_cores, reading_workers
 
 
 def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None, dtype: str | None = None,
@@ -77,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument("--precision", **optional, choices=PRECISIONS,
                      help="how the VAE computes: tf32 moves moments as much as storing them as float16 does, bf16 more (default: tf32 on a "
                           "GPU, as PyTorch convolves there by itself, else fp32)")
-    two.add_argument("--workers", type=int, default=min(all_cores(), 8), help="processes that read, for each that encodes; 0: none")
+    two.add_argument("--workers", type=int, default=reading_workers(torch.cuda.is_available()),
+                     help="processes that read, for each that encodes; 0: none but this one, which suits a CPU")
 
     three = command(check, "verify a prepared data set and draw a picture to look at")
     three.add_argument("--source", **required, help="the data folder that holds images and vae-sd, folders or zips")

@@ -66,8 +66,9 @@ def encode_features(source: str, dest: str, enc_type: str, weights: str | None, 
         return
     free = destination.require_room(outputs, on_disk(file_size(record.layout())))
     if state.is_main_process:
+        twice = ", and as much again while the zip is written" * destination.zipped
         print(f"{shown(dest)}: the {dtype} features of {len(names):,} images by {enc_type} take {gigabytes(disk_cost(len(names), record))} "
-              f"({file_size(record.layout()):,} bytes each), {gigabytes(free)} are free", flush=True)
+              f"({file_size(record.layout()):,} bytes each){twice}; {gigabytes(free)} are free", flush=True)
     encoder = load_encoder(enc_type, state.device, resolution, weights=weights)
 
     def compute(images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

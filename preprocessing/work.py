@@ -31,6 +31,11 @@ def all_cores() -> int:
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
+def reading_workers(on_gpu: bool) -> int:
+    """The processes that read for a network on a GPU, which leaves the cores free; on a CPU it takes them all, and none may be spared."""
+    return min(all_cores(), 8) if on_gpu else 0
+
+
 def load(items: torch.utils.data.Dataset, workers: int, in_order: bool = True) -> Iterator:
     """Yield items[0], items[1], ... as they are, worked out by `workers` processes (0: by this one).
 

@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +52,24 @@ def test_the_plain_alignment_is_the_same_number():
 def test_ways_are_timed_in_turn(monkeypatch):
     order = []
     seconds = harness.timed({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), warmup=1, repeats=2)
-    assert order == ["a", "b"] * 3 and [len(found) for found in seconds.values()] == [2, 2]
+    assert order == ["a", "b", "b", "a", "a", "b"] and [len(found) for found in seconds.values()] == [2, 2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_memory_is_kept_between_runs():
+    """In a process of its own: after the first few, blocks of 64 MiB are filled without page faults, and without the call they never are."""
+    program = """if True:
+        import resource, sys, torch
+        from benchmarks.harness import keep_memory
+        if sys.argv[1] == "keep":
+            keep_memory()
+        for _ in range(20):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(2**24).fill_(1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = [int(subprocess.run([sys.executable, "-c", program, way], cwd=ROOT, capture_output=True, text=True, check=True,
+                                 env={**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}).stdout) for way in ("keep", "leave")]
+    assert faults[0] < 100 < faults[1]                            # 64 MiB are 16,384 pages
 
 
 def test_a_ratio_is_of_pairs():
@@ -89,7 +110,7 @@ def test_train_step(capsys, tmp_path, encoder_folder, encoder, monkeypatch):
         torch.set_num_threads(threads)
     found = printed(capsys)
     assert found == json.loads((tmp_path / "found.json").read_text()) and (tmp_path / "trace" / "trace.json").exists()
-    step, launches, memory, kept, alignment, update = found["rows"]
+    step, launches, memory, kept, update, alignment = found["rows"]
     assert 0 < kept["measured"] < memory["measured"]
     assert step["measured"] > 0 and step["ideal"] > 0 and step["ratio"] > 0 and "GFLOP" in step["formula"]
     assert launches["measured"] < launches["baseline"] and alignment["ratio"] > 0 and update["ratio"] > 0 and memory["measured"] > 0
@@ -98,6 +119,7 @@ def test_train_step(capsys, tmp_path, encoder_folder, encoder, monkeypatch):
 
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--device", "tpu"], "--device is 'tpu'"), (["--repeats", "0"], "--repeats is 0"), (["--precisions", "fp8"], "--precisions names fp8"),
+    (["--model", "SiT-B/2,SiT-B"], "--model names SiT-B:"),
     (["--device", "cuda"], "torch sees no GPU"), (["--batch-size", "0"], "--batch-size is 0"), (["--resolution", "33"], "multiple of 16"),
     (["--output", "{}"], "is a folder"), (["--output", "{}/file/a.json"], "file"),
 ])
@@ -128,6 +150,25 @@ def test_all_benchmarks_become_one_file_and_one_page(tmp_path, capsys, monkeypat
         every.main(["--only", "train_step,data", "--output", str(tmp_path / "all.json")])
     assert stopped.value.code == 1 and [found["benchmark"] for found in json.loads((tmp_path / "all.json").read_text())] == ["train_step"]
     assert "| a step | 2 images/s | 4 images/s | 50 % | - | by hand |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bf16", "fp32", "suits"), [(0.5, 0.25, "fp32"), (0.25, 0.5, "bf16")])
+def test_bf16_suits_a_cpu_whose_products_are_faster_in_it(monkeypatch, bf16, fp32, suits):
+    monkeypatch.setattr(harness, "timed", lambda ways, *_, **__: {torch.bfloat16: [bf16], torch.float32: [fp32]})
+    assert harness.precision_that_suits(torch.device("cpu")) == suits
+    assert harness.precision_that_suits(torch.device("cuda")) == "bf16"
+
+
+@pytest.mark.parametrize(("suits", "precisions"), [("fp32", "no"), ("bf16", "no,bf16")])
+def test_a_step_is_timed_in_the_precisions_that_suit(monkeypatch, suits, precisions):
+    asked = []
+    monkeypatch.setattr(train_step, "precision_that_suits", lambda device: suits)
+    monkeypatch.setattr(train_step, "step_rows", lambda args, device: asked.append((args.model, args.precisions)) or [])
+    for rows in ("update_row", "alignment_rows"):
+        monkeypatch.setattr(train_step, rows, lambda *_: [])
+    monkeypatch.setattr(train_step, "report", lambda *_: None)
+    train_step.main(["--device", "cpu", "--model", "SiT-S/8,SiT-T/4"])
+    assert asked == [("SiT-S/8", precisions), ("SiT-T/4", precisions)]
 
 
 def test_peaks_are_measured_where_none_is_known(monkeypatch):

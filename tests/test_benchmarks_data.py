@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from benchmarks import data
 from models import index
@@ -24,6 +25,7 @@ def test_it_runs_and_prints_what_it_measured(tmp_path, monkeypatch, capsys):
         for workers in ("1 worker", "2 workers"):
             row = rows[f"load, {kind}, {workers}"]
             assert row["unit"] == "images/s" and row["ratio"] > 0 and "extrapolated" in row["formula"]
+            assert rows[f"load, features, {kind}, {workers}"]["unit"] == "images/s"
         assert rows[f"open 30 entries, {kind}, first"]["unit"] == rows[f"open 30 entries, {kind}, later"]["unit"] == "s"
     assert rows["load, zip, 2 workers"]["ideal"] == 625                           # 2 of 16 cores
     assert found["settings"]["bytes_an_image"] > 16 * 16 * 3
@@ -35,6 +37,17 @@ def test_sizes_that_cannot_be(flag, capsys):
     with pytest.raises(SystemExit) as ended:
         data.main([flag, "0"])
     assert ended.value.code == 2 and f"{flag} is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_features_it_builds_are_what_training_reads(tmp_path, zipped):
+    """Those of each entry, in the layout that `encode` writes, in the place of its image."""
+    pictures, moments = [data.to_png(data.np.zeros((32, 32, 3), dtype="uint8"))], [to_npy(data.np.zeros((8, 4, 4), dtype="float16"))]
+    entries = data.with_features(data.build(tmp_path / "x", pictures, moments, 3, zipped), 3, 32, zipped)
+    image, _, label, features = entries[2]
+    assert image.numel() == 0 and label == 2 and entries.features[0].record.enc_type == data.ENCODER
+    assert features["class_token"].shape == (768,) and features["patches"].shape == (4, 768) and features["patches"].dtype == torch.float16
+    assert not torch.equal(features["patches"], entries[1][3]["patches"])
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -33,14 +33,16 @@ def require_rows(found: dict, said: dict, without_ideal: set[str]) -> dict[str, 
     return rows
 
 
-def test_encode(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("suits", ["fp32", "bf16"])
+def test_encode(monkeypatch, capsys, tmp_path, suits):
     monkeypatch.setattr(encode, "WIDTHS", {"cpu": (8, 8, 8, 8)})
+    monkeypatch.setattr(encode, "precision_that_suits", lambda device: suits)
     found = encode.main(["--device", "cpu", "--images", "6", "--encoded", "5", "--batch-size", "2", "--resolution", "32", "--workers", "1",
                          "2", "--warmup", "0", "--repeats", "1", "--baseline", "--output", str(tmp_path / "found.json")])
     rows = require_rows(found, spoken(capsys), {"convert, 1 worker", "encode: reading in this process"})
     assert json.loads((tmp_path / "found.json").read_text())["rows"] == found["rows"]
-    assert {name for name, row in rows.items() if row["ratio"]} == {"convert, 1 worker", "convert, 2 workers", "encode: all stages, fp32",
-                                                                    "encode: all stages, bf16"}
+    assert {name for name, row in rows.items() if row["ratio"]} == {"convert, 1 worker", "convert, 2 workers",
+                                                                    *(f"encode: all stages, {one}" for one in {"fp32", suits})}
     assert rows["convert, 2 workers"]["ideal"] == pytest.approx(2 * rows["convert, 1 worker"]["measured"])
 
 

@@ -213,8 +213,23 @@ def test_the_price_is_said_before_the_work(prepared, tmp_path, capsys):
     first, last = capsys.readouterr().out.strip().splitlines()
     size = next(file for file in the_features(tmp_path).rglob("*.npy")).stat().st_size
     blocks = COUNT * -(-size // 4096) * 4096
-    assert f"features of {COUNT} images by {TOY} take {gigabytes(blocks)} ({size:,} bytes each)" in first and "are free" in first
+    assert f"features of {COUNT} images by {TOY} take {gigabytes(blocks)} ({size:,} bytes each); " in first and "are free" in first
     assert last.endswith(f"features of {COUNT} images by {TOY}, float16")
+
+
+def test_the_price_of_a_zip_is_said_to_be_twice_that_for_a_while(prepared, tmp_path, capsys):
+    shutil.copytree(prepared / "images", tmp_path / "images")
+    make(tmp_path, zipped=True)
+    assert "bytes each), and as much again while the zip is written; " in capsys.readouterr().out
+
+
+def test_auto_says_that_there_are_only_features_of_others(prepared, monkeypatch, capsys):
+    """An encoder's folder that is typed in another way has features of another name."""
+    _, _, args = opened(prepared, "--enc-type", f"{TOY}/")
+    assert args.cached_features == "require" and "and none of" not in capsys.readouterr().err
+    monkeypatch.chdir(ROOT)
+    _, _, args = opened(prepared, "--enc-type", f"local-dir:{NETWORKS.relative_to(ROOT) / 'encoder'}")
+    assert args.cached_features == "off" and f"holds {the_features(prepared).name}, and none of local-dir:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("zipped", "factor"), [(False, 1), (True, 2)])               # a zip is collected in a folder
