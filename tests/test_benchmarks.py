@@ -57,7 +57,7 @@ def test_ways_are_timed_in_turn(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_memory_is_kept_between_runs():
-    """In a process of its own: after the first few, blocks of 64 MiB are filled without page faults, and without the call they never are."""
+    """In a process of its own: after a few, blocks of 64 MiB are filled without page faults, and without the call they never are."""
     program = """if True:
         import resource, sys, torch
         from benchmarks.harness import keep_memory
