@@ -182,6 +182,9 @@ class ZipStore:
 
     def names(self) -> np.ndarray:
         """As FolderStore.names."""
+        text = self._names.tobytes()                              # each name in as many bytes as the longest has
+        if not (b"/." in text or b"__MACOSX/" in text or b"." in self._names.astype("S1")):
+            return self._names                                    # the usual case, without a look at each
         hidden = [name.startswith((b".", b"__MACOSX/")) or b"/." in name for name in self._names.tolist()]
         return self._names[~np.array(hidden, dtype=bool)]
 
@@ -291,16 +294,18 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
     return match_labels(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
 
 
-def match_labels(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
-    """`read_labels` from what the file `where` says."""
+def match_labels(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of,
+                 names: np.ndarray | None = None) -> np.ndarray | None:
+    """`read_labels` from what the file `where` says; `names` (n,) are those that `keys` came from, which it mostly lists as they are."""
     if entries is None:
         return None
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     try:
-        named = [key(os.fsencode(name)) for name, _ in entries]
+        listed = [os.fsencode(name) for name, _ in entries]
     except UnicodeEncodeError as error:
         raise UserError(f"{where} names {shown(error.object)}, which no file can be called: correct it") from error
+    named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
     values = np.array([label for _, label in entries], dtype=np.int64)
     fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
     listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # all would be as wide as the longest
@@ -416,7 +421,8 @@ class Catalogue:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        return match_labels(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys)  # a million lists, no longer needed
+        entries = self.metadata.pop("labels", None)               # a million lists, no longer needed
+        return match_labels(entries, self.store.where(METADATA), self.keys, names=self.names)
 
     def keep(self) -> None:
         """Write the index, if it is worthwhile and did not come from one."""

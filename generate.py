@@ -61,7 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=Sampling.precision,
                      help="of the network; the solver's state is float64")
     run.add_argument("--vae-precision", choices=("fp32", "bf16"), default="fp32",
-                     help="of the decoder; the published numbers are of fp32, and bf16 moves some pixel values by a level or two")
+                     help="of the decoder; bf16 moves some pixel values by a level or two, fp32 convolves in TF32 on a GPU unless "
+                          "--precision is fp32, too")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                      help="compile the network, which may move a few pixel values by one level; None: on CUDA")
     return parser.parse_args(argv)

@@ -48,6 +48,7 @@ from models.encoders import CachedEncoder, Encoder, load_encoders, require_class
 from models.errors import UserError, notice, say, without_traceback
 from models.files import write_whole
 from models.interpolant import PATHS
+from models.memory import keep_memory
 from models.meter import Log, Meter, Skips
 from models.processes import require_joined
 from models.sit import SiT, SiT_models
@@ -128,7 +129,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument("--qk-norm", action=flag, default=False, help="LayerNorm on queries and keys")
     model.add_argument("--fused-attn", action=flag, default=True, help="the backend's attention kernels")
     model.add_argument("--activation-checkpointing", action=flag, default=False,
-                       help="keep only the blocks' inputs for the backward pass: batches several times as large, a third more time")
+                       help="keep only the blocks' inputs for the backward pass: batches several times as large, about a quarter more time")
     model.add_argument("--init-weights", type=str, default=None, metavar="FILE", help="start a new run from a checkpoint's EMA weights")
 
     optim = parser.add_argument_group("optimisation")
@@ -262,7 +263,8 @@ def open_features(args: argparse.Namespace) -> list[Features]:
     if args.cached_features == "auto" and not any(paths):
         others = [path.name for path in feature_stores(args.data_dir)]
         if others:                                                # perhaps an encoder's whose folder was typed in another way
-            notice(f"{args.data_dir} holds {', '.join(others)}, and none of {args.enc_type}, whose images are encoded while training")
+            notice(f"{args.data_dir} holds {', '.join(others)}, but none of {args.enc_type}, which therefore runs while training: name the "
+                   "encoder as it was encoded, or give --cached-features off")
         return []
     found = []
     for (name, weights), path in zip(encoders, paths, strict=True):
@@ -375,6 +377,8 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
                               log_with=None if args.report_to == "none" else args.report_to,
                               project_dir=str(Path(args.output_dir) / args.exp_name))
     require_joined(accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 

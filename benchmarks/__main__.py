@@ -60,8 +60,11 @@ def main(argv=None) -> None:
     if args.repeats is not None and args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}: give at least 1")
     require_output(args.output)
-    all_found = [found for name in names if (found := run(name, args.repeats)) is not None]
-    write_whole(args.output, lambda partial: partial.write_text(json.dumps(all_found, indent=1) + "\n"))
+    all_found = []
+    for name in names:
+        if (found := run(name, args.repeats)) is not None:
+            all_found.append(found)                               # on the disk at once: the rest may be cut off
+            write_whole(args.output, lambda partial: partial.write_text(json.dumps(all_found, indent=1) + "\n"))
     print("\n\n".join(map(markdown, all_found)))
     if len(all_found) < len(names):
         sys.exit(1)

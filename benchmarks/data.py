@@ -2,8 +2,8 @@
 
 It builds data sets of its own in a temporary folder, as `preprocessing convert` and `encode --dtype float16` write them: photographs
 (smooth colours with noise) for the reading, tiny files for the opening of many. What is read was just written, so the disk is left out.
-The plain way of `--baseline` reads PNGs as Pillow compresses them at level 1, and opens without an index. Features are random numbers in
-dinov2-vit-b's layout, which training reads instead of images.
+The plain way of `--baseline` reads PNGs as Pillow writes them at its lowest level, 0, as the data tools of this family do, and opens for
+the first time, which also writes the index. Features are random numbers in dinov2-vit-b's layout, which training reads instead of images.
 """
 
 import argparse
@@ -39,7 +39,7 @@ GOAL, CORES = 5000, 16                # images/s on so many cores
 IMAGENET, FIRST, LATER = 1_281_167, 30.0, 2.0  # entries, and the seconds in which they are to open, first and later
 LATENT = (8, 8)                       # channels of the moments, pixels of the image to each of theirs
 ROUNDS = 8                            # batches that each worker reads in a run
-COMPRESSED = ", compressed"            # ends the name of the plain way's data sets
+BY_PILLOW = ", by Pillow"              # ends the name of the plain way's data sets
 ENCODER, WIDTH, PIXELS = "dinov2-vit-b", 768, 16  # whose features are read, and the pixels of the image to each of its patches
 
 
@@ -72,9 +72,9 @@ def photograph(rng: np.random.Generator, side: int) -> np.ndarray:
     return (np.asarray(soft) + rng.normal(0, 6, (side, side, 3))).clip(0, 255).astype(np.uint8)
 
 
-def compressed(image: np.ndarray) -> bytes:
+def by_pillow(image: np.ndarray) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(image).save(data, "png", compress_level=1)
+    Image.fromarray(image).save(data, "png", compress_level=0)
     return data.getvalue()
 
 
@@ -169,7 +169,7 @@ def stages(args: argparse.Namespace, data: dict[str, LatentDataset], picture: np
              "moments from their bytes": lambda: [read_moments(latents, b"") for _ in range(count)],
              "collate": lambda: default_collate(entries)}
     if args.baseline:
-        packed = InMemory(compressed(picture))
+        packed = InMemory(by_pillow(picture))
         ways["plain"] = lambda: [read_image(packed, b"", args.resolution) for _ in range(count)]
     seconds = timed(ways, device, args.warmup, args.repeats)
     plain = seconds.pop("plain", None)
@@ -211,9 +211,9 @@ def loading(args: argparse.Namespace, data: dict[str, LatentDataset], device: to
     for workers in sorted({1, args.workers}):
         readers = {kind: reader(of, args.batch_size, workers, device) for kind, of in data.items()}
         seconds = timed({kind: run for kind, (run, _) in readers.items()}, device, args.warmup, args.repeats)
-        for kind in (kind for kind in readers if not kind.endswith(COMPRESSED)):
+        for kind in (kind for kind in readers if not kind.endswith(BY_PILLOW)):
             images = readers[kind][1]
-            rate, plain = images / median(seconds[kind]), seconds.get(f"{kind}{COMPRESSED}")
+            rate, plain = images / median(seconds[kind]), seconds.get(f"{kind}{BY_PILLOW}")
             formula = f"{GOAL:,} images/s on {CORES} cores" + (f"; extrapolated to them: {rate * CORES / workers:,.0f}"
                                                                if workers != CORES else "")
             rows.append(Row(f"load, {kind}, {workers} worker{'s'[:workers > 1]}", rate, "images/s", GOAL * workers / CORES, formula,
@@ -235,7 +235,7 @@ def main(argv=None) -> None:
         place = Path(made)
         written = {"": [to_png(picture) for picture in pictures]}
         if args.baseline:
-            written[COMPRESSED] = [compressed(picture) for picture in pictures]
+            written[BY_PILLOW] = [by_pillow(picture) for picture in pictures]
         data = {f"{kind}{how}": LatentDataset(build(place / f"{kind}{how}", files, moments, args.images, zipped=kind == "zip"))
                 for how, files in written.items() for kind in ("folder", "zip")}
         own = {kind: data[kind] for kind in ("folder", "zip")}
@@ -244,7 +244,7 @@ def main(argv=None) -> None:
         profile(reader(data["folder"], args.batch_size, 0, device)[0], args.profile, device)
     settings = {name: getattr(args, name) for name in ("resolution", "images", "batch_size", "workers", "entries")}
     size = {name: round(sum(map(len, files)) / len(files)) for name, files in written.items()}
-    report("data", rows, {**settings, "bytes_an_image": size[""], "bytes_compressed": size.get(COMPRESSED)}, device, args.output)
+    report("data", rows, {**settings, "bytes_an_image": size[""], "bytes_by_pillow": size.get(BY_PILLOW)}, device, args.output)
 
 
 if __name__ == "__main__":

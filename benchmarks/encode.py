@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
+from benchmarks.vae import WIDTHS, autoencoder, random_codec
 from dataset import IMAGE_EXTENSIONS, decode_image, list_keyed, list_names, open_store, read_image
 from models.errors import UserError, without_traceback
 from models.files import to_npy
@@ -31,7 +32,6 @@ from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_na
 from preprocessing.work import Destination, all_cores, load, reading_workers
 
 CROP = "center-crop-dhariwal"
-WIDTHS = {"cuda": (128, 256, 512, 512), "cpu": (16, 32, 32, 32)}  # the VAE's channels; the first are Stable Diffusion's
 SIZES = {"cuda": {"images": 1024, "encoded": 1024, "batch_size": 32}, "cpu": {"images": 64, "encoded": 16, "batch_size": 8}}
 
 
@@ -45,28 +45,12 @@ def draw_photos(folder: Path, count: int) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i:06d}.jpg", quality=90)
 
 
-def random_codec(device: torch.device) -> Codec:
-    """A codec with random weights in WIDTHS. Raises UserError without diffusers."""
-    vae = _autoencoder(device).eval().requires_grad_(False)
-    return Codec(vae.to(device), "random")
-
-
-def _autoencoder(device: torch.device) -> torch.nn.Module:
-    try:
-        from diffusers import AutoencoderKL  # optional, and slow to import
-    except ImportError as error:
-        raise UserError("the VAE's stages need diffusers, which is not installed: pip install diffusers") from error
-    torch.manual_seed(0)
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-                         block_out_channels=WIDTHS[device.type], latent_channels=4, norm_num_groups=min(32, WIDTHS[device.type][0]))
-
-
 def encode_flops(device: torch.device, resolution: int) -> int:
     """Of one image, counted on tensors without numbers."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        vae, image = _autoencoder(device), torch.empty(1, 3, resolution, resolution)
+        vae, image = autoencoder(device.type), torch.empty(1, 3, resolution, resolution)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.encode(image)
     return counter.get_total_flops()
@@ -182,10 +166,11 @@ def vae_rows(stages: Stages, precision: str) -> list[Row]:
         seconds = timed(ways, device, min(args.warmup, 1), args.repeats)
         profile(lambda: quietly(stages.whole, codec), args.profile and args.profile / precision, device)
     rate = rates(len(stages.names), seconds)
+    readers = reading_workers(device.type == "cuda")
     formula = f"{source}{' in TF32' * (precision == 'tf32')} / {flops / 1e9:.4g} GFLOP an image"
     return [Row(f"encode: the VAE, {precision}", alone, "images/s", peak / flops, formula),
-            Row(f"encode: all stages, {precision}", rate["ours"], "images/s", peak / flops, formula, rate.get("plain"),
-                ratio(seconds["ours"], seconds["plain"]) if args.baseline else None)]
+            Row(f"encode: all stages, {precision}, {readers} reading workers", rate["ours"], "images/s", peak / flops, formula,
+                rate.get("plain"), ratio(seconds["ours"], seconds["plain"]) if args.baseline else None)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- main
@@ -213,7 +198,10 @@ def main(argv: list[str] | None = None) -> dict:
     if min(args.images, args.encoded, args.batch_size, *args.workers) < 1 or args.resolution < 8 or args.resolution % 8:
         raise UserError(f"--images {args.images}, --encoded {args.encoded}, --batch-size {args.batch_size}, --workers {args.workers}, "
                         f"--resolution {args.resolution}: give at least 1 of each, and a multiple of 8 for the last")
-    codec = random_codec(device)                                  # before anything is drawn: it may be missing
+    try:
+        codec = random_codec(device)                              # before anything is drawn
+    except ImportError as error:
+        raise UserError("the VAE's stages need diffusers, which is not installed: pip install diffusers") from error
     for precision in precisions:
         set_precision(codec, precision)                           # refused before, too
     with tempfile.TemporaryDirectory() as folder:

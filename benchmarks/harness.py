@@ -8,7 +8,6 @@ a machine's, not the program's.
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -80,20 +79,7 @@ def open_device(args: argparse.Namespace) -> torch.device:
         make_folder(args.profile)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    keep_memory()
     return torch.device(args.device)
-
-
-def keep_memory() -> None:
-    """Have this process keep what it frees, as PyTorch does with a GPU's memory; where the C library is not glibc, nothing happens.
-
-    glibc gives large blocks back to the system at once, and takes page faults to get them again: up to three quarters of what the alignment
-    seemed to cost, and what differed most from run to run. Now they end after a few runs, so that a warm-up is over then.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)                                    # M_TRIM_THRESHOLD: never give back the end of the heap
-        mallopt(-4, 0)                                            # M_MMAP_MAX: no blocks of their own
 
 
 def require_output(path: Path | None) -> None:

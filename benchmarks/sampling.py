@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
+from benchmarks.vae import random_codec
 from evaluations.sample_folder import BlockWriter, SampleFolder, prepare, write_block
 from generate import make_blocks, make_ready
 from models.errors import UserError, notice, without_traceback
@@ -28,8 +29,6 @@ from samplers import LAST_SDE_TIME, Sampling, sample_images
 
 CLASS_TOKEN = 768
 WANTED, STEPS = 50_000, 250                                       # the published setting, whose time is extrapolated
-SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
-SMALL_VAE = {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -105,16 +104,6 @@ def in_halves(network: SiT, whole: int) -> SiT:
 
     network.forward = halves
     return network
-
-
-def random_codec(device: torch.device) -> Codec:
-    """Stable Diffusion's decoder with random weights on CUDA, a small one on a CPU. Needs diffusers."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
-                        scaling_factor=0.18215, **(SD_VAE if device.type == "cuda" else SMALL_VAE))
-    return Codec(vae.eval().requires_grad_(False).to(device), "random")
 
 
 def open_codec(name: str | None, device: torch.device) -> Codec | None:

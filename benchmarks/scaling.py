@@ -1,14 +1,15 @@
 """A model of the step time on many GPUs: `python -m benchmarks.scaling` prints the table of SCALING.md. Computed, not measured.
 
 A step on one of N GPUs is the longest of computing, the host's launches and the loader, plus what of the all-reduce the backward pass does
-not hide.
+not hide, however long that takes.
 """
 
 import argparse
 from dataclasses import dataclass
 
-# Of one image with its encoder, 256 px, forward and backward (benchmarks.train_step counts them), and trained parameters.
-MODELS = {"B/2": (196.3e9, 139.0e6), "L/2": (544.6e9, 467.5e6), "XL/2": (773.5e9, 685.0e6)}
+# FLOPs of one image with its encoder, 256 px, forward and backward (benchmarks.train_step counts them), trained parameters, blocks.
+MODELS = {"B/2": (196.3e9, 139.0e6, 12), "L/2": (544.6e9, 467.5e6, 24), "XL/2": (773.5e9, 685.0e6, 28)}
+ENCODER = 46.3e9                 # of these FLOPs, the frozen encoder's, which has no backward pass
 
 
 @dataclass(frozen=True)
@@ -20,24 +21,26 @@ class Machine:
     per_node: int = 8            # GPUs
     nvlink: float = 0.8 * 450e9  # inside of a node
     network: float = 0.8 * 50e9  # between nodes: 400 Gbit/s for each GPU
-    launches: int = 2500         # of one step
+    block: int = 50              # launches of a block: 40 kernels as compiled, and the EMA's of its ten tensors
+    others: int = 800            # of encoder, projector, losses, AdamW, metering
     launch: float = 5e-6         # seconds that the host needs for one
     loader: float = 5000         # images/s for each GPU, fed by 16 cores
-    hidden: float = 2 / 3        # share of computing that is the backward pass, behind which gradients travel
 
 
 def step_time(model: str, gpus: int, batch: int, machine: Machine = Machine()) -> dict[str, float]:
     """Seconds of one step with `batch` images over all GPUs, and of its parts."""
-    flops, parameters = MODELS[model]
+    flops, parameters, blocks = MODELS[model]
     images, nodes, gradient = batch / gpus, max(1, gpus // machine.per_node), 4 * parameters               # float32
     compute = images * flops / (machine.share * machine.peak)
     inside = min(gpus, machine.per_node)
     # Reduce-scatter inside of a node, all-reduce of each GPU's part between nodes, all-gather inside: 2 (n-1)/n of the bytes each.
     exchange = (2 * (inside - 1) / inside * gradient / machine.nvlink
                 + 2 * (nodes - 1) / nodes * gradient / inside / machine.network)
-    parts = {"compute": compute, "host": machine.launches * machine.launch, "data": images / machine.loader, "exchange": exchange,
-             "exposed": max(0.0, exchange - machine.hidden * compute)}
-    return {"step": max(parts["compute"], parts["host"], parts["data"]) + parts["exposed"], **parts}
+    host = (machine.block * blocks + machine.others) * machine.launch
+    backward = 2 / 3 * (flops - ENCODER) / flops * max(compute, host)                                     # while gradients travel
+    exposed, data = max(0.0, exchange - backward), images / machine.loader
+    return {"step": max(compute, host, data) + exposed, "compute": compute, "host": host, "data": data, "exchange": exchange,
+            "exposed": exposed}
 
 
 def table() -> str:

@@ -1,14 +1,18 @@
 """One training step: `python -m benchmarks.train_step [--baseline]`.
 
-The step is train.py's own: moments and uint8 images to the device, frozen encoder, objective, backward pass, clipping, AdamW, EMA. The data
-are random and the encoder has random weights; neither changes the time. The plain way is benchmarks/plain.py.
+The step is train.py's own: moments and uint8 images, or stored features, to the device, frozen encoder, objective, backward pass,
+clipping, AdamW, EMA, metering. The data are random and the encoder has random weights; neither changes the time. The plain way is
+benchmarks/plain.py.
 """
 
 import argparse
+import gc
+import os
 import resource
 from collections.abc import Callable
 from copy import deepcopy
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -32,15 +36,19 @@ from benchmarks.harness import (
     timed,
 )
 from loss import SILoss
+from models.cached_features import pack
 from models.compiling import compile_blocks, compiler_works
-from models.encoders import Encoder
+from models.encoders import CachedEncoder, Encoder
 from models.errors import UserError, notice, without_traceback
+from models.meter import Meter, Skips
+from models.precision import float32_arithmetic
 from models.sit import SiT_models
 from models.vae import LatentSpace
+from preprocessing.encode_features import describe
 
 CLASSES = 1000
 PIECE = 64                   # images in memory at a time in the plain way, whose float32 takes 0.63 GiB for each of XL's
-MEMORY = 141e9               # bytes of the GPU whose batch-size ceiling is computed: an H200's
+MEMORY = 141e9               # bytes of an H200, whose batch-size ceiling is computed where there is no GPU
 ALIGNED = (256, 257, 768)    # batch, tokens and encoder width of the alignment that is timed alone
 
 
@@ -49,9 +57,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag = argparse.BooleanOptionalAction
     flags.add_argument("--model", type=str, default=None, metavar="LIST", help="None: SiT-XL/2,SiT-B/2 on CUDA, SiT-B/2 on a CPU")
     flags.add_argument("--resolution", type=int, default=256, metavar="PIXELS")
-    flags.add_argument("--batch-size", type=int, default=None, metavar="IMAGES", help="None: 256 on CUDA, 8 on a CPU")
+    flags.add_argument("--batch-size", type=int, default=None, metavar="IMAGES",
+                       help="None: 8 on a CPU; on CUDA 256, or the half, the quarter ... that fits its memory")
     flags.add_argument("--enc-type", type=str, default="dinov2-vit-b", metavar="NAME", help="its weights are random")
-    flags.add_argument("--encoder", choices=("online", "cached"), default="online", help="cached: features come with the batch")
+    flags.add_argument("--encoder", choices=("online", "cached"), default="online", help="cached: stored features come with the batch")
     flags.add_argument("--precisions", type=str, default=None, metavar="LIST",
                        help="of no, bf16, fp16; None: bf16 on CUDA, no on a CPU, and bf16 where it has instructions for it")
     flags.add_argument("--compile", action=flag, default=None, help="None: on CUDA")
@@ -68,12 +77,26 @@ def settings_of(args: argparse.Namespace, precision: str) -> argparse.Namespace:
     return train.resolve(train.parse_args(flags))
 
 
-def random_batch(settings: argparse.Namespace, space: LatentSpace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """images uint8 (B, 3, R, R), moments (B, 2C, H, W), labels (B,) as the loader gives them: on the host, pinned where there is a GPU."""
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As the loader gives it: on the host, ready to be copied to a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def random_batch(settings: argparse.Namespace, space: LatentSpace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """images uint8 (B, 3, R, R), moments (B, 2C, H, W), labels (B,) as the loader gives them."""
     count, side = settings.batch_size, settings.resolution // space.downsampling
     batch = (torch.randint(0, 256, (count, 3, settings.resolution, settings.resolution), dtype=torch.uint8),
              torch.rand(count, 2 * space.channels, side, side), torch.randint(0, CLASSES, (count,)))
-    return tuple(part.pin_memory() for part in batch) if torch.cuda.is_available() else batch
+    return tuple(pinned(part, device) for part in batch)
+
+
+def random_features(settings: argparse.Namespace, device: torch.device) -> tuple[CachedEncoder, dict[str, torch.Tensor]]:
+    """What stands in the encoder's place, and stored features of a batch as the loader gives them."""
+    record = describe(settings.enc_type, None, settings.resolution, "float16")
+    count, tokens = settings.batch_size, record.grid**2
+    stored = pack(torch.randn(count, record.width), torch.randn(count, tokens, record.width), record.dtype)
+    encoder = CachedEncoder(record, settings.resolution // LatentSpace().downsampling // SiT_models[settings.model].keywords["patch_size"])
+    return encoder, {part: pinned(torch.from_numpy(stored[part].copy()), device) for part in stored.dtype.names}
 
 
 def build(settings: argparse.Namespace, device: torch.device) -> tuple[LatentSpace, list[Encoder], torch.nn.Module]:
@@ -82,30 +105,38 @@ def build(settings: argparse.Namespace, device: torch.device) -> tuple[LatentSpa
     return space, encoders, train.build_model(settings, space, encoders).to(device).train()
 
 
-def open_accelerator(settings: argparse.Namespace) -> Accelerator:
+def open_accelerator(settings: argparse.Namespace, device: torch.device) -> Accelerator:
     AcceleratorState._reset_state()                               # one process times several precisions
-    return train.open_accelerator(settings)
+    with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} if device.type == "cpu" else {}):
+        return train.open_accelerator(settings)
 
 
 def fast_step(settings: argparse.Namespace, device: torch.device, cached: bool) -> Callable[[], object]:
     """train.py's step on one batch, as a function without arguments."""
     space, encoders, model = build(settings, device)
-    accelerator = open_accelerator(settings)
+    accelerator = open_accelerator(settings, device)
+    meter, skips = Meter(), Skips(settings.max_skipped_updates)
     model.checkpointing = settings.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
     if settings.compile:
-        settings.compile = all([compile_blocks(network) for network in (model, *(encoder.model for encoder in encoders))])
+        settings.compile = all([compile_blocks(network) for network in (model, *(encoder.model for encoder in encoders if not cached))])
     optimizer = train.open_optimizer(model, settings)
     objective = SILoss(align=settings.align, compile=settings.compile)
     prepared = accelerator.prepare(model)
-    images, moments, labels = random_batch(settings, space)
-    kept = train.prepare_batch(images, moments, labels, space, encoders, settings, accelerator) if cached else {}
+    images, moments, labels = random_batch(settings, space, device)
+    features = []
+    if cached:
+        encoder, stored = random_features(settings, device)
+        images, encoders, features = torch.zeros(settings.batch_size, 0, dtype=torch.uint8), [encoder], [stored]
 
     def run() -> None:
-        batch = {**train.prepare_batch(images, moments, labels, space, [] if cached else encoders, settings, accelerator),
-                 **{name: kept[name] for name in ("cls_token", "zs") if cached}}
-        train.backward(accelerator, prepared, objective, batch, settings, last=True)
-        train.update(model, ema, optimizer, accelerator.scaler, settings)
+        train.reseed(settings.seed, 0, 0, 0)
+        batch = train.prepare_batch(images, moments, labels, space, encoders, settings, accelerator, features)
+        terms, total = train.backward(accelerator, prepared, objective, batch, settings, last=True)
+        train.add_terms(meter, terms, total)
+        grad_norm = train.update(model, ema, optimizer, accelerator.scaler, settings)
+        meter.add("grad_norm", grad_norm)
+        skips.note(train.named([terms], grad_norm))
 
     return run
 
@@ -116,7 +147,7 @@ def plain_step(settings: argparse.Namespace, device: torch.device) -> Callable[[
     ema = deepcopy(model).eval().requires_grad_(False)
     optimizer = plain.adamw(model, settings)
     objective = plain.objective(align=settings.align)
-    images, moments, labels = random_batch(settings, space)
+    images, moments, labels = random_batch(settings, space, device)
 
     def batches():
         for piece in zip(images.split(PIECE), moments.split(PIECE), labels.split(PIECE), strict=True):
@@ -127,7 +158,8 @@ def plain_step(settings: argparse.Namespace, device: torch.device) -> Callable[[
             yield dict(images=latents, model_kwargs=dict(y=y), cls_token=class_token, zs=[features])
 
     def run() -> None:
-        plain.step(model, ema, optimizer, objective, batches(), settings)
+        with float32_arithmetic():                                # train.py's settings would give it TF32
+            plain.step(model, ema, optimizer, objective, batches(), settings)
 
     return run
 
@@ -155,7 +187,9 @@ def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
     rows, cached = [], args.encoder == "cached"
     for precision in args.precisions.split(","):
         settings = settings_of(args, precision)
+        name = f"{args.model}, batch {args.batch_size}, {'float32' if precision == 'no' else precision}"
         if device.type == "cuda":
+            gc.collect()                                          # accelerate's wrapped forward holds the model before in a circle
             torch.cuda.reset_peak_memory_stats(device)
         ways = {"fast": fast_step(settings, device, cached)}
         ways["fast"]()
@@ -163,15 +197,17 @@ def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
         if args.baseline:
             ways["plain"] = plain_step(settings, device)
         seconds = timed(ways, device, args.warmup, args.repeats)
-        profile(ways["fast"], args.profile, device)
+        profile(ways["fast"], args.profile and args.profile / f"{args.model.replace('/', '-')}-{precision}", device)
         flops = flops_per_image(settings, cached)
         peak, source = matmul_peak(device, {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-        name = f"{args.model}, {'float32' if precision == 'no' else precision}{', compiled' if settings.compile else ''}"
+        name += ", compiled" * settings.compile
         rate = {way: args.batch_size / median(found) for way, found in seconds.items()}
         rows.append(Row(name, rate["fast"], "images/s", peak / flops, f"{source} / {flops / 1e9:.1f} GFLOP per image",
                         rate.get("plain"), ratio(seconds["fast"], seconds["plain"]) if args.baseline else None))
         if device.type == "cuda" or not settings.compile:         # on a CPU operators are counted, as they run without the compiler
+            pieces = -(-args.batch_size // PIECE)
             rows.append(Row(f"{name}: launches", count_launches(ways["fast"], device), "",
+                            formula=f"the plain way's in {pieces} pieces" if args.baseline and pieces > 1 else "",
                             baseline=count_launches(ways["plain"], device) if args.baseline else None))
         rows.append(Row(f"{name}: peak memory of {'the first step' if device.type == 'cuda' else 'this process so far'}", memory, "GiB"))
         rows.append(memory_row(name, settings, device))
@@ -183,8 +219,8 @@ def kept_bytes(settings: argparse.Namespace, device: torch.device, images: int) 
     settings = argparse.Namespace(**{**vars(settings), "batch_size": images})
     space, encoders, model = build(settings, device)
     model.checkpointing = settings.activation_checkpointing
-    accelerator = open_accelerator(settings)
-    batch = train.prepare_batch(*random_batch(settings, space), space, encoders, settings, accelerator)
+    accelerator = open_accelerator(settings, device)
+    batch = train.prepare_batch(*random_batch(settings, space, device), space, encoders, settings, accelerator)
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def note(saved: torch.Tensor) -> torch.Tensor:
@@ -200,13 +236,28 @@ def kept_bytes(settings: argparse.Namespace, device: torch.device, images: int) 
     return sum(storage.nbytes() for storage in kept.values()), states
 
 
-def memory_row(name: str, settings: argparse.Namespace, device: torch.device) -> Row:
-    """Memory that each image of a batch takes, and how many images a GPU's memory would hold by that; computed, not tried."""
+def memory_of(settings: argparse.Namespace, device: torch.device) -> tuple[float, float, float]:
+    """Bytes that each image of a batch takes in the eager step, bytes of the rest, and bytes of the GPU; computed, not tried."""
     (two, states), (four, _) = (kept_bytes(settings, device, images) for images in (2, 4))
     each = (four - two) / 2                                       # what does not grow with the batch is the weights in bf16
-    fixed = states + two - 2 * each
+    return each, states + two - 2 * each, torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else MEMORY
+
+
+def memory_row(name: str, settings: argparse.Namespace, device: torch.device) -> Row:
+    """Memory that each image of a batch takes, and how many images a GPU's memory would hold by that."""
+    each, fixed, memory = memory_of(settings, device)
     return Row(f"{name}: kept per image, eager", each / 2**30, "GiB",
-               formula=f"at most {(MEMORY - fixed) / each:.0f} images beside {fixed / 1e9:.1f} GB of states in {MEMORY / 1e9:.0f} GB")
+               formula=f"at most {(memory - fixed) / each:.0f} images beside {fixed / 1e9:.1f} GB of states in {memory / 1e9:.0f} GB")
+
+
+def fitting_batch(args: argparse.Namespace, device: torch.device) -> int:
+    """256 images or the half, the quarter ... that fits the GPU in eager mode, twice the states beside them if there is a plain way."""
+    if device.type == "cpu":
+        return 8
+    precision = args.precisions.split(",")[0]
+    each, fixed, memory = memory_of(settings_of(argparse.Namespace(**{**vars(args), "batch_size": 4}), precision), device)
+    sizes = [256 >> halvings for halvings in range(8)]
+    return next((size for size in sizes if size * each + (1 + args.baseline) * fixed < 0.9 * memory), 1)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -272,14 +323,15 @@ def main(argv=None) -> None:
     device = open_device(args)
     on_gpu = device.type == "cuda"
     args.model = args.model or ("SiT-XL/2,SiT-B/2" if on_gpu else "SiT-B/2")
-    args.batch_size = (256 if on_gpu else 8) if args.batch_size is None else args.batch_size
     args.precisions = args.precisions or ("bf16" if on_gpu else "no,bf16" if precision_that_suits(device) == "bf16" else "no")
     args.compile = on_gpu if args.compile is None else args.compile
     for flag, known in (("model", tuple(SiT_models)), ("precisions", ("no", "bf16", "fp16"))):
         unknown = set(getattr(args, flag).split(",")) - set(known)
         if unknown:
             raise UserError(f"--{flag} names {', '.join(sorted(unknown))}: give a list of {', '.join(known)}")
-    if args.batch_size < 1:
+    if "," in args.enc_type:
+        raise UserError(f"--enc-type {args.enc_type} names several encoders: give one")
+    if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: give at least 1")
     step = 8 * max(SiT_models[name].keywords["patch_size"] for name in args.model.split(","))
     if args.resolution < step or args.resolution % step:
@@ -289,9 +341,14 @@ def main(argv=None) -> None:
     rows = []
     for name in args.model.split(","):
         one = argparse.Namespace(**{**vars(args), "model": name})
-        rows += [*step_rows(one, device), update_row(one, device)]
+        try:
+            one.batch_size = args.batch_size or fitting_batch(one, device)
+            rows += step_rows(one, device)
+            rows.append(update_row(one, device))
+        except torch.OutOfMemoryError as error:
+            notice(f"{name} is left out: {str(error).splitlines()[0]} Give a smaller --batch-size")
     rows += alignment_rows(args, device)
-    settings = ("model", "resolution", "batch_size", "encoder", "enc_type", "compile", "activation_checkpointing", "repeats")
+    settings = ("resolution", "encoder", "enc_type", "compile", "activation_checkpointing", "repeats")
     report("train_step", rows, {name: getattr(args, name) for name in settings}, device, args.output)
 
 

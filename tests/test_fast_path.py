@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from copy import deepcopy
@@ -18,8 +19,9 @@ import train
 from benchmarks import plain
 from loss import SILoss
 from models import checkpoint, compiling
+from models.cached_features import FeaturesRecord
 from models.compiling import compile_blocks
-from models.encoders import load_encoders
+from models.encoders import CachedEncoder, load_encoders
 from models.meter import Meter, Skips
 from models.vae import LatentSpace
 from tests.test_reference import FORWARD, distance, released_model, tensor, vectors
@@ -151,8 +153,22 @@ def test_no_graph_breaks(encoder_folder):
         assert found.graph_break_count == 0 and found.graph_count == 1, found.break_reasons
 
 
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
+
+
 class NoReading(TorchDispatchMode):
-    """Refuses what makes the host wait for the device: reading a number, and shapes that depend on values."""
+    """Refuses what makes the host wait for the device: reading numbers, and shapes that depend on values."""
+
+    def __enter__(self):
+        # A CPU's tensors are read without an operator.
+        self.patches = pytest.MonkeyPatch()
+        for name in READS:
+            self.patches.setattr(torch.Tensor, name, lambda *_, name=name, **__: pytest.fail(f"{name} waits for the device"))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.undo()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         waits = ("_local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.masked_select", "aten.unique", "aten.equal")
@@ -162,13 +178,23 @@ class NoReading(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_waits_for_nothing(encoder_folder, checkpointing):
-    """From the loader's batch to the meter, as train.py's loop does it."""
+@pytest.mark.parametrize("read", ["item", "tolist", "cpu", "numpy", "__bool__", "__float__"])
+def test_what_reads_is_noticed(read):
+    with NoReading(), pytest.raises((AssertionError, pytest.fail.Exception), match="waits for the device"):
+        getattr(torch.ones(()), read)()
+
+
+@pytest.mark.parametrize(("checkpointing", "cached", "scaled"), [(False, False, False), (True, False, False), (False, True, True)])
+def test_a_step_waits_for_nothing(encoder_folder, checkpointing, cached, scaled):
+    """From the loader's batch to the meter, as train.py's loop does it, with two micro-batches."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = train.parse_args(["--mixed-precision", "bf16"])
+    args = train.parse_args(["--mixed-precision", "bf16", "--gradient-accumulation-steps", "2"])
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    encoders = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32, grid=4)
+    accelerator.scaler = torch.amp.GradScaler("cpu") if scaled else None
+    encoders, features = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32, grid=4), []
+    if cached:
+        record = FeaturesRecord("an encoder", "", "", None, resolution=32, grid=4, width=32, class_token=True, dtype="float16")
+        encoders, features = [CachedEncoder(record, 4)], [{"class_token": torch.ones(4, 32), "patches": torch.ones(4, 16, 32).half()}]
     model = small(in_channels=4, cls_token_dim=32, z_dims=(32,)).train()
     model.checkpointing = checkpointing
     ema, optimizer, meter, skips = deepcopy(model), train.open_optimizer(model, args), Meter(), Skips(20)
@@ -176,10 +202,12 @@ def test_a_step_waits_for_nothing(encoder_folder, checkpointing):
     images, moments, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.rand(4, 8, 8, 8), torch.tensor([0, 1, 2, 3])
     with NoReading():
         for _ in range(2):
-            batch = train.prepare_batch(images, moments, labels, LatentSpace(), encoders, args, accelerator)
-            terms, total = train.backward(accelerator, prepared, objective, batch, args, last=True)
-            train.add_terms(meter, terms, total)
-            grad_norm = train.update(model, ema, optimizer, None, args)
+            for micro in range(2):
+                train.reseed(0, 0, micro, 0)
+                batch = train.prepare_batch(images, moments, labels, LatentSpace(), encoders, args, accelerator, features)
+                terms, total = train.backward(accelerator, prepared, objective, batch, args, last=micro == 1)
+                train.add_terms(meter, terms, total)
+            grad_norm = train.update(model, ema, optimizer, accelerator.scaler, args)
             meter.add("grad_norm", grad_norm)
             skips.note(train.named([terms], grad_norm))
 
@@ -193,6 +221,31 @@ def test_images_travel_as_bytes(encoder_folder, monkeypatch):
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     train.prepare_batch(images, torch.rand(2, 8, 4, 4), labels, LatentSpace(), [encoder], args, Accelerator(cpu=True))
     assert seen == [torch.uint8]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_memory_is_kept_between_runs():
+    """In a process of its own: after a few, blocks of 64 MiB are filled without page faults, and without the call they never are."""
+    program = """if True:
+        import resource, sys, torch
+        from models.memory import keep_memory
+        if sys.argv[1] == "keep":
+            keep_memory()
+        for _ in range(20):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(2**24).fill_(1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = [int(subprocess.run([sys.executable, "-c", program, way], cwd=ROOT, capture_output=True, text=True, check=True,
+                                 env={**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}).stdout) for way in ("keep", "leave")]
+    assert faults[0] < 100 < faults[1]                            # 64 MiB are 16,384 pages
+
+
+def test_training_on_a_cpu_keeps_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "keep_memory", lambda: asked.append(True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.open_accelerator(train.resolve(train.parse_args(["--mixed-precision", "no"])))
+    assert asked == [True]
 
 
 # ---- the flags
