@@ -226,10 +226,10 @@ def test_the_price_of_a_zip_is_said_to_be_twice_that_for_a_while(prepared, tmp_p
 def test_auto_says_that_there_are_only_features_of_others(prepared, monkeypatch, capsys):
     """An encoder's folder that is typed in another way has features of another name."""
     _, _, args = opened(prepared, "--enc-type", f"{TOY}/")
-    assert args.cached_features == "require" and "and none of" not in capsys.readouterr().err
+    assert args.cached_features == "require" and "but none of" not in capsys.readouterr().err
     monkeypatch.chdir(ROOT)
     _, _, args = opened(prepared, "--enc-type", f"local-dir:{NETWORKS.relative_to(ROOT) / 'encoder'}")
-    assert args.cached_features == "off" and f"holds {the_features(prepared).name}, and none of local-dir:" in capsys.readouterr().err
+    assert args.cached_features == "off" and f"holds {the_features(prepared).name}, but none of local-dir:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("zipped", "factor"), [(False, 1), (True, 2)])               # a zip is collected in a folder
