@@ -344,6 +344,10 @@ def dry_run(args: argparse.Namespace) -> None:
     else:
         space = LatentSpace()
         args.resolution, args.num_classes = args.resolution or 256, args.num_classes or 1000
+        cut = space.downsampling * SiT_models[args.model].keywords["patch_size"]
+        if args.resolution % cut:
+            raise UserError(f"--resolution is {args.resolution}: give a multiple of {cut}, the VAE's {space.downsampling} pixels times the "
+                            f"patch of {args.model}")
         notice(f"{args.data_dir} does not exist: described for ImageNet at {args.resolution} px")
     with torch.device("meta"):
         model = build_model(args, space, open_encoders(args, space, "meta", pretrained=False))

@@ -56,7 +56,7 @@ def main(argv=None) -> None:
     names = args.only.split(",")
     unknown = [name for name in names if name not in ALL]
     if unknown:
-        raise UserError(f"--only names {', '.join(unknown) or 'nothing'}: give some of {','.join(ALL)}")
+        raise UserError(f"--only names {', '.join(map(repr, unknown))}: give some of {','.join(ALL)}, without spaces")
     if args.repeats is not None and args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}: give at least 1")
     require_output(args.output)

@@ -32,7 +32,7 @@ from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_na
 from preprocessing.work import Destination, all_cores, load, reading_workers
 
 CROP = "center-crop-dhariwal"
-SIZES = {"cuda": {"images": 1024, "encoded": 1024, "batch_size": 32}, "cpu": {"images": 64, "encoded": 16, "batch_size": 8}}
+SIZES = {"cuda": {"images": 1024, "batch_size": 32}, "cpu": {"images": 64, "batch_size": 8}}
 
 
 def draw_photos(folder: Path, count: int) -> None:
@@ -178,7 +178,7 @@ def vae_rows(stages: Stages, precision: str) -> list[Row]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flags = parser(__doc__.partition("\n")[0], repeats=3)
     flags.add_argument("--images", type=int, metavar="N", help="photos that are drawn; None: 1024 for a GPU, 64 for a CPU")
-    flags.add_argument("--encoded", type=int, metavar="N", help="of them that are read and encoded; None: 1024 for a GPU, 16 for a CPU")
+    flags.add_argument("--encoded", type=int, metavar="N", help="of them that are read and encoded; None: all, on a CPU 16 at most")
     flags.add_argument("--batch-size", type=int, metavar="N", help="images encoded at a time; None: 32 on a GPU, 8 on a CPU")
     flags.add_argument("--resolution", type=int, default=256, metavar="N", help="of the images, in pixels, a multiple of 8")
     flags.add_argument("--workers", type=int, nargs="+", metavar="N", help="numbers of processes; None: 1, 2, 4, ... up to the cores")
@@ -193,11 +193,15 @@ def main(argv: list[str] | None = None) -> dict:
     device = open_device(args)
     for name, value in SIZES[device.type].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.workers = args.workers or sorted({*(2**i for i in range(int(math.log2(all_cores())) + 1)), all_cores()})
+    if args.encoded is None:
+        args.encoded = args.images if device.type == "cuda" else min(args.images, 16)
+    args.workers = sorted({*(args.workers or (*(2**i for i in range(int(math.log2(all_cores())) + 1)), all_cores()))})
     precisions = args.precision or (PRECISIONS if device.type == "cuda" else sorted({"fp32", precision_that_suits(device)}, reverse=True))
     if min(args.images, args.encoded, args.batch_size, *args.workers) < 1 or args.resolution < 8 or args.resolution % 8:
         raise UserError(f"--images {args.images}, --encoded {args.encoded}, --batch-size {args.batch_size}, --workers {args.workers}, "
                         f"--resolution {args.resolution}: give at least 1 of each, and a multiple of 8 for the last")
+    if args.encoded > args.images:
+        raise UserError(f"--encoded is {args.encoded}, but only --images {args.images} are drawn: give at most as many")
     try:
         codec = random_codec(device)                              # before anything is drawn
     except ImportError as error:
@@ -214,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
         for precision in precisions:
             rows += vae_rows(stages, precision)
     settings = {"images": args.images, "encoded": args.encoded, "resolution": args.resolution, "batch size": args.batch_size,
-                "VAE": WIDTHS[device.type]}
+                "workers": args.workers, "repeats": args.repeats, "VAE": WIDTHS[device.type]}
     return report("encode", rows, settings, device, args.output)
 
 

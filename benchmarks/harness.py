@@ -56,8 +56,9 @@ def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     flags.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", metavar="DEVICE", help="cpu or cuda")
     flags.add_argument("--threads", type=int, default=None, metavar="N", help="of a CPU; None: as many as PyTorch takes")
-    flags.add_argument("--warmup", type=int, default=3, metavar="N", help="runs before the first that counts")
-    flags.add_argument("--repeats", type=int, default=repeats, metavar="N", help="runs that count; the median is reported")
+    flags.add_argument("--warmup", type=int, default=3, metavar="N", help="runs before the first that counts; of long things one at most")
+    flags.add_argument("--repeats", type=int, default=repeats, metavar="N",
+                       help="runs that count, of short things more; the median is reported")
     flags.add_argument("--baseline", action="store_true", help="also time the plain way, in turn with the other, and print the ratio")
     flags.add_argument("--profile", type=Path, default=None, metavar="DIR", help="write a trace of one run, print its 20 longest operators")
     flags.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the JSON there, too")

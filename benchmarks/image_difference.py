@@ -41,6 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flags.add_argument("--model", type=str, default=None, metavar="NAME", help="for released files, which do not say it")
     flags.add_argument("--vae", type=str, default=None, metavar="VAE", help="decoder; None: the checkpoint's")
     flags.add_argument("--features", type=str, default=f"local-dir:{TOY_FEATURES}", metavar="SPEC", help="as of evaluations.evaluator")
+    flags.add_argument("--inception-weights", type=str, default=None, metavar="FILE", help="as of evaluations.evaluator")
     flags.add_argument("--count", type=int, default=512, metavar="N", help="images of a set")
     flags.add_argument("--batch-size", type=int, default=64, metavar="IMAGES")
     flags.add_argument("--num-steps", type=int, default=50, metavar="STEPS")
@@ -95,7 +96,8 @@ def compare(name: str, faster: torch.Tensor, exact: torch.Tensor, other: torch.T
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    extractor, sample = load_extractor(args.features, device), sampler(args, device)
+    sample = sampler(args, device)                                # before anything is downloaded: the checkpoint may be missing
+    extractor = load_extractor(args.features, device, args.inception_weights)
     exact, other = sample("fp32", *EXACT, seed=0), sample("fp32, another seed", *EXACT, seed=1)
     yardstick = distance(exact, other, extractor)
     rows = [Row(f"fp32: {extractor.label} to fp32, another seed", yardstick, "")]

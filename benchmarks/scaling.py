@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass
 
 # FLOPs of one image with its encoder, 256 px, forward and backward (benchmarks.train_step counts them), trained parameters, blocks.
-MODELS = {"B/2": (196.3e9, 139.0e6, 12), "L/2": (544.6e9, 467.5e6, 24), "XL/2": (773.5e9, 685.0e6, 28)}
+MODELS = {"B/2": (196.2e9, 139.0e6, 12), "L/2": (544.6e9, 467.5e6, 24), "XL/2": (773.5e9, 685.0e6, 28)}
 ENCODER = 46.3e9                 # of these FLOPs, the frozen encoder's, which has no backward pass
 
 

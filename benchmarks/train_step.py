@@ -329,7 +329,9 @@ def main(argv=None) -> None:
     for flag, known in (("model", tuple(SiT_models)), ("precisions", ("no", "bf16", "fp16"))):
         unknown = set(getattr(args, flag).split(",")) - set(known)
         if unknown:
-            raise UserError(f"--{flag} names {', '.join(sorted(unknown))}: give a list of {', '.join(known)}")
+            raise UserError(f"--{flag} names {', '.join(map(repr, sorted(unknown)))}: give a list of {','.join(known)}, without spaces")
+    if "fp16" in args.precisions.split(",") and not on_gpu:
+        raise UserError("--precisions names fp16, which needs a CUDA device: give a list of no and bf16")
     if "," in args.enc_type:
         raise UserError(f"--enc-type {args.enc_type} names several encoders: give one")
     if args.batch_size is not None and args.batch_size < 1:

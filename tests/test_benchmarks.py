@@ -100,8 +100,10 @@ def test_train_step(capsys, tmp_path, encoder_folder, encoder, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [
-    (["--device", "tpu"], "--device is 'tpu'"), (["--repeats", "0"], "--repeats is 0"), (["--precisions", "fp8"], "--precisions names fp8"),
-    (["--model", "SiT-B/2,SiT-B"], "--model names SiT-B:"),
+    (["--device", "tpu"], "--device is 'tpu'"), (["--repeats", "0"], "--repeats is 0"),
+    (["--precisions", "fp8"], "--precisions names 'fp8'"),
+    (["--model", "SiT-B/2,SiT-B"], "--model names 'SiT-B':"),
+    (["--precisions", "no,fp16"], "which needs a CUDA device"), (["--model", "SiT-B/2,"], "--model names '':"),
     (["--device", "cuda"], "torch sees no GPU"), (["--batch-size", "0"], "--batch-size is 0"), (["--enc-type", "a,b"], "give one"),
     (["--resolution", "33"], "multiple of 16"),
     (["--output", "{}"], "is a folder"), (["--output", "{}/file/a.json"], "file"),
@@ -114,7 +116,7 @@ def test_mistakes_end_with_one_sentence(tmp_path, capsys, flags, sentence):
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [
-    (["--only", "nosuch"], "--only names nosuch"), (["--only", ","], "--only names"), (["--repeats", "0"], "--repeats is 0"),
+    (["--only", "nosuch"], "--only names 'nosuch'"), (["--only", ","], "--only names ''"), (["--repeats", "0"], "--repeats is 0"),
     (["--output", "{}"], "is a folder"),
 ])
 def test_all_benchmarks_refuse_before_the_first_one_runs(tmp_path, capsys, monkeypatch, flags, sentence):

@@ -94,7 +94,8 @@ def test_scorings_plain_ways_do_what_the_stages_do(monkeypatch):
 
 @pytest.mark.parametrize(("program", "flags", "sentence"), [
     (encode, ["--workers", "0"], "--workers [0]"), (encode, ["--precision", "tf32"], "tf32, which is a GPU's"),
-    (encode, ["--resolution", "30"], "a multiple of 8"), (scoring, ["--rows", "3", "9"], "need at least 4"),
+    (encode, ["--resolution", "30"], "a multiple of 8"), (encode, ["--images", "3", "--encoded", "4"], "only --images 3 are drawn"),
+    (scoring, ["--rows", "3", "9"], "need at least 4"),
     (scoring, ["--stage", "1"], "give more")])
 def test_sizes_that_cannot_be_are_refused(program, flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -596,6 +596,13 @@ def test_dry_run_describes_and_stops(train_flags, tmp_path, capsys):
     assert '"encoder_depth": 4' in out and '"num_classes": 3' in out and "M parameters" in out and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("resolution", ["4", "100"])
+def test_dry_run_refuses_what_cannot_be_cut(capsys, resolution):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--model", "SiT-B/2", "--data-dir", "nowhere", "--dry-run", "--resolution", resolution])
+    assert ended.value.code == 2 and "give a multiple of 16" in capsys.readouterr().err
+
+
 def test_dry_run_knows_the_papers_cost(capsys):
     train.main(["--model", "SiT-B/2", "--data-dir", "nowhere", "--dry-run"])
     assert "139.028M parameters (131.684M without projectors), 49.97 GFLOPs forward for one image (24.98 GMAC)" in capsys.readouterr().out
