@@ -47,7 +47,7 @@ from models.vae import LatentSpace
 from preprocessing.encode_features import describe
 
 CLASSES = 1000
-PIECE = 64                   # images in memory at a time in the plain way, whose float32 takes 0.63 GiB for each of XL's
+PIECE = 32                   # images in memory at a time in the plain way, whose float32 takes 0.63 GiB for each of XL's
 MEMORY = 141e9               # bytes of an H200, whose batch-size ceiling is computed where there is no GPU
 OFTENER = 5                  # runs of the alignment and of the update for each of the step, which takes as long as ten of them
 ALIGNED = (256, 257, 768)    # batch, tokens and encoder width of the alignment that is timed alone

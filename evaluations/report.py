@@ -58,7 +58,7 @@ def read_row(metrics: Path, result: dict) -> dict:
 
 def read_rows(samples: Path) -> list[dict]:
     """A row for all that was scored below the folder, sorted; `best` is true for the lowest distance among those comparable to it."""
-    rows = sorted((read_row(path, result) for path in samples.glob(f"*/{METRICS}") if (result := read_result(path)) is not None),
+    rows = sorted((read_row(path, result) for path in sorted(samples.glob(f"*/{METRICS}")) if (result := read_result(path)) is not None),
                   key=lambda row: [(row[name] is not None, row[name]) for name in SETTINGS])
     lowest: dict[tuple, float] = {}
     for row in rows:
