@@ -81,10 +81,11 @@ def set_tf32(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
-def random_network(name: str, side: int, channels: int) -> SiT:
-    """Without zeros, which heads and gates begin with and a GPU multiplies at a higher clock."""
+def random_network(name: str, side: int, channels: int, device: torch.device) -> SiT:
+    """Without zeros, which heads and gates begin with and a GPU multiplies at a higher clock. Drawn on the device, in no time."""
     torch.manual_seed(0)
-    network = SiT_models[name](input_size=side, in_channels=channels, z_dims=(), cls_token_dim=CLASS_TOKEN)
+    with device:
+        network = SiT_models[name](input_size=side, in_channels=channels, z_dims=(), cls_token_dim=CLASS_TOKEN)
     for layer in network.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=0.02)
@@ -216,9 +217,9 @@ class Timer:
 
 def open_ways(args: argparse.Namespace, codec: Codec | None, side: int, channels: int, device: torch.device) -> dict[str, Way]:
     """Ours and, with --baseline, the plain one; `codec` becomes ours. Says in `args.compile` whether the network is compiled."""
-    network, ways = random_network(args.model, side, channels), {}
+    network, ways = random_network(args.model, side, channels, device), {}
     if args.baseline:
-        plain = in_halves(deepcopy(network).to(device), args.batch_size)
+        plain = in_halves(deepcopy(network), args.batch_size)
         ways["plain"] = Way(plain, deepcopy(codec), "fp32", compiled=False, beside=False)
     args.compile = make_ready(network, device, args.precision, args.compile)
     if codec is not None and args.precision == "bf16":

@@ -101,9 +101,11 @@ def random_features(settings: argparse.Namespace, device: torch.device) -> tuple
 
 
 def build(settings: argparse.Namespace, device: torch.device) -> tuple[LatentSpace, list[Encoder], torch.nn.Module]:
+    """With random weights that are drawn on the device: a CPU takes seconds for those of XL."""
     space = LatentSpace()
-    encoders = train.open_encoders(settings, space, device, pretrained=False)
-    return space, encoders, train.build_model(settings, space, encoders).to(device).train()
+    with device:
+        encoders = train.open_encoders(settings, space, device, pretrained=False)
+        return space, encoders, train.build_model(settings, space, encoders).train()
 
 
 def open_accelerator(settings: argparse.Namespace, device: torch.device) -> Accelerator:
@@ -167,9 +169,9 @@ def plain_step(settings: argparse.Namespace, device: torch.device) -> Callable[[
 
 def flops_per_image(settings: argparse.Namespace, cached: bool) -> float:
     """Of one image's forward and backward pass, with the encoder's forward unless its features are cached; counted on meta tensors."""
+    space, encoders, model = build(settings, torch.device("meta"))
+    model.checkpointing = False                                   # what is computed twice is not useful work
     with torch.device("meta"):
-        space, encoders, model = build(settings, torch.device("meta"))
-        model.checkpointing = False                               # what is computed twice is not useful work
         mean = torch.zeros(1, space.channels, model.input_size, model.input_size)
         class_token, features = torch.zeros(1, encoders[0].embed_dim), torch.zeros(1, model.pos_embed.shape[1], encoders[0].embed_dim)
         with FlopCounterMode(display=False) as flops:

@@ -72,7 +72,7 @@ def test_flops_by_hand():
 
 
 def test_halves_of_guidance_one_after_the_other_are_the_same_velocity():
-    network = sampling.random_network("SiT-T/8", 8, 4)
+    network = sampling.random_network("SiT-T/8", 8, 4, torch.device("cpu"))
     plain = sampling.in_halves(deepcopy(network), 2)
     sizes = []
     plain.blocks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
@@ -89,7 +89,7 @@ def test_both_ways_write_the_same_images(vae_folder, tmp_path):
     """In one precision the ways differ in nothing but time."""
     codec, files = load_codec(str(vae_folder)), {}
     for beside in (True, False):
-        network = sampling.random_network("SiT-T/2", 8, 4)
+        network = sampling.random_network("SiT-T/2", 8, 4, torch.device("cpu"))
         folder = SampleFolder(tmp_path / str(beside), 4, 2, 32, None, True)
         prepare(folder, False, {})
         sampling.whole_path(sampling.Way(network, codec, "fp32", compiled=False, beside=beside), folder, num_steps=2)
