@@ -166,16 +166,7 @@ def make_ready(model: SiT, device: torch.device, precision: str, compiled: bool)
         for layer in model.modules():
             if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
                 layer.to(torch.bfloat16)                          # once what autocast does at every evaluation: the same bits
-    if not compiled:
-        return False
-    from torch._inductor import config  # slow to import
-
-    # Else each process may pick the kernels that it finds the fastest.
-    if hasattr(config, "deterministic"):
-        config.deterministic = True
-    else:                                                         # older than PyTorch 2.9
-        config.triton.autotune_pointwise = False
-    return compile_blocks(model)
+    return compiled and compile_blocks(model, same_kernels=True)
 
 
 def require_same_everywhere(compiled: bool) -> None:
@@ -231,7 +222,7 @@ def main(argv=None) -> None:
     else:
         codec = load_codec(vae, world.device)
         if args.vae_precision == "bf16":
-            codec.in_bf16()
+            codec.in_bf16(args.compile)
         space.require_same(codec.space, "the checkpoint", "the decoder")
         there = len(folder.blocks) - len(missing)
         if there:

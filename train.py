@@ -611,7 +611,7 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
     model.checkpointing = args.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
     if args.compile:
-        args.compile = all([compile_blocks(network) for network in (model, *(one.model for one in encoders if isinstance(one, Encoder)))])
+        args.compile = all([compile_blocks(network) for network in (model, *(one for one in encoders if isinstance(one, Encoder)))])
     optimizer = open_optimizer(model, args)
     flags = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     aligned = args.align if args.method == "reg" and args.align else "all"                # without a slot, all tokens are patches

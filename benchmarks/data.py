@@ -37,8 +37,9 @@ from preprocessing.work import all_cores
 
 GOAL, CORES = 5000, 16                # images/s on so many cores
 IMAGENET, FIRST, LATER = 1_281_167, 30.0, 2.0  # entries, and the seconds in which they are to open, first and later
+ENTRIES = IMAGENET // 10              # opened beside a GPU: to write all of them takes minutes
 LATENT = (8, 8)                       # channels of the moments, pixels of the image to each of theirs
-ROUNDS = 8                            # batches that each worker reads in a run
+ROUNDS = 3                            # batches that each worker reads in a run
 BY_PILLOW = ", by Pillow"              # ends the name of the plain way's data sets
 ENCODER, WIDTH, PIXELS = "dinov2-vit-b", 768, 16  # whose features are read, and the pixels of the image to each of its patches
 
@@ -50,12 +51,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     flags.add_argument("--batch-size", type=int, default=None, metavar="N", help="images; None: 256 beside a GPU, else 64")
     flags.add_argument("--workers", type=int, default=None, metavar="N", help=f"loader processes; None: the cores, at most {CORES}")
     flags.add_argument("--entries", type=int, default=None, metavar="N",
-                       help=f"of the data set that is opened; None: {IMAGENET} beside a GPU, else 20000")
+                       help=f"of the data set that is opened; None: {ENTRIES} beside a GPU, else 20000")
     flags.add_argument("--folder", type=Path, default=None, metavar="DIR", help="where data sets are built and removed; None: the system's")
     args = flags.parse_args(argv)
     large = args.device == "cuda"
     for name, value in (("images", 2048 if large else 256), ("batch_size", 256 if large else 64), ("workers", min(all_cores(), CORES)),
-                        ("entries", IMAGENET if large else 20_000)):
+                        ("entries", ENTRIES if large else 20_000)):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")

@@ -12,6 +12,7 @@ import io
 import math
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +33,7 @@ from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_na
 from preprocessing.work import Destination, all_cores, load, reading_workers
 
 CROP = "center-crop-dhariwal"
-SIZES = {"cuda": {"images": 1024, "batch_size": 32}, "cpu": {"images": 64, "batch_size": 8}}
+SIZES = {"cuda": {"images": 512, "batch_size": 32}, "cpu": {"images": 64, "batch_size": 8}}
 
 
 def draw_photos(folder: Path, count: int) -> None:
@@ -160,9 +161,12 @@ def vae_rows(stages: Stages, precision: str) -> list[Row]:
     images = images.pin_memory() if device.type == "cuda" else images
     with float32_arithmetic(tf32=precision == "tf32"):
         peak, source = matmul_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        plainly = deepcopy(codec)
+        if precision == "bf16":
+            plainly.in_bf16()                                     # and not compiled
         set_precision(codec, precision)
         alone = rates(args.batch_size, timed({"": lambda: codec.encode(images)}, device, args.warmup, args.repeats))[""]
-        ways = {"ours": lambda: quietly(stages.whole, codec)} | ({"plain": lambda: stages.plain(codec)} if args.baseline else {})
+        ways = {"ours": lambda: quietly(stages.whole, codec)} | ({"plain": lambda: stages.plain(plainly)} if args.baseline else {})
         seconds = timed(ways, device, min(args.warmup, 1), args.repeats)
         profile(lambda: quietly(stages.whole, codec), args.profile and args.profile / precision, device)
     rate = rates(len(stages.names), seconds)
@@ -177,7 +181,7 @@ def vae_rows(stages: Stages, precision: str) -> list[Row]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flags = parser(__doc__.partition("\n")[0], repeats=3)
-    flags.add_argument("--images", type=int, metavar="N", help="photos that are drawn; None: 1024 for a GPU, 64 for a CPU")
+    flags.add_argument("--images", type=int, metavar="N", help="photos that are drawn; None: 512 for a GPU, 64 for a CPU")
     flags.add_argument("--encoded", type=int, metavar="N", help="of them that are read and encoded; None: all, on a CPU 16 at most")
     flags.add_argument("--batch-size", type=int, metavar="N", help="images encoded at a time; None: 32 on a GPU, 8 on a CPU")
     flags.add_argument("--resolution", type=int, default=256, metavar="N", help="of the images, in pixels, a multiple of 8")

@@ -23,7 +23,7 @@ from statistics import median
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.errors import UserError
+from models.errors import UserError, notice
 from models.files import make_folder, write_whole
 
 # Dense bf16 TFLOP/s that a matrix product reaches on a GPU when nothing else is in its way; others' are measured.
@@ -31,9 +31,15 @@ PEAKS = {"NVIDIA H200": 790.0}
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "diffusers", "numpy", "pillow")
 
 
+LONG = 5.0                            # seconds of a turn after which nothing is warmed up any more
+
+
 @dataclass(frozen=True)
 class Row:
-    """One measured thing. `ideal` has the unit of `measured`; `formula` says where it comes from; None: there is no such bound."""
+    """One measured thing. `ideal` has the unit of `measured`; `formula` says where it comes from; None: there is no such bound.
+
+    It is said on stderr at once: the table comes last, and a run may be cut off before.
+    """
 
     name: str
     measured: float
@@ -42,6 +48,9 @@ class Row:
     formula: str = ""
     baseline: float | None = None       # the plain way, in the same unit and process
     ratio: float | None = None          # seconds of the measured way / seconds of the plain way, median over pairs
+
+    def __post_init__(self):
+        notice(f"{self.name}: {self.measured:.4g} {self.unit}".rstrip())
 
     @property
     def share(self) -> float | None:
@@ -102,17 +111,24 @@ def synchronise(device: torch.device) -> None:
 
 
 def timed(ways: dict[str, Callable[[], object]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run of each way, run in turn and every other time in reverse; the device is waited for before and after each."""
-    seconds = {name: [] for name in ways}
-    for turn in range(warmup + repeats):
-        for name, run in list(ways.items())[::-1 if turn % 2 else 1]:
+    """Seconds of every run of each way, run in turn and every other time in reverse; the device is waited for before and after each.
+
+    A turn of more than LONG seconds is the last of `warmup`: what takes longer than its caches and clocks is warm after one.
+    """
+    order, turns = list(ways.items()), []
+    while len(turns) < warmup + repeats:
+        turn = {}
+        for name, run in order:
             synchronise(device)
             start = time.perf_counter()
             run()
             synchronise(device)
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            turn[name] = time.perf_counter() - start
+        turns.append(turn)
+        order.reverse()
+        if len(turns) < warmup and sum(turn.values()) > LONG:
+            warmup = len(turns)
+    return {name: [turn[name] for turn in turns[warmup:]] for name in ways}
 
 
 def ratio(ours: list[float], plain: list[float]) -> float:

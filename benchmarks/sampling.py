@@ -223,7 +223,7 @@ def open_ways(args: argparse.Namespace, codec: Codec | None, side: int, channels
         ways["plain"] = Way(plain, deepcopy(codec), "fp32", compiled=False, beside=False)
     args.compile = make_ready(network, device, args.precision, args.compile)
     if codec is not None and args.precision == "bf16":
-        codec.in_bf16()
+        codec.in_bf16(args.compile)
     return {"ours": Way(network, codec, args.precision, args.compile, beside=True), **ways}
 
 

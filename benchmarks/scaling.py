@@ -17,12 +17,12 @@ class Machine:
     """What is assumed. Bytes/s are one direction of one GPU."""
 
     peak: float = 790e12         # bf16 FLOP/s
-    share: float = 0.6           # of it that the step reaches
+    share: float = 0.5           # of it that the step reaches: XL/2 on one H200 (RESULTS.md)
     per_node: int = 8            # GPUs
     nvlink: float = 0.8 * 450e9  # inside of a node
     network: float = 0.8 * 50e9  # between nodes: 400 Gbit/s for each GPU
-    block: int = 50              # launches of a block: 40 kernels as compiled, and the EMA's of its ten tensors
-    others: int = 800            # of encoder, projector, losses, AdamW, metering
+    block: int = 86              # launches of a block, with its share of AdamW and EMA; as counted there for XL/2 and B/2
+    others: int = 707            # of encoder, projector, losses, metering
     launch: float = 5e-6         # seconds that the host needs for one
     loader: float = 5000         # images/s for each GPU, fed by 16 cores
 

@@ -122,7 +122,7 @@ def fast_step(settings: argparse.Namespace, device: torch.device, cached: bool) 
     model.checkpointing = settings.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
     if settings.compile:
-        settings.compile = all([compile_blocks(network) for network in (model, *(encoder.model for encoder in encoders if not cached))])
+        settings.compile = all([compile_blocks(network) for network in (model, *([] if cached else encoders))])
     optimizer = train.open_optimizer(model, settings)
     objective = SILoss(align=settings.align, compile=settings.compile)
     prepared = accelerator.prepare(model)

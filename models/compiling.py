@@ -6,11 +6,15 @@ without compiling.
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from models.errors import notice
+
+# What is compiled of a network, where it has them: modules, and of lists each one. SiT's, an image encoder's, a VAE's.
+PARTS = ("blocks", "projectors", "final_layer", "preprocess", "encoder", "decoder")
 
 
 @functools.cache
@@ -25,15 +29,24 @@ def compiler_works(device_type: str) -> bool:
     return True
 
 
-def compile_blocks(network: nn.Module) -> bool:
-    """Compile the modules of `network.blocks` in place; parameters and their names stay. Returns whether this machine can compile.
+def compile_blocks(network: nn.Module, same_kernels: bool = False) -> bool:
+    """Compile the modules named in PARTS in place; parameters and their names stay. Returns whether this machine can compile.
 
-    A network of another build, without blocks, stays as it is.
+    A network of another build, without such modules, stays as it is.
+    `same_kernels`: in all processes, from now on. Else each may pick those that it finds the fastest, which round in other ways.
     """
     device_type = next(network.parameters()).device.type
     if not compiler_works(device_type):
         return False
+    if same_kernels:
+        from torch._inductor import config  # slow to import
+
+        if hasattr(config, "deterministic"):
+            config.deterministic = True
+        else:                                                     # older than PyTorch 2.9
+            config.triton.autotune_pointwise = False
     torch._dynamo.config.optimize_ddp = False                     # it would cut a block at DDP's buckets; blocks are cut finely enough
-    for block in getattr(network, "blocks", ()):
-        block.compile(dynamic=False)
+    for part in (getattr(network, name, ()) for name in PARTS):
+        for module in part if isinstance(part, Iterable) else [part]:
+            module.compile(dynamic=False)
     return True

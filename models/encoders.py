@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,20 @@ ENCODERS = {
 LOCAL = "local-dir:"
 
 
+class Preprocess(nn.Module):
+    """uint8 images (B, 3, R, R) -> the network's input (B, 3, input_size, input_size), float32: normalised, then resized."""
+
+    def __init__(self, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.input_size = input_size
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        return x if x.shape[-1] == self.input_size else F.interpolate(x, self.input_size, mode="bicubic")
+
+
 class Encoder(nn.Module):
     """A frozen timm vision transformer behind one interface.
 
@@ -77,14 +92,12 @@ class Encoder(nn.Module):
         self.prefix_tokens = model.num_prefix_tokens              # class token and registers
         self.patches_before_norm = spec.patches_before_norm
         self.input_size, self.grid = input_size, grid
-        mean, std = spec.normalisation
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.preprocess = Preprocess(input_size, *spec.normalisation)
 
-    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images (B, 3, R, R) -> the network's input (B, 3, input_size, input_size), float32."""
-        x = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
-        return x if x.shape[-1] == self.input_size else F.interpolate(x, self.input_size, mode="bicubic")
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The network's blocks; a network of another build has none."""
+        return getattr(self.model, "blocks", ())
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

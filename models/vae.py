@@ -4,17 +4,19 @@ Conventions are diffusers': latents = (raw - shift) * scale, and a VAE without a
 Shape letters: B batch, C latent channels, H W latent size, R image size; R = H * downsampling.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
+from models.compiling import compile_blocks
 from models.errors import UserError
 
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 # The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.
 DECODERS = {SHORTHANDS["mse"]: SHORTHANDS["ema"]}
-DECODED = 32  # latents that are decoded at a time: at 256 px a feature map of the decoder takes 2 GiB of them in float32
+PIECE = 32  # images or latents in the network at a time: at 256 px a feature map of the decoder takes 2 GiB of them in float32
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Codec:
 
     def __init__(self, vae: torch.nn.Module, name: str):
         config = vae.config
-        self.vae = vae
+        self.vae, self.compiled = vae, False
         self.space = LatentSpace(
             vae=name,
             scale=float(config.scaling_factor),
@@ -88,28 +90,45 @@ class Codec:
         On a GPU nothing is waited for, not even the copy of images that lie in pinned memory.
         """
         x = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1     # as bytes to the device: to() would widen them first
-        x = x.to(self.vae.dtype)
-        posterior = self.vae.encode(x).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+        def moments(piece: torch.Tensor) -> torch.Tensor:
+            posterior = self.vae.encode(piece).latent_dist
+            return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+        return self._in_pieces(moments, x.to(self.vae.dtype))
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """final latents (B, C, H, W) => raw pixels: uint8 (B, 3, R, R), truncated as the published numbers were.
-
-        In pieces of a fixed size, whatever B is, so that a larger B takes no more memory.
-        """
+        """final latents (B, C, H, W) => raw pixels: uint8 (B, 3, R, R), truncated as the published numbers were."""
         raw = latents.to(device=self.vae.device, dtype=torch.float32) / self.space.scale + self.space.shift
-        pieces = []
-        for piece in raw.to(self.vae.dtype).split(DECODED):
-            pixels = self.vae.decode(piece).sample.float()
-            pieces.append((127.5 * pixels + 127.5).clamp(0, 255).to(torch.uint8))
-        return torch.cat(pieces)
 
-    def in_bf16(self) -> "Codec":
-        """This codec with its network in bfloat16 from now on; on CUDA with channels last, which cuDNN's bf16 convolutions want."""
+        def pixels(piece: torch.Tensor) -> torch.Tensor:
+            return (127.5 * self.vae.decode(piece).sample.float() + 127.5).clamp(0, 255).to(torch.uint8)
+
+        return self._in_pieces(pixels, raw.to(self.vae.dtype))
+
+    def _in_pieces(self, compute: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """`compute` a fixed number of `inputs` (B, ...) at a time, so that a larger B takes no more memory.
+
+        A compiled network sees pieces of one size only, since it would be compiled anew for each: the last one is filled up.
+        """
+        found = []
+        for piece in inputs.split(PIECE):
+            whole = piece
+            if self.compiled and len(piece) < PIECE:
+                whole = torch.cat([piece, piece.new_zeros(PIECE - len(piece), *piece.shape[1:])])
+            found.append(compute(whole)[:len(piece)])
+        return torch.cat(found)
+
+    def in_bf16(self, compiled: bool = False) -> "Codec":
+        """This codec with its network in bfloat16 from now on; on CUDA with channels last, which cuDNN's bf16 convolutions want.
+
+        `compiled`: norms and activations are fused, where this machine can.
+        """
         self.vae.bfloat16()
         if self.vae.device.type == "cuda":
             self.vae.to(memory_format=torch.channels_last)
+        self.compiled = compiled and compile_blocks(self.vae, same_kernels=True)
         return self
 
 

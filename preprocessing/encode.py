@@ -52,7 +52,7 @@ def set_precision(codec: Codec, precision: str) -> None:
     if precision == "tf32" and codec.vae.device.type != "cuda":
         raise UserError("--precision is tf32, which is a GPU's, and this is a CPU: give fp32 or bf16")
     if precision == "bf16":
-        codec.in_bf16()
+        codec.in_bf16(compiled=codec.vae.device.type == "cuda")
 
 
 def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tuple[int, np.ndarray]],

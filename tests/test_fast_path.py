@@ -138,16 +138,17 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient():
 # ---- nothing in the way
 
 def test_no_graph_breaks(encoder_folder):
-    """SiT with its loss, one block, the alignment and the encoder are one graph each."""
+    """SiT with its loss, each of its compiled parts, the alignment and the encoder are one graph each."""
     model = randomised(small()).train()
     batch, = batches(model, 1)
     encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
     settings, objective, tokens = train.parse_args([]), SILoss(), torch.zeros(2, 17, 32)
     for function, args in ((lambda: train.total_loss(objective(model, **batch), settings), ()),
                            (model.blocks[0], (tokens, torch.zeros(2, 32))),
+                           (model.final_layer, (tokens, torch.zeros(2, 32))), (model.projectors[0], (tokens,)),
                            (loss.alignment_loss, ([tokens], [tokens])),
                            (encoder.model.forward_features, (torch.zeros(2, 3, 32, 32),)),
-                           (encoder.model.blocks[0], (tokens,))):
+                           (encoder.preprocess, (torch.zeros(2, 3, 64, 64, dtype=torch.uint8),)), (encoder.model.blocks[0], (tokens,))):
         torch._dynamo.reset()
         found = torch._dynamo.explain(function)(*args)
         assert found.graph_break_count == 0 and found.graph_count == 1, found.break_reasons
@@ -216,7 +217,7 @@ def test_images_travel_as_bytes(encoder_folder, monkeypatch):
     """A quarter of the traffic: what is sent to the device is uint8, and becomes numbers there."""
     seen = []
     encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
-    monkeypatch.setattr(type(encoder), "preprocess", lambda self, images: seen.append(images.dtype) or torch.zeros(2, 3, 32, 32))
+    monkeypatch.setattr(encoder.preprocess, "forward", lambda images: seen.append(images.dtype) or torch.zeros(2, 3, 32, 32))
     args = train.parse_args([])
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     train.prepare_batch(images, torch.rand(2, 8, 4, 4), labels, LatentSpace(), [encoder], args, Accelerator(cpu=True))
@@ -303,6 +304,25 @@ def test_without_a_compiler_training_goes_on_with_one_warning(train_flags, tmp_p
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("torch.compile does not work here") == 1 and "Traceback" not in done.stderr
+
+
+def test_what_is_compiled(encoder_folder):
+    """Of SiT the blocks, projectors and the final layer; of an encoder the blocks and what makes its input of the images."""
+    model, (encoder,) = small(), load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
+    assert compile_blocks(model) and compile_blocks(encoder)
+    compiled = {name for network in (model, encoder) for name, module in network.named_modules() if module._compiled_call_impl is not None}
+    assert compiled == {*(f"blocks.{i}" for i in range(len(model.blocks))), "projectors.0", "final_layer", "preprocess",
+                        *(f"model.blocks.{i}" for i in range(len(encoder.model.blocks)))}
+
+
+@torch.no_grad()
+def test_a_compiled_encoder_gives_the_same_features(encoder_folder):
+    """But for float32's rounding, of images that are resized, too."""
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, compiled = (load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)[0] for _ in range(2))
+    assert compile_blocks(compiled)
+    for run in (lambda encoder: encoder.preprocess(images), lambda encoder: encoder.features(images, True)[1]):
+        torch.testing.assert_close(run(plain), run(compiled), rtol=1e-4, atol=1e-5)
 
 
 def test_the_compiler_is_asked_once(monkeypatch, capsys):

@@ -176,7 +176,7 @@ def test_settings_that_only_the_machine_has(experiment, capsys, monkeypatch):
     plain = sample(experiment, capsys)
     assert json.loads((plain / "settings.json").read_text())["compiled"] is False
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "compile_blocks", lambda _: False)  # where the compiler does not work
+        patch.setattr(generate, "compile_blocks", lambda _, same_kernels: False)  # where the compiler does not work
         assert sample(experiment, capsys, "--compile") == plain
     faster = sample(experiment, capsys, "--vae-precision", "bf16")
     assert faster != plain and json.loads((faster / "settings.json").read_text())["vae_precision"] == "bf16"
@@ -208,7 +208,7 @@ def test_compiled_images(experiment, capsys, tmp_path):
     eager = np.load(sample(experiment, capsys) / "samples.npz")["arr_0"].astype(int)
     compiled, batches = experiment.parent / "compiled", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "compile_blocks", lambda model: [
+        patch.setattr(generate, "compile_blocks", lambda model, same_kernels: [
             block.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))) for block in model.blocks[:1]] and True)
         padded = np.load(sample(experiment, capsys, "--compile", "--sample-dir", tmp_path / "padded") / "samples.npz")["arr_0"]
     assert set(batches) == {2, 4} and abs(padded - eager).max() <= 1

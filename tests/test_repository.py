@@ -40,6 +40,7 @@ ALLOWED = {
     "models.meter": {"models.errors", "models.files"},
     "models.index": {"models.errors", "models.files"},
     "models.checkpoint": {"models.sit", "models.errors", "models.files"},
+    "models.vae": {"models.compiling", "models.errors"},
     "models": {"models.errors"},
     "benchmarks": {"benchmarks", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
     "toy": {"toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
