@@ -321,8 +321,8 @@ def test_a_compiled_encoder_gives_the_same_features(encoder_folder):
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain, compiled = (load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)[0] for _ in range(2))
     assert compile_blocks(compiled)
-    for run in (lambda encoder: encoder.preprocess(images), lambda encoder: encoder.features(images, True)[1]):
-        torch.testing.assert_close(run(plain), run(compiled), rtol=1e-4, atol=1e-5)
+    for look in (lambda encoder: encoder.preprocess(images), lambda encoder: encoder.features(images, True)[1]):
+        torch.testing.assert_close(look(plain), look(compiled), rtol=1e-4, atol=1e-5)
 
 
 def test_the_compiler_is_asked_once(monkeypatch, capsys):
