@@ -265,6 +265,19 @@ def test_fewer_scores_do_not_replace_the_first_ones(programs, experiment):
     assert kinds(programs).count("score") == 2 and len(list(experiment.glob("samples/*/metrics*.json"))) == 2
 
 
+@pytest.mark.parametrize("listed", [sorted, lambda paths: sorted(paths, reverse=True)])
+def test_an_earlier_score_stands_before_the_last_one(programs, experiment, monkeypatch, listed):
+    """Whatever the order in which the disk lists them."""
+    for more in ((), ("--metrics", "kid")):
+        sweep.main([str(experiment), "--ref-batch", "ref.npz", "--features", "net", *more])
+    samples, glob = experiment / "samples", Path.glob
+    folder, = (path for path in samples.iterdir() if path.is_dir())
+    for path, value in zip(sorted(folder.glob("metrics*.json")), (1.0, 2.0), strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fd_net": value}))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed(glob(self, pattern))))
+    assert [row["fd_net"] for row in report.read_rows(samples)] == [1.0, 2.0]             # metrics-....json, metrics.json
+
+
 def test_rows_of_a_checkpoint_that_was_replaced_can_be_told(tmp_path):
     scored(tmp_path / "old", 2.0, checkpoint="a" * 64, cfg_scale=1.0)
     scored(tmp_path / "new", 3.0, checkpoint="b" * 64)
