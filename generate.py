@@ -23,6 +23,7 @@ from models.compiling import compile_blocks
 from models.errors import UserError, notice, without_traceback
 from models.files import sha256
 from models.interpolant import PATHS
+from models.precision import allow_tf32
 from models.processes import join_processes, leave_processes
 from models.sit import SiT, SiT_models
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
@@ -200,7 +201,7 @@ def main(argv=None) -> None:
     world = join_processes()
     if world.device.type == "cpu":
         torch.set_num_threads(1)                                  # the number of threads would show in the last bits: use processes
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    allow_tf32(args.precision != "fp32")
     # Before anything is named: where the compiler does not work, the images are those of --no-compile.
     args.compile = make_ready(model, world.device, args.precision, world.device.type == "cuda" if args.compile is None else args.compile)
     require_same_everywhere(args.compile)

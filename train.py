@@ -50,6 +50,7 @@ from models.files import write_whole
 from models.interpolant import PATHS
 from models.memory import keep_memory
 from models.meter import Log, Meter, Skips
+from models.precision import allow_tf32
 from models.processes import require_joined
 from models.sit import SiT, SiT_models
 from models.stopping import STOPPED, StopRequest
@@ -383,7 +384,7 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
     require_joined(accelerator.num_processes)
     if accelerator.device.type == "cpu":
         keep_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    allow_tf32(args.allow_tf32)
     return accelerator
 
 

@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.harness import Row, open_device, report
-from benchmarks.sampling import set_tf32
 from evaluations.features import Extractor, load_extractor
 from evaluations.metrics import frechet_distance, gaussian_statistics
 from generate import make_ready
 from models import checkpoint
 from models.errors import UserError, notice, without_traceback
+from models.precision import allow_tf32
 from models.vae import LatentSpace, load_codec
 from samplers import Sampling, sample_images
 
@@ -70,7 +70,7 @@ def sampler(args: argparse.Namespace, device: torch.device) -> Callable[..., tor
         space.require_same(codec.space, "the checkpoint", "the decoder")
         if vae_precision == "bf16":
             codec.in_bf16()
-        set_tf32(precision)
+        allow_tf32(precision != "fp32")
         blocks = [sample_images(network, codec, range(start, start + args.batch_size), replace(how, precision=precision, seed=seed))[0]
                   for start in tqdm(range(0, args.count, args.batch_size), desc=name, unit="block")]
         return torch.cat(blocks)[:args.count]

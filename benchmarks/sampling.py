@@ -23,6 +23,7 @@ from benchmarks.vae import random_codec
 from evaluations.sample_folder import BlockWriter, SampleFolder, prepare, write_block
 from generate import make_blocks, make_ready
 from models.errors import UserError, notice, without_traceback
+from models.precision import allow_tf32
 from models.sit import SiT, SiT_models
 from models.vae import Codec, LatentSpace, load_codec
 from samplers import LAST_SDE_TIME, Sampling, sample_images
@@ -74,11 +75,6 @@ class Way:
     precision: str
     compiled: bool
     beside: bool                                                  # whether PNG files are written beside the sampling
-
-
-def set_tf32(precision: str) -> None:
-    """As generate.py does for a network in this precision."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def random_network(name: str, side: int, channels: int, device: torch.device) -> SiT:
@@ -206,7 +202,7 @@ class Timer:
             formula: str = "") -> tuple[Row, dict[str, float]]:
         """`run` does `work` things: a row of things per second, and the median seconds of one thing in each way."""
         def once(way: Way) -> None:
-            set_tf32(way.precision)
+            allow_tf32(way.precision != "fp32")
             run(way)
 
         taken = timed({key: partial(once, way) for key, way in self.ways.items()}, self.device, self.warmup, self.repeats)
@@ -234,7 +230,7 @@ def measure(args: argparse.Namespace, device: torch.device, place: Path) -> list
     side, channels = args.resolution // space.downsampling, space.channels
     ways = open_ways(args, codec, side, channels, device)
     timer, rows = Timer(ways, args, device), []
-    set_tf32(args.precision)
+    allow_tf32(args.precision != "fp32")
     peak, source = matmul_peak(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
     each = network_flops(args.model, side, channels)
@@ -262,7 +258,7 @@ def measure(args: argparse.Namespace, device: torch.device, place: Path) -> list
         path = partial(whole_path, folder=folder, num_steps=num_steps)
         rows += [row, timer.row(f"whole path, {num_steps} steps", path, folder.count, "images/s", peak / (evaluations * each + decoder),
                                 f"{evaluations} evaluations and decoding")[0]]
-        set_tf32(args.precision)
+        allow_tf32(args.precision != "fp32")
         profile(lambda: path(ways["ours"]), args.profile, device)
 
     guided = guided_steps(STEPS)

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 import torch
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU computes what is float32 in TF32, from now on; inside of `float32_arithmetic` that counts instead."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 @contextlib.contextmanager
 def float32_arithmetic(tf32: bool = False) -> Iterator[None]:
     """Inside, float32 is float32 (PyTorch's default lets convolutions on a GPU be TF32), or with `tf32` all is; afterwards as before."""
