@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluations.sample_folder import BlockWriter, SampleFolder, blocks_to_make, finish, prepare, write_outputs
 from models import checkpoint
-from models.compiling import compile_blocks
+from models.compiling import choose_same_kernels, compile_parts, require_same_everywhere
 from models.errors import UserError, notice, without_traceback
 from models.files import sha256
 from models.interpolant import PATHS
@@ -65,7 +65,8 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="of the decoder; bf16 moves some pixel values by a level or two, fp32 convolves in TF32 on a GPU unless "
                           "--precision is fp32, too")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                     help="compile the network, which may move a few pixel values by one level; None: on CUDA")
+                     help="compile the network, which may move a few pixel values by one level, and a decoder in bf16, which moves as "
+                          "many as bf16 does by itself; None: on CUDA")
     return parser.parse_args(argv)
 
 
@@ -167,15 +168,10 @@ def make_ready(model: SiT, device: torch.device, precision: str, compiled: bool)
         for layer in model.modules():
             if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
                 layer.to(torch.bfloat16)                          # once what autocast does at every evaluation: the same bits
-    return compiled and compile_blocks(model, same_kernels=True)
-
-
-def require_same_everywhere(compiled: bool) -> None:
-    """Raise UserError unless all processes compile, or none."""
-    from accelerate.utils import gather_object  # slow to import
-
-    if len(set(gather_object([compiled]))) > 1:
-        raise UserError("torch.compile works in some processes only, whose images would differ from the others': add --no-compile")
+    if not compiled:
+        return False
+    choose_same_kernels()
+    return compile_parts(model)
 
 
 def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Codec, how: Sampling, compiled: bool, show: bool) -> None:
@@ -223,7 +219,9 @@ def main(argv=None) -> None:
     else:
         codec = load_codec(vae, world.device)
         if args.vae_precision == "bf16":
-            codec.in_bf16(args.compile)
+            codec.in_bf16()
+            if args.compile:
+                compile_parts(codec.vae)
         space.require_same(codec.space, "the checkpoint", "the decoder")
         there = len(folder.blocks) - len(missing)
         if there:

@@ -43,7 +43,7 @@ from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
 from models.cached_features import UnfitFeatures, features_folder
-from models.compiling import compile_blocks
+from models.compiling import compile_parts
 from models.encoders import CachedEncoder, Encoder, load_encoders, require_class_tokens, require_made_by, with_weights
 from models.errors import UserError, notice, say, without_traceback
 from models.files import write_whole
@@ -612,7 +612,7 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
     model.checkpointing = args.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
     if args.compile:
-        args.compile = all([compile_blocks(network) for network in (model, *(one for one in encoders if isinstance(one, Encoder)))])
+        args.compile = all([compile_parts(network) for network in (model, *(one for one in encoders if isinstance(one, Encoder)))])
     optimizer = open_optimizer(model, args)
     flags = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     aligned = args.align if args.method == "reg" and args.align else "all"                # without a slot, all tokens are patches

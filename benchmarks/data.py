@@ -39,7 +39,7 @@ GOAL, CORES = 5000, 16                # images/s on so many cores
 IMAGENET, FIRST, LATER = 1_281_167, 30.0, 2.0  # entries, and the seconds in which they are to open, first and later
 ENTRIES = IMAGENET // 10              # opened beside a GPU: to write all of them takes minutes
 LATENT = (8, 8)                       # channels of the moments, pixels of the image to each of theirs
-ROUNDS = 3                            # batches that each worker reads in a run
+ROUNDS = {"cuda": 3, "cpu": 8}         # batches that each worker reads in a run; beside a GPU they are large
 BY_PILLOW = ", by Pillow"              # ends the name of the plain way's data sets
 ENCODER, WIDTH, PIXELS = "dinov2-vit-b", 768, 16  # whose features are read, and the pixels of the image to each of its patches
 
@@ -193,7 +193,7 @@ class Batches:
 
 def reader(data: LatentDataset, batch_size: int, workers: int, device: torch.device) -> tuple[Callable[[], None], int]:
     """A function that reads as train.py does, and how many images it reads. Workers stay from run to run and rest in between."""
-    batches = Batches(len(data), batch_size, ROUNDS * max(workers, 1))
+    batches = Batches(len(data), batch_size, ROUNDS[device.type] * max(workers, 1))
     loader = DataLoader(WatchedDataset(data, Reading(workers)), batch_sampler=batches, num_workers=workers,
                         persistent_workers=workers > 0, pin_memory=device.type == "cuda")
 

@@ -23,13 +23,14 @@ from PIL import Image
 from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
 from benchmarks.vae import WIDTHS, autoencoder, random_codec
 from dataset import IMAGE_EXTENSIONS, decode_image, list_keyed, list_names, open_store, read_image
+from models.compiling import compiler_works
 from models.errors import UserError, without_traceback
 from models.files import to_npy
 from models.precision import float32_arithmetic
 from models.vae import Codec
 from preprocessing.convert import convert
 from preprocessing.crop import center_crop, to_rgb
-from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_name, set_precision
+from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_name, moments_of, set_precision
 from preprocessing.work import Destination, all_cores, load, reading_workers
 
 CROP = "center-crop-dhariwal"
@@ -120,9 +121,9 @@ class Stages:
         for i, one in enumerate(moments.cpu().numpy(), start):
             self.destination.write(self.outputs[i], to_npy(one))
 
-    def whole(self, codec: Codec) -> None:
+    def whole(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
         on_gpu = self.device.type == "cuda"
-        for _ in encode_batches(codec.encode, self.batches(reading_workers(on_gpu)), self.write, on_gpu):
+        for _ in encode_batches(compute, self.batches(reading_workers(on_gpu)), self.write, on_gpu):
             pass
 
     def plain(self, codec: Codec) -> None:
@@ -161,14 +162,14 @@ def vae_rows(stages: Stages, precision: str) -> list[Row]:
     images = images.pin_memory() if device.type == "cuda" else images
     with float32_arithmetic(tf32=precision == "tf32"):
         peak, source = matmul_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-        plainly = deepcopy(codec)
-        if precision == "bf16":
-            plainly.in_bf16()                                     # and not compiled
-        set_precision(codec, precision)
-        alone = rates(args.batch_size, timed({"": lambda: codec.encode(images)}, device, args.warmup, args.repeats))[""]
-        ways = {"ours": lambda: quietly(stages.whole, codec)} | ({"plain": lambda: stages.plain(plainly)} if args.baseline else {})
+        plainly = deepcopy(codec)                                 # and not compiled
+        for each in (codec, plainly):
+            set_precision(each, precision)
+        compute = moments_of(codec, args.batch_size, device.type == "cuda" and precision == "bf16" and compiler_works(device.type))
+        alone = rates(args.batch_size, timed({"": lambda: compute(images)}, device, args.warmup, args.repeats))[""]
+        ways = {"ours": lambda: quietly(stages.whole, compute)} | ({"plain": lambda: stages.plain(plainly)} if args.baseline else {})
         seconds = timed(ways, device, min(args.warmup, 1), args.repeats)
-        profile(lambda: quietly(stages.whole, codec), args.profile and args.profile / precision, device)
+        profile(lambda: quietly(stages.whole, compute), args.profile and args.profile / precision, device)
     rate = rates(len(stages.names), seconds)
     readers = reading_workers(device.type == "cuda")
     formula = f"{source}{' in TF32' * (precision == 'tf32')} / {flops / 1e9:.4g} GFLOP an image"

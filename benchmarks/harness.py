@@ -28,17 +28,16 @@ from models.files import make_folder, write_whole
 
 # Dense bf16 TFLOP/s that a matrix product reaches on a GPU when nothing else is in its way; others' are measured.
 PEAKS = {"NVIDIA H200": 790.0}
+LONG = 5.0  # seconds of a turn after which nothing is warmed up any more
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "diffusers", "numpy", "pillow")
 
-
-LONG = 5.0                            # seconds of a turn after which nothing is warmed up any more
 
 
 @dataclass(frozen=True)
 class Row:
     """One measured thing. `ideal` has the unit of `measured`; `formula` says where it comes from; None: there is no such bound.
 
-    It is said on stderr at once: the table comes last, and a run may be cut off before.
+    Made, it is said on stderr: the table comes last, and a run may be cut off before.
     """
 
     name: str
@@ -113,7 +112,7 @@ def synchronise(device: torch.device) -> None:
 def timed(ways: dict[str, Callable[[], object]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of every run of each way, run in turn and every other time in reverse; the device is waited for before and after each.
 
-    A turn of more than LONG seconds is the last of `warmup`: what takes longer than its caches and clocks is warm after one.
+    A turn of more than LONG seconds is the last of `warmup`: caches and clocks are warm after it. Not the first one, which may compile.
     """
     order, turns = list(ways.items()), []
     while len(turns) < warmup + repeats:
@@ -126,7 +125,7 @@ def timed(ways: dict[str, Callable[[], object]], device: torch.device, warmup: i
             turn[name] = time.perf_counter() - start
         turns.append(turn)
         order.reverse()
-        if len(turns) < warmup and sum(turn.values()) > LONG:
+        if 1 < len(turns) < warmup and sum(turn.values()) > LONG:
             warmup = len(turns)
     return {name: [turn[name] for turn in turns[warmup:]] for name in ways}
 

@@ -18,6 +18,7 @@ from evaluations.features import Extractor, load_extractor
 from evaluations.metrics import frechet_distance, gaussian_statistics
 from generate import make_ready
 from models import checkpoint
+from models.compiling import compile_parts
 from models.errors import UserError, notice, without_traceback
 from models.precision import allow_tf32
 from models.vae import LatentSpace, load_codec
@@ -70,6 +71,8 @@ def sampler(args: argparse.Namespace, device: torch.device) -> Callable[..., tor
         space.require_same(codec.space, "the checkpoint", "the decoder")
         if vae_precision == "bf16":
             codec.in_bf16()
+            if compiled:
+                compile_parts(codec.vae)
         allow_tf32(precision != "fp32")
         blocks = [sample_images(network, codec, range(start, start + args.batch_size), replace(how, precision=precision, seed=seed))[0]
                   for start in tqdm(range(0, args.count, args.batch_size), desc=name, unit="block")]

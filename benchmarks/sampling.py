@@ -22,6 +22,7 @@ from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_
 from benchmarks.vae import random_codec
 from evaluations.sample_folder import BlockWriter, SampleFolder, prepare, write_block
 from generate import make_blocks, make_ready
+from models.compiling import compile_parts
 from models.errors import UserError, notice, without_traceback
 from models.precision import allow_tf32
 from models.sit import SiT, SiT_models
@@ -219,7 +220,9 @@ def open_ways(args: argparse.Namespace, codec: Codec | None, side: int, channels
         ways["plain"] = Way(plain, deepcopy(codec), "fp32", compiled=False, beside=False)
     args.compile = make_ready(network, device, args.precision, args.compile)
     if codec is not None and args.precision == "bf16":
-        codec.in_bf16(args.compile)
+        codec.in_bf16()
+        if args.compile:
+            compile_parts(codec.vae)
     return {"ours": Way(network, codec, args.precision, args.compile, beside=True), **ways}
 
 

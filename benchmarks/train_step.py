@@ -37,7 +37,7 @@ from benchmarks.harness import (
 )
 from loss import SILoss
 from models.cached_features import pack
-from models.compiling import compile_blocks, compiler_works
+from models.compiling import compile_parts, compiler_works
 from models.encoders import CachedEncoder, Encoder
 from models.errors import UserError, notice, without_traceback
 from models.meter import Meter, Skips
@@ -122,7 +122,7 @@ def fast_step(settings: argparse.Namespace, device: torch.device, cached: bool) 
     model.checkpointing = settings.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
     if settings.compile:
-        settings.compile = all([compile_blocks(network) for network in (model, *([] if cached else encoders))])
+        settings.compile = all([compile_parts(network) for network in (model, *([] if cached else encoders))])
     optimizer = train.open_optimizer(model, settings)
     objective = SILoss(align=settings.align, compile=settings.compile)
     prepared = accelerator.prepare(model)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from models.compiling import compile_blocks
 from models.errors import UserError
 
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
@@ -74,7 +73,7 @@ class Codec:
 
     def __init__(self, vae: torch.nn.Module, name: str):
         config = vae.config
-        self.vae, self.compiled = vae, False
+        self.vae = vae
         self.space = LatentSpace(
             vae=name,
             scale=float(config.scaling_factor),
@@ -108,27 +107,14 @@ class Codec:
         return self._in_pieces(pixels, raw.to(self.vae.dtype))
 
     def _in_pieces(self, compute: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        """`compute` a fixed number of `inputs` (B, ...) at a time, so that a larger B takes no more memory.
+        """`compute` a fixed number of `inputs` (B, ...) at a time, so that a larger B takes no more memory."""
+        return torch.cat([compute(piece) for piece in inputs.split(PIECE)])
 
-        A compiled network sees pieces of one size only, since it would be compiled anew for each: the last one is filled up.
-        """
-        found = []
-        for piece in inputs.split(PIECE):
-            whole = piece
-            if self.compiled and len(piece) < PIECE:
-                whole = torch.cat([piece, piece.new_zeros(PIECE - len(piece), *piece.shape[1:])])
-            found.append(compute(whole)[:len(piece)])
-        return torch.cat(found)
-
-    def in_bf16(self, compiled: bool = False) -> "Codec":
-        """This codec with its network in bfloat16 from now on; on CUDA with channels last, which cuDNN's bf16 convolutions want.
-
-        `compiled`: norms and activations are fused, where this machine can.
-        """
+    def in_bf16(self) -> "Codec":
+        """This codec with its network in bfloat16 from now on; on CUDA with channels last, which cuDNN's bf16 convolutions want."""
         self.vae.bfloat16()
         if self.vae.device.type == "cuda":
             self.vae.to(memory_format=torch.channels_last)
-        self.compiled = compiled and compile_blocks(self.vae, same_kernels=True)
         return self
 
 

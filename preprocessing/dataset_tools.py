@@ -31,19 +31,23 @@ from preprocessing.work import all_cores, reading_workers
 
 
 def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None, dtype: str | None = None,
-           precision: str | None = None, enc_type: str | None = None, encoder_weights: str | None = None) -> None:
+           precision: str | None = None, compile: bool | None = None, enc_type: str | None = None,
+           encoder_weights: str | None = None) -> None:
     """Moments, or with an encoder its features; raises UserError as both do, and for flags of the one that came with the other."""
     if enc_type is not None:
         if model_url is not None:
             raise UserError(f"--model-url {model_url} came with --enc-type {enc_type}: a VAE gives moments, an encoder features; give one")
         if precision is not None:
             raise UserError(f"--precision {precision} came with --enc-type {enc_type}: encoders compute in float32; leave it out")
+        if compile is not None:
+            raise UserError(f"--{'' if compile else 'no-'}compile came with --enc-type {enc_type}: it is the VAE's; leave it out")
         return encode_features(source, dest, enc_type, encoder_weights, batch_size, dtype or "float16", workers)
     if encoder_weights is not None:
         raise UserError(f"--encoder-weights {encoder_weights} came without an encoder: name it with --enc-type")
     if dtype == "int8":
         raise UserError("--dtype int8 came without --enc-type: moments are stored as float16 or float32")
-    return encode_moments(source, dest, model_url or SHORTHANDS["mse"], batch_size, dtype or "float32", workers, precision)
+    return encode_moments(source, dest, model_url or SHORTHANDS["mse"], batch_size, dtype or "float32", workers, precision,
+                          compile)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument("--precision", **optional, choices=PRECISIONS,
                      help="how the VAE computes: tf32 moves moments as much as storing them as float16 does, bf16 more (default: tf32 on a "
                           "GPU, as PyTorch convolves there by itself, else fp32)")
+    two.add_argument("--compile", action=argparse.BooleanOptionalAction, **optional,
+                     help="compile the VAE, which moves moments as its precision does (default: on a GPU in bf16)")
     two.add_argument("--workers", type=int, default=reading_workers(torch.cuda.is_available()),
                      help="processes that read, for each that encodes; 0: none but this one, which suits a CPU")
 

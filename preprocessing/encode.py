@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import IMAGE_EXTENSIONS, Store, list_keyed, open_store, read_image, read_labels, shown
+from models.compiling import choose_same_kernels, compile_parts, compiler_works, require_same_everywhere
 from models.errors import UserError
 from models.files import to_npy
 from models.precision import float32_arithmetic
@@ -52,7 +53,22 @@ def set_precision(codec: Codec, precision: str) -> None:
     if precision == "tf32" and codec.vae.device.type != "cuda":
         raise UserError("--precision is tf32, which is a GPU's, and this is a CPU: give fp32 or bf16")
     if precision == "bf16":
-        codec.in_bf16(compiled=codec.vae.device.type == "cuda")
+        codec.in_bf16()
+
+
+def moments_of(codec: Codec, batch_size: int, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`codec.encode`, or with `compiled` a function that gives it batches of one size, since it would be compiled anew for another."""
+    if not compiled:
+        return codec.encode
+    choose_same_kernels()
+    compile_parts(codec.vae)
+
+    def of_whole(images: torch.Tensor) -> torch.Tensor:
+        lacking = batch_size - len(images)                        # the last batch is filled up
+        whole = torch.cat([images, images.new_zeros(lacking, *images.shape[1:])]) if lacking else images
+        return codec.encode(whole)[:len(images)]
+
+    return of_whole
 
 
 def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tuple[int, np.ndarray]],
@@ -92,13 +108,13 @@ def encode_missing(store: Store, names: np.ndarray, outputs: np.ndarray, destina
 
 
 def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, workers: int,
-           precision: str | None = None) -> None:
+           precision: str | None = None, compile: bool | None = None) -> None:
     """Encode the images of `source` (folder or zip, all RGB of one size) into `dest` (folder or .zip), with one process or many.
 
     Writes `00000/img-mean-std-00000000.npy`, ... of shape (2C, H, W) and `dtype`, and dataset.json with the labels of the source and
     the latent space. Batches are the same consecutive images however the work is divided or interrupted, since an image's moments
-    may differ by float noise between batch sizes. `precision` is one of PRECISIONS, None what PyTorch does by itself, and part of the
-    settings that may not change.
+    may differ by float noise between batch sizes. `precision` is one of PRECISIONS, None what PyTorch does by itself; `compile` fuses
+    norms and activations, None on a GPU in bf16, where they cost more than the convolutions. Both are settings that may not change.
     Raises UserError as `convert` does, and when the VAE does not load.
     """
     if batch_size < 1:
@@ -112,10 +128,13 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
     state = join_processes()
     usual = "tf32" if state.device.type == "cuda" else "fp32"     # of convolutions, which is nearly all there is
     precision = precision or usual
+    compiled = (precision == "bf16" and state.device.type == "cuda" if compile is None else compile) and compiler_works(state.device.type)
+    require_same_everywhere(compiled)
     # Not where the images are: a data folder may move while it is being encoded.
     settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names),
-                "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype, "precision": precision}
-    destination = Destination(dest, settings, source, unsaid={"precision": usual})
+                "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype, "precision": precision,
+                "compiled": compiled}
+    destination = Destination(dest, settings, source, unsaid={"precision": usual, "compiled": False})
     outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
     destination.require_names(outputs)
     if destination.is_finished(outputs):
@@ -127,6 +146,7 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
         raise UserError(f"images of {resolution} px cannot be encoded by {codec.space.vae}: "
                         f"expected a multiple of {codec.space.downsampling} px")
     set_precision(codec, precision)
+    compute = moments_of(codec, batch_size, compiled)
 
     def write(start: int, moments: torch.Tensor) -> None:
         for i, one in enumerate(moments.cpu().numpy(), start):                    # (2C, H, W)
@@ -137,7 +157,7 @@ def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, 
 
     with float32_arithmetic(tf32=precision == "tf32"):
         encode_missing(store, names, outputs, destination, batch_size, resolution, workers,
-                       lambda images: codec.encode(images).to(getattr(torch, dtype)), write)
+                       lambda images: compute(images).to(getattr(torch, dtype)), write)
     if state.is_main_process:
         listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels, strict=True)]
         destination.finish(outputs, {"labels": listed, "vae": codec.space.to_record()})

@@ -299,6 +299,7 @@ def test_the_forward_pass_is_plain_float32(data, lax, monkeypatch):
     (["--enc-type=dinov2-vit-b"], "features-dinov2-vit-b"), (["--enc-type=dinov2-vit-b,dinov2-vit-s"], "one at a time"),
     (["--encoder-weights=nowhere.pth"], "no encoder weights at nowhere.pth"),
     (["--enc-type=dino", "--dest={}/features-dino"], "unknown encoder"),
+    (["--no-compile"], "--no-compile came with --enc-type"), (["--compile"], "--compile came with --enc-type"),
 ])
 def test_mistakes_get_a_sentence_and_nothing_is_written(prepared, tmp_path, capsys, more, sentence):
     with pytest.raises(SystemExit) as ended:

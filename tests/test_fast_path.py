@@ -20,10 +20,10 @@ from benchmarks import plain
 from loss import SILoss
 from models import checkpoint, compiling
 from models.cached_features import FeaturesRecord
-from models.compiling import compile_blocks
+from models.compiling import choose_same_kernels, compile_parts
 from models.encoders import CachedEncoder, load_encoders
 from models.meter import Meter, Skips
-from models.vae import LatentSpace
+from models.vae import LatentSpace, load_codec
 from tests.test_reference import FORWARD, distance, released_model, tensor, vectors
 from tests.test_sit import inputs, randomised, small
 from tests.test_train import run, two_processes
@@ -72,7 +72,7 @@ def train_fast(model, data: list[dict], args) -> list[float]:
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, ema, losses = Accelerator(cpu=True), deepcopy(model), []
     model.checkpointing = args.activation_checkpointing
-    assert compile_blocks(model)
+    assert compile_parts(model)
     objective, optimizer = SILoss(compile=True), train.open_optimizer(model, args)
     for batch in data:
         _, total = train.backward(accelerator, model, objective, batch, args, last=True)
@@ -105,7 +105,7 @@ def test_two_hundred_steps_agree_with_the_plain_way(checkpointing):
 def test_golden_vectors_hold_when_compiled():
     v = vectors("reg_forward")
     model = released_model(v)
-    assert compile_blocks(model)
+    assert compile_parts(model)
     velocity, projected, cls_velocity = model(tensor(v["x"]), tensor(v["t"]), tensor(v["y"]), tensor(v["cls_token"]))
     for ours, name in ((velocity, "out"), (projected[0], "zs0"), (cls_velocity, "cls_out")):
         assert distance(ours, v[name]) < FORWARD
@@ -137,17 +137,20 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient():
 
 # ---- nothing in the way
 
-def test_no_graph_breaks(encoder_folder):
-    """SiT with its loss, each of its compiled parts, the alignment and the encoder are one graph each."""
+def test_no_graph_breaks(encoder_folder, vae_folder):
+    """SiT with its loss, each compiled part of it, of the encoder and of the VAE, the alignment and the encoder are one graph each."""
     model = randomised(small()).train()
     batch, = batches(model, 1)
     encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
+    vae = load_codec(str(vae_folder)).vae
+    assert vae.config.mid_block_add_attention
     settings, objective, tokens = train.parse_args([]), SILoss(), torch.zeros(2, 17, 32)
     for function, args in ((lambda: train.total_loss(objective(model, **batch), settings), ()),
                            (model.blocks[0], (tokens, torch.zeros(2, 32))),
                            (model.final_layer, (tokens, torch.zeros(2, 32))), (model.projectors[0], (tokens,)),
                            (loss.alignment_loss, ([tokens], [tokens])),
                            (encoder.model.forward_features, (torch.zeros(2, 3, 32, 32),)),
+                           (vae.encoder, (torch.zeros(2, 3, 32, 32),)), (vae.decoder, (torch.zeros(2, 4, 8, 8),)),
                            (encoder.preprocess, (torch.zeros(2, 3, 64, 64, dtype=torch.uint8),)), (encoder.model.blocks[0], (tokens,))):
         torch._dynamo.reset()
         found = torch._dynamo.explain(function)(*args)
@@ -306,13 +309,23 @@ def test_without_a_compiler_training_goes_on_with_one_warning(train_flags, tmp_p
     assert done.stderr.count("torch.compile does not work here") == 1 and "Traceback" not in done.stderr
 
 
-def test_what_is_compiled(encoder_folder):
-    """Of SiT the blocks, projectors and the final layer; of an encoder the blocks and what makes its input of the images."""
-    model, (encoder,) = small(), load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
-    assert compile_blocks(model) and compile_blocks(encoder)
-    compiled = {name for network in (model, encoder) for name, module in network.named_modules() if module._compiled_call_impl is not None}
+def test_what_is_compiled(encoder_folder, vae_folder):
+    """Of SiT the blocks, projectors and final layer; of an encoder the blocks and what makes its input of images; of a VAE its halves."""
+    networks = model, encoder, vae = small(), *load_encoders(f"local-dir:{encoder_folder}", "cpu", 32), load_codec(str(vae_folder)).vae
+    assert all(map(compile_parts, networks))
+    compiled = {name for network in networks for name, module in network.named_modules() if module._compiled_call_impl is not None}
     assert compiled == {*(f"blocks.{i}" for i in range(len(model.blocks))), "projectors.0", "final_layer", "preprocess",
-                        *(f"model.blocks.{i}" for i in range(len(encoder.model.blocks)))}
+                        *(f"model.blocks.{i}" for i in range(len(encoder.model.blocks))), "encoder", "decoder"}
+
+
+def test_all_processes_are_given_the_same_kernels(monkeypatch):
+    from torch._inductor import config
+
+    new, old = (config, "deterministic", True), (config.triton, "autotune_pointwise", False)
+    place, name, chosen = new if hasattr(config, "deterministic") else old
+    monkeypatch.setattr(place, name, not chosen)
+    choose_same_kernels()
+    assert getattr(place, name) is chosen
 
 
 @torch.no_grad()
@@ -320,7 +333,7 @@ def test_a_compiled_encoder_gives_the_same_features(encoder_folder):
     """But for float32's rounding, of images that are resized, too."""
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain, compiled = (load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)[0] for _ in range(2))
-    assert compile_blocks(compiled)
+    assert compile_parts(compiled)
     for look in (lambda encoder: encoder.preprocess(images), lambda encoder: encoder.features(images, True)[1]):
         torch.testing.assert_close(look(plain), look(compiled), rtol=1e-4, atol=1e-5)
 
@@ -333,7 +346,7 @@ def test_the_compiler_is_asked_once(monkeypatch, capsys):
     compiling.compiler_works.cache_clear()
     try:
         model = small()
-        assert not compile_blocks(model) and not compile_blocks(model)
+        assert not compile_parts(model) and not compile_parts(model)
     finally:
         compiling.compiler_works.cache_clear()
     assert capsys.readouterr().err.count("warning: torch.compile does not work here (no compiler)") == 1

@@ -176,11 +176,20 @@ def test_settings_that_only_the_machine_has(experiment, capsys, monkeypatch):
     plain = sample(experiment, capsys)
     assert json.loads((plain / "settings.json").read_text())["compiled"] is False
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "compile_blocks", lambda _, same_kernels: False)  # where the compiler does not work
+        patch.setattr(generate, "compile_parts", lambda _: False)  # where the compiler does not work
         assert sample(experiment, capsys, "--compile") == plain
     faster = sample(experiment, capsys, "--vae-precision", "bf16")
     assert faster != plain and json.loads((faster / "settings.json").read_text())["vae_precision"] == "bf16"
     assert (np.load(plain / "samples.npz")["arr_0"] != np.load(faster / "samples.npz")["arr_0"]).any()
+
+
+@pytest.mark.parametrize(("flags", "compiled"), [
+    (("--compile",), ["SiT"]), (("--compile", "--vae-precision", "bf16"), ["SiT", "AutoencoderKL"]), (("--vae-precision", "bf16"), [])])
+def test_which_networks_are_compiled(experiment, capsys, monkeypatch, flags, compiled):
+    found = []
+    monkeypatch.setattr(generate, "compile_parts", lambda network: found.append(type(network).__name__) or True)
+    sample(experiment, capsys, *flags)
+    assert found == compiled
 
 
 def test_processes_that_cannot_all_compile(experiment, capsys, monkeypatch):
@@ -208,7 +217,7 @@ def test_compiled_images(experiment, capsys, tmp_path):
     eager = np.load(sample(experiment, capsys) / "samples.npz")["arr_0"].astype(int)
     compiled, batches = experiment.parent / "compiled", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "compile_blocks", lambda model, same_kernels: [
+        patch.setattr(generate, "compile_parts", lambda model: [
             block.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))) for block in model.blocks[:1]] and True)
         padded = np.load(sample(experiment, capsys, "--compile", "--sample-dir", tmp_path / "padded") / "samples.npz")["arr_0"]
     assert set(batches) == {2, 4} and abs(padded - eager).max() <= 1

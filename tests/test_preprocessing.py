@@ -21,7 +21,7 @@ from PIL import Image
 
 from dataset import LatentDataset
 from models.errors import UserError
-from models.vae import LatentSpace, load_codec
+from models.vae import Codec, LatentSpace, load_codec
 from preprocessing import convert as converting
 from preprocessing import encode as encoding
 from preprocessing.convert import convert, parse_resolution, to_png
@@ -79,8 +79,8 @@ def run_convert(source, dest, resolution="32x32", transform=CROP, workers=0, max
     convert(str(source), str(dest), resolution, transform, workers, max_images)
 
 
-def run_encode(source, dest, vae: str, batch_size=4, dtype="float32", workers=0, precision="fp32") -> None:
-    encode(str(source), str(dest), vae, batch_size, dtype, workers, precision)
+def run_encode(source, dest, vae: str, batch_size=4, dtype="float32", workers=0, precision="fp32", compile=None) -> None:
+    encode(str(source), str(dest), vae, batch_size, dtype, workers, precision, compile)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -653,6 +653,42 @@ def test_bf16_moves_moments_by_its_rounding(images, vae, tmp_path):
                      for name in ("fp32", "bf16"))
     assert coarse.dtype == np.float32 and 2e-4 < np.abs(coarse - exact).mean() / np.abs(exact).mean() < 0.02
     assert metadata(tmp_path / "bf16")["made_with"]["precision"] == "bf16"
+
+
+def test_a_compiled_vae_sees_batches_of_one_size(images, vae, tmp_path, monkeypatch):
+    """Of ten images the last two are filled up to four; what was compiled is said in the record, and does not mix with what was not."""
+    monkeypatch.setattr(encoding, "choose_same_kernels", lambda: None)
+    monkeypatch.setattr(encoding, "compiler_works", lambda _: True)
+    asked, sizes, plainly = [], [], Codec.encode
+    monkeypatch.setattr(encoding, "compile_parts", lambda network: asked.append(type(network).__name__))
+    monkeypatch.setattr(Codec, "encode", lambda self, batch: sizes.append(len(batch)) or plainly(self, batch))
+    run_encode(images, tmp_path / "compiled", vae, compile=True)
+    assert asked == ["AutoencoderKL"] and sizes == [4, 4, 4]
+    assert metadata(tmp_path / "compiled")["made_with"]["compiled"] is True
+    run_encode(images, tmp_path / "plain", vae)
+    assert asked == ["AutoencoderKL"] and sizes[3:] == [4, 4, 2] and metadata(tmp_path / "plain")["made_with"]["compiled"] is False
+    found = [files(tmp_path / name) for name in ("compiled", "plain")]
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 10
+    for name in found[0]:
+        a, b = (np.load(io.BytesIO(some[name])) for some in found)
+        assert np.allclose(a, b, atol=1e-5)
+    with pytest.raises(UserError, match="was made with compiled True, now compiled False is asked for"):
+        run_encode(images, tmp_path / "compiled", vae)
+
+
+def test_a_machine_that_cannot_compile_says_what_it_did(images, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "compiler_works", lambda _: False)
+    run_encode(images, tmp_path / "moments", vae, compile=True)
+    assert metadata(tmp_path / "moments")["made_with"]["compiled"] is False
+
+
+def test_processes_that_cannot_all_compile(images, vae, tmp_path, monkeypatch):
+    from accelerate import utils
+
+    monkeypatch.setattr(utils, "gather_object", lambda mine: [*mine, not mine[0]])
+    with pytest.raises(UserError, match="add --no-compile"):
+        run_encode(images, tmp_path / "moments", vae)
+    assert not (tmp_path / "moments").exists()
 
 
 def test_tf32_is_refused_on_a_cpu(images, vae, tmp_path):
