@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from evaluations.sample_folder import BlockWriter, SampleFolder, blocks_to_make, finish, prepare, write_outputs
 from models import checkpoint
-from models.compiling import choose_same_kernels, compile_parts, require_same_everywhere
-from models.errors import UserError, notice, without_traceback
-from models.files import sha256
 from models.interpolant import PATHS
-from models.precision import allow_tf32
-from models.processes import join_processes, leave_processes
 from models.sit import SiT, SiT_models
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
+from runtime import run as runs
+from runtime.files import sha256
+from runtime.launch import join_processes, leave_processes
+from runtime.messages import UserError, notice, without_traceback
+from runtime.speed import allow_tf32, choose_same_kernels, compile_parts, require_same_everywhere
 from samplers import Sampling, image_label, image_rng, sample_images
 
 
@@ -112,13 +112,13 @@ def sampling_of(args: argparse.Namespace, model: SiT, path_type: str) -> Samplin
 
 def sample_dir(path: Path, args: argparse.Namespace) -> Path:
     """Where the folders of samples are: beside the checkpoints of an experiment, if not said otherwise."""
-    ours = path.parent.name == checkpoint.CHECKPOINTS
+    ours = path.parent.name == runs.CHECKPOINTS
     return Path(args.sample_dir or (path.parent.parent / "samples" if ours else "samples"))
 
 
 def folder_name(path: Path, how: Sampling, args: argparse.Namespace, vae: str) -> str:
     """A name that carries every setting that changes an image."""
-    experiment = f"{path.parent.parent.name}-" if path.parent.name == checkpoint.CHECKPOINTS else ""
+    experiment = f"{path.parent.parent.name}-" if path.parent.name == runs.CHECKPOINTS else ""
     parts = [f"{experiment}{path.stem}", *(["model"] if args.weights == "model" else []),
              how.mode + ("-heun" if how.heun else ""), f"steps{how.num_steps}", f"cfg{how.cfg_scale:.12g}"]
     if how.cfg_scale > 1:
@@ -188,7 +188,7 @@ def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Co
 @without_traceback
 def main(argv=None) -> None:
     args = parse_args(argv)
-    path = checkpoint.find(args.ckpt)
+    path = runs.find(args.ckpt)
     state = checkpoint.read(path)
     model = checkpoint.build_for_sampling(state, args.model, args.weights)
     space = LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()

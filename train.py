@@ -43,18 +43,17 @@ from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms
 from models import checkpoint
 from models.cached_features import UnfitFeatures, features_folder
-from models.compiling import compile_parts
 from models.encoders import CachedEncoder, Encoder, load_encoders, require_class_tokens, require_made_by, with_weights
-from models.errors import UserError, notice, say, without_traceback
-from models.files import write_whole
 from models.interpolant import PATHS
-from models.memory import keep_memory
-from models.meter import Log, Meter, Skips
-from models.precision import allow_tf32
-from models.processes import require_joined
 from models.sit import SiT, SiT_models
-from models.stopping import STOPPED, StopRequest
 from models.vae import Codec, LatentSpace, load_codec
+from runtime import run as runs
+from runtime.files import write_whole
+from runtime.launch import require_joined
+from runtime.log import Log, Meter, Skips
+from runtime.messages import UserError, notice, say, without_traceback
+from runtime.speed import allow_tf32, compile_parts, keep_memory
+from runtime.stopping import STOPPED, StopRequest
 from samplers import Sampling, sample_images
 
 GRID_IMAGES = 16             # a training grid: so many EMA samples, with this setting
@@ -181,7 +180,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.resume_step:
         if args.resume != "auto":
             raise UserError(f"--resume-step {args.resume_step} came with --resume {args.resume}: give one of them")
-        args.resume = str(checkpoint.checkpoint_path(Path(args.output_dir) / args.exp_name, args.resume_step))
+        args.resume = str(runs.checkpoint_path(Path(args.output_dir) / args.exp_name, args.resume_step))
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -596,7 +595,7 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
     batches = GlobalBatchSampler(len(data), args.batch_size, seed=args.seed, accumulation=args.gradient_accumulation_steps,
                                  rank=accelerator.process_index, world_size=accelerator.num_processes)
     experiment = Path(args.output_dir) / args.exp_name
-    resumed = checkpoint.resumable(experiment, args.resume)
+    resumed = runs.resumable(experiment, args.resume, checkpoint.read)
     if resumed is not None:
         require_same_run(resumed[1], args, data, space, resumed[0], accelerator.num_processes)
     with accelerator.local_main_process_first():                  # one process downloads, the others find the cache
@@ -651,11 +650,11 @@ def run(args: argparse.Namespace, stop: StopRequest, reading: Reading) -> None:
 
     saver = log = None                                            # the first process writes
     if accelerator.is_main_process:
-        saver = checkpoint.Saver(experiment, args.keep_last, args.keep_every)
-        checkpoint.set_aside(experiment, step)
+        saver = runs.Saver(experiment, args.keep_last, args.keep_every)
+        runs.set_aside(experiment, step)
         log = Log(experiment / "metrics.jsonl", step)
         if step < args.max_train_steps:
-            checkpoint.save_args(experiment, vars(args))
+            runs.save_args(experiment, vars(args))
         else:
             say(f"nothing to do: {experiment} has its {args.max_train_steps} steps; raise --max-train-steps to go on")
         start_trackers(accelerator, experiment, args)

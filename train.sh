@@ -59,5 +59,5 @@ esac
 "$PYTHON" -c 'from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("torch", "accelerate", "timm"))))' 2>/dev/null || {
     echo "error: $PYTHON lacks torch, accelerate or timm: pip install -r requirements.txt, or set PYTHON" >&2; exit 2
 }
-exec "$PYTHON" -m models.processes train.py "${recipe[@]}" --method "$METHOD" --exp-name "$METHOD-$RECIPE" \
+exec "$PYTHON" -m runtime.launch train.py "${recipe[@]}" --method "$METHOD" --exp-name "$METHOD-$RECIPE" \
     --output-dir "${OUTPUT_DIR:-exps}" --report-to "${REPORT_TO:-none}" "$@"

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import require_output
-from models.errors import UserError, notice, without_traceback
-from models.files import write_whole
+from runtime.files import write_whole
+from runtime.messages import UserError, notice, without_traceback
 
 ALL = ("train_step", "sampling", "data", "encode", "scoring")
 

@@ -26,14 +26,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from benchmarks.harness import Row, open_device, parser, profile, ratio, report, timed
 from dataset import Features, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, read_image, read_moments
-from models import index
 from models.cached_features import FeaturesRecord, features_folder, pack
-from models.errors import UserError, say, without_traceback
-from models.files import make_folder, to_npy
 from preprocessing.convert import image_name, to_png
 from preprocessing.encode import moments_name
 from preprocessing.encode_features import features_name
 from preprocessing.work import all_cores
+from runtime import index
+from runtime.files import make_folder, to_npy
+from runtime.messages import UserError, say, without_traceback
 
 GOAL, CORES = 5000, 16                # images/s on so many cores
 IMAGENET, FIRST, LATER = 1_281_167, 30.0, 2.0  # entries, and the seconds in which they are to open, first and later

@@ -22,16 +22,17 @@ from PIL import Image
 
 from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
 from benchmarks.vae import WIDTHS, autoencoder, random_codec
-from dataset import IMAGE_EXTENSIONS, decode_image, list_keyed, list_names, open_store, read_image
-from models.compiling import compiler_works
-from models.errors import UserError, without_traceback
-from models.files import to_npy
-from models.precision import float32_arithmetic
+from dataset import read_image
 from models.vae import Codec
 from preprocessing.convert import convert
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.encode import PRECISIONS, Batches, encode_batches, moments_name, moments_of, set_precision
 from preprocessing.work import Destination, all_cores, load, reading_workers
+from runtime.catalogue import list_keyed
+from runtime.files import to_npy
+from runtime.messages import UserError, without_traceback
+from runtime.speed import compiler_works, float32_arithmetic
+from runtime.stores import IMAGE_EXTENSIONS, decode_image, list_names, open_store
 
 CROP = "center-crop-dhariwal"
 SIZES = {"cuda": {"images": 512, "batch_size": 32}, "cpu": {"images": 64, "batch_size": 8}}

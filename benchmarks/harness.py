@@ -23,8 +23,8 @@ from statistics import median
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.errors import UserError, notice
-from models.files import make_folder, write_whole
+from runtime.files import make_folder, write_whole
+from runtime.messages import UserError, notice
 
 # Dense bf16 TFLOP/s that a matrix product reaches on a GPU when nothing else is in its way; others' are measured.
 PEAKS = {"NVIDIA H200": 790.0}

@@ -18,10 +18,10 @@ from evaluations.features import Extractor, load_extractor
 from evaluations.metrics import frechet_distance, gaussian_statistics
 from generate import make_ready
 from models import checkpoint
-from models.compiling import compile_parts
-from models.errors import UserError, notice, without_traceback
-from models.precision import allow_tf32
 from models.vae import LatentSpace, load_codec
+from runtime import run as runs
+from runtime.messages import UserError, notice, without_traceback
+from runtime.speed import allow_tf32, compile_parts
 from samplers import Sampling, sample_images
 
 TOY_FEATURES = Path(__file__).parents[1] / "toy" / "networks" / "features"
@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def sampler(args: argparse.Namespace, device: torch.device) -> Callable[..., torch.Tensor | None]:
     """A function from a setting and a seed to the images uint8 (N, 3, R, R), or None where the setting cannot be had."""
-    state = checkpoint.read(checkpoint.find(args.ckpt))
+    state = checkpoint.read(runs.find(args.ckpt))
     space = LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
     path_type = (state.get("args") or {}).get("path_type", "linear")
     how = Sampling(num_steps=args.num_steps, cfg_scale=args.cfg_scale, path_type=path_type)

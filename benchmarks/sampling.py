@@ -22,11 +22,10 @@ from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_
 from benchmarks.vae import random_codec
 from evaluations.sample_folder import BlockWriter, SampleFolder, prepare, write_block
 from generate import make_blocks, make_ready
-from models.compiling import compile_parts
-from models.errors import UserError, notice, without_traceback
-from models.precision import allow_tf32
 from models.sit import SiT, SiT_models
 from models.vae import Codec, LatentSpace, load_codec
+from runtime.messages import UserError, notice, without_traceback
+from runtime.speed import allow_tf32, compile_parts
 from samplers import LAST_SDE_TIME, Sampling, sample_images
 
 CLASS_TOKEN = 768

@@ -31,8 +31,8 @@ from evaluations.metrics import (
     side_by_side,
 )
 from evaluations.scoring import evaluate
-from models.errors import UserError, without_traceback
-from models.precision import full_precision
+from runtime.messages import UserError, without_traceback
+from runtime.speed import full_precision
 
 GOAL = 50_000, 10_000             # samples and reference images of the published scores
 SIZES = {"cuda": {"samples": GOAL[0], "references": GOAL[1], "rows": GOAL, "stage": 2048, "batch_size": 64},

@@ -37,14 +37,13 @@ from benchmarks.harness import (
 )
 from loss import SILoss
 from models.cached_features import pack
-from models.compiling import compile_parts, compiler_works
 from models.encoders import CachedEncoder, Encoder
-from models.errors import UserError, notice, without_traceback
-from models.meter import Meter, Skips
-from models.precision import float32_arithmetic
 from models.sit import SiT_models
 from models.vae import LatentSpace
 from preprocessing.encode_features import describe
+from runtime.log import Meter, Skips
+from runtime.messages import UserError, notice, without_traceback
+from runtime.speed import compile_parts, compiler_works, float32_arithmetic
 
 CLASSES = 1000
 PIECE = 32                   # images in memory at a time in the plain way, whose float32 takes 0.63 GiB for each of XL's

@@ -11,8 +11,8 @@ from evaluations.extraction import measure, place
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from models.encoders import LOCAL, load_encoders, require_class_tokens, sha256_of_parameters
-from models.errors import UserError, notice
 from preprocessing.crop import UNREADABLE
+from runtime.messages import UserError, notice
 
 
 class ClassToken(nn.Module):

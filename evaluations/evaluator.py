@@ -5,7 +5,7 @@
     python -m evaluations.evaluator selftest FOLDER                     # against ADM's published batches, if you have them
 
 Images come as npz in ADM's form (`arr_0`, uint8, NHWC, RGB; streamed, never loaded whole) or as a folder. On several GPUs:
-python -m models.processes -m evaluations.evaluator ...
+python -m runtime.launch -m evaluations.evaluator ...
 """
 
 import argparse
@@ -27,9 +27,9 @@ from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images, pick, write_npz
 from evaluations.metrics import NEIGHBOURS
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
-from models.errors import UserError, say, without_traceback
-from models.files import write_whole
-from models.processes import join_processes, leave_processes
+from runtime.files import write_whole
+from runtime.launch import join_processes, leave_processes
+from runtime.messages import UserError, say, without_traceback
 
 COMMANDS = ("score", "stats", "selftest")
 KEPT = 10_000  # images that `stats` keeps for precision and recall, as many as ADM's reference files hold

@@ -20,9 +20,9 @@ from evaluations.features import Extractor
 from evaluations.images import FileStatistics, ImageSet
 from evaluations.inception import Inception
 from evaluations.metrics import Gaussian, side_by_side
-from models.errors import UserError, notice
-from models.files import write_whole
-from models.precision import full_precision
+from runtime.files import write_whole
+from runtime.messages import UserError, notice
+from runtime.speed import full_precision
 
 PIECE = 8         # images that one thread of a CPU takes at a time
 CACHE_FORMAT = 1  # part of the cache's keys: raise it when features or their meaning change

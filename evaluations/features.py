@@ -15,9 +15,9 @@ from torch import nn
 
 from evaluations.inception import Inception
 from models.encoders import LOCAL, cannot_build, load_encoder, sha256_of_parameters, timm_weights
-from models.errors import UserError, notice
-from models.files import sha256
-from models.precision import full_precision
+from runtime.files import sha256
+from runtime.messages import UserError, notice
+from runtime.speed import full_precision
 
 # The published file under the two names it has been released with, the same bytes (pytorch-fid, torch-fidelity).
 INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models.errors import UserError, notice
-from models.files import sha256, write_whole
 from preprocessing.crop import MAX_PIXELS, UNREADABLE, center_crop, decode_image, shown, to_rgb
+from runtime.files import sha256, write_whole
+from runtime.messages import UserError, notice
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOADED = ("arr_1", "mu", "sigma", "mu_s", "sigma_s", "about")  # what is loaded whole of an npz file, and may be compressed there

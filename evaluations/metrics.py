@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.precision import full_precision
+from runtime.speed import full_precision
 
 CHUNK = 8192        # rows centred at a time: bounds the float64 copy to 128 MiB at F = 2048
 STRIP = 256         # columns of it, or rows of a block of distances, that one thread multiplies

@@ -5,9 +5,9 @@ import json
 import math
 from pathlib import Path
 
-from models.checkpoint import CHECKPOINTS
-from models.errors import notice
-from models.files import write_whole
+from runtime.files import write_whole
+from runtime.messages import notice
+from runtime.run import CHECKPOINTS
 
 METRICS = "metrics*.json"  # one for each feature network in which the samples of a folder were scored
 GUIDANCE = ("cls_cfg_scale", "guidance_low", "guidance_high")                     # mean nothing without guidance, scale 1

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from evaluations.images import open_images, pick, write_npz
 from evaluations.report import METRICS
-from models.errors import UserError, notice
-from models.files import make_folder, partial_name, to_npy, write_whole
+from runtime.files import make_folder, partial_name, to_npy, write_whole
+from runtime.messages import UserError, notice
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 BEFORE = {"vae_precision": "fp32", "compiled": False}             # of settings.json from before there was a choice

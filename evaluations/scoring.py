@@ -21,8 +21,8 @@ from evaluations.metrics import (
     precision_recall,
     side_by_side,
 )
-from models.errors import UserError, notice
-from models.precision import full_precision
+from runtime.messages import UserError, notice
+from runtime.speed import full_precision
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
 INCEPTION_METRICS = (*ADM_METRICS, "kid")

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 from evaluations.report import GUIDANCE, METRICS, as_text, distance_of, draw, protocol, read_result, read_rows, write_table
-from models import checkpoint
-from models.errors import UserError, notice, say, without_traceback
-from models.files import sha256
-from models.processes import is_first_node, supervise
+from runtime import run as runs
+from runtime.files import sha256
+from runtime.launch import is_first_node, supervise
+from runtime.messages import UserError, notice, say, without_traceback
 
 # Flags of generate.py that take several values here: type, test, what to give. It tests them too, but each when its turn has come.
 SWEPT = {
@@ -103,8 +103,8 @@ def expand(lists: dict[str, list]) -> list[dict]:
 def checkpoints(experiment: str, steps: str | None) -> list[Path]:
     """The checkpoints of the steps in a list with commas, or the newest; raises UserError for one that is not there."""
     if steps is None:
-        return [checkpoint.find(experiment)]
-    saved = {str(step): path for step, path in checkpoint.saved(Path(experiment)).items()}
+        return [runs.find(experiment)]
+    saved = {str(step): path for step, path in runs.saved(Path(experiment)).items()}
     wanted = list(dict.fromkeys(step.strip() for step in steps.split(",")))
     for step in wanted:
         if step not in saved:
@@ -147,7 +147,7 @@ def score(folder: Path, args: argparse.Namespace, scoring: list[str], tokens: bo
         identity = repr([before[name] for name in ("asked", "ref_batch", "weights_sha256")])
         metrics.rename(folder / f"metrics-{before['features']}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}.json")
     more = flags({"class_tokens": folder / "class_tokens.npz" if tokens else None})
-    say(run("models.processes", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)).rstrip())
+    say(run("runtime.launch", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)).rstrip())
     return metrics
 
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, (path, setting) in enumerate(work, 1):
         if len(work) > 1:
             notice(f"{number} of {len(work)}: {path.stem} {' '.join(flags(setting))}")
-        printed = run("models.processes", "generate.py", "--ckpt", str(path), *flags(setting), *passed_on)
+        printed = run("runtime.launch", "generate.py", "--ckpt", str(path), *flags(setting), *passed_on)
         folder = Path(printed.splitlines()[-1]).parent
         folders.append(folder)
         if args.ref_batch is None:

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import torch
 
-from models.errors import UserError
-from models.files import to_npy
+from runtime.files import to_npy
+from runtime.messages import UserError
 
 DTYPES = ("float16", "int8")
 FOLDER = "features-"     # begins the name of every folder of features

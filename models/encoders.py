@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from models.cached_features import FeaturesRecord, UnfitFeatures, unpack
-from models.errors import UserError
-from models.files import sha256
+from runtime.files import sha256
+from runtime.messages import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.errors import UserError
+from runtime.messages import UserError
 
 FREQUENCIES = 256            # width of the timestep sinusoid: 128 cosines, then 128 sines
 MAX_PERIOD = 10_000

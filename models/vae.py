@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models.errors import UserError
+from runtime.messages import UserError
 
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 # The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import Features, LatentDataset, feature_stores, shown
-from models.errors import UserError
-from models.files import write_whole
+from dataset import Features, LatentDataset, feature_stores
 from models.vae import Codec, LatentSpace, load_codec
 from preprocessing.work import load
+from runtime.files import write_whole
+from runtime.messages import UserError
+from runtime.stores import shown
 
 CHUNK = 64   # entries a worker reads at a time
 SHOWN = 8    # entries in the picture

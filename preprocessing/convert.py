@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import IMAGE_EXTENSIONS, Store, decode_image, few, list_names, open_store, read_labels, read_metadata, shown
-from models.errors import UserError
 from preprocessing.crop import MAX_PIXELS, center_crop, to_rgb
 from preprocessing.work import Destination, digest, load
+from runtime.catalogue import read_labels
+from runtime.messages import UserError
+from runtime.stores import IMAGE_EXTENSIONS, Store, decode_image, few, list_names, open_store, read_metadata, shown
 
 TRANSFORMS = ("center-crop-dhariwal", "none")
 CHUNK = 16  # pictures a worker converts at a time

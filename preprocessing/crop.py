@@ -4,8 +4,9 @@ import numpy as np
 from PIL import Image
 
 # The limits and faults of pictures have their home beside the data set's own reader; the evaluator takes them from here.
-from dataset import MAX_PIXELS, UNREADABLE, decode_image, shown
-from models.errors import UserError
+from runtime.files import UNREADABLE
+from runtime.messages import UserError
+from runtime.stores import MAX_PIXELS, decode_image, shown
 
 __all__ = ["MAX_PIXELS", "UNREADABLE", "center_crop", "decode_image", "shown", "to_rgb"]
 

@@ -19,8 +19,6 @@ import torch
 if not __package__:  # called as a script: the repository is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from models.errors import UserError, without_traceback
-from models.processes import leave_processes
 from models.vae import SHORTHANDS
 from preprocessing.check import check
 from preprocessing.convert import TRANSFORMS, convert
@@ -28,6 +26,8 @@ from preprocessing.encode import PRECISIONS
 from preprocessing.encode import encode as encode_moments
 from preprocessing.encode_features import encode_features
 from preprocessing.work import all_cores, reading_workers
+from runtime.launch import leave_processes
+from runtime.messages import UserError, without_traceback
 
 
 def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None, dtype: str | None = None,

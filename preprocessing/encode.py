@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import IMAGE_EXTENSIONS, Store, list_keyed, open_store, read_image, read_labels, shown
-from models.compiling import choose_same_kernels, compile_parts, compiler_works, require_same_everywhere
-from models.errors import UserError
-from models.files import to_npy
-from models.precision import float32_arithmetic
-from models.processes import join_processes
+from dataset import read_image
 from models.vae import SHORTHANDS, Codec, load_codec
 from preprocessing.work import Destination, digest, load
+from runtime.catalogue import list_keyed, read_labels
+from runtime.files import to_npy
+from runtime.launch import join_processes
+from runtime.messages import UserError
+from runtime.speed import choose_same_kernels, compile_parts, compiler_works, float32_arithmetic, require_same_everywhere
+from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, shown
 
 # How the VAE computes. With the toy's VAE, images' means differ from fp32's by 0.0003 (tf32) and 0.004 (bf16) on average, and their stds
 # by 0.00002 and 0.0004; to store them as float16 moves them by 0.0002 and 0.00001. A third of a std, which bf16 moves the mean by, is

@@ -5,15 +5,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import IMAGE_EXTENSIONS, list_keyed, open_store, read_image, shown
+from dataset import read_image
 from models.cached_features import DTYPES, FeaturesRecord, disk_cost, features_folder, file_size, gigabytes, on_disk, pack
 from models.encoders import load_encoder, sha256_of_named, sha256_of_parameters
-from models.errors import UserError
-from models.files import to_npy
-from models.precision import full_precision
-from models.processes import join_processes
 from preprocessing.encode import encode_missing
 from preprocessing.work import Destination, digest
+from runtime.catalogue import list_keyed
+from runtime.files import to_npy
+from runtime.launch import join_processes
+from runtime.messages import UserError
+from runtime.speed import full_precision
+from runtime.stores import IMAGE_EXTENSIONS, open_store, shown
 
 
 def features_name(key: bytes) -> bytes:

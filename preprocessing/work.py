@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import METADATA, UNFINISHED, FolderStore, Store, few, is_zip_name, open_store, read_metadata, shown
 from models.cached_features import gigabytes
-from models.errors import UserError
-from models.files import write_whole
+from runtime.files import write_whole
+from runtime.messages import UserError
+from runtime.stores import METADATA, UNFINISHED, FolderStore, Store, few, is_zip_name, open_store, read_metadata, shown
 
 LONGEST_FILE = 255  # bytes of one file's name, without folders: what nearly all file systems take
 

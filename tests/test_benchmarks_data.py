@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import data
-from models import index
-from models.files import to_npy
+from runtime import index
+from runtime.files import to_npy
 
 
 def test_it_runs_and_prints_what_it_measured(tmp_path, monkeypatch, capsys):

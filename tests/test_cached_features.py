@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from dataset import LatentDataset, features_path, open_store, read_image
+from dataset import LatentDataset, features_path, read_image
 from models.cached_features import (
     FeaturesRecord,
     UnfitFeatures,
@@ -26,12 +26,13 @@ from models.cached_features import (
     unpack,
 )
 from models.encoders import CachedEncoder, load_encoder, require_made_by, sha256_of_named, sha256_of_parameters
-from models.errors import UserError
 from preprocessing.convert import convert
 from preprocessing.dataset_tools import main
 from preprocessing.encode import encode
 from preprocessing.encode_features import encode_features
 from preprocessing.work import Destination
+from runtime.messages import UserError
+from runtime.stores import open_store
 from tests.conftest import tf32_and_autocast
 from tests.stress.kills import same
 from tests.test_preprocessing import Interrupted, contents, interrupt_after, run_program

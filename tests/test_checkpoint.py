@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from models import checkpoint
 from models.checkpoint import build_for_sampling, load_weights
-from models.errors import UserError
 from models.sit import SiT_models
 from models.vae import LatentSpace
+from runtime import run as runs
+from runtime.messages import UserError
 from tests.test_sit import inputs, randomised, small
 
 
@@ -24,7 +25,7 @@ def content(model, ema, step=7) -> dict:
 
 
 def saved(folder, model, ema, step=7):
-    return checkpoint.save(folder, content(model, ema, step))
+    return runs.save(folder, content(model, ema, step))
 
 
 def released(model) -> dict:
@@ -53,12 +54,12 @@ def test_names_and_keys(tmp_path):
 
 
 def test_newest_is_the_highest_step(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert runs.newest(tmp_path) is None
     for step in (900_000, 50_000, 12_000_000):
         saved(tmp_path, small(), small(), step)
     (tmp_path / "checkpoints" / "99999999.pt.partial").touch()
-    assert checkpoint.newest(tmp_path).name == "12000000.pt"
-    assert checkpoint.find(tmp_path).name == "12000000.pt"
+    assert runs.newest(tmp_path).name == "12000000.pt"
+    assert runs.find(tmp_path).name == "12000000.pt"
 
 
 def test_rebuilds_the_model_from_the_file_alone(tmp_path):
@@ -146,7 +147,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
             checkpoint.read(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoint below"):
-        checkpoint.find(tmp_path / "empty")
+        runs.find(tmp_path / "empty")
     with pytest.raises(UserError, match="no 'ema' weights"):
         load_weights(small(), {"weights": {}, "epoch": 3})
     with pytest.raises(UserError, match="not a SiT"):
@@ -178,56 +179,56 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "text", "empty"])
 def test_a_damaged_newest_one_gives_way_to_the_one_before(three, how, capsys):
-    paths = [checkpoint.checkpoint_path(three, step) for step in (1, 2, 3)]
+    paths = [runs.checkpoint_path(three, step) for step in (1, 2, 3)]
     damage(paths[2], how)
     for mmap in (False, True):
         with pytest.raises(UserError, match="0000003.pt cannot be read"):
             checkpoint.read(paths[2], mmap=mmap)
-    path, state = checkpoint.resumable(three, "auto")
+    path, state = runs.resumable(three, "auto", checkpoint.read)
     assert path == paths[1] and state["steps"] == 2
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and str(paths[2]) in warning and str(paths[1]) in warning
     damage(paths[0], how)
     damage(paths[1], how)
     with pytest.raises(UserError, match="none of the checkpoints can be read"):
-        checkpoint.resumable(three, "auto")
-    assert len(checkpoint.saved(three)) == 3
+        runs.resumable(three, "auto", checkpoint.read)
+    assert len(runs.saved(three)) == 3
 
 
 def test_none_starts_afresh_only_where_nothing_is(three, tmp_path):
-    assert checkpoint.resumable(tmp_path / "new", "none") is None and checkpoint.resumable(tmp_path / "new", "auto") is None
+    assert runs.resumable(tmp_path / "new", "none", checkpoint.read) is None and runs.resumable(tmp_path / "new", "auto") is None
     with pytest.raises(UserError, match="holds 3 checkpoints up to step 3"):
-        checkpoint.resumable(three, "none")
+        runs.resumable(three, "none", checkpoint.read)
 
 
 def test_a_run_goes_back_to_a_file_once(three, tmp_path, capsys):
-    first = checkpoint.checkpoint_path(three, 1)
-    path, state = checkpoint.resumable(three, str(first))
+    first = runs.checkpoint_path(three, 1)
+    path, state = runs.resumable(three, str(first), checkpoint.read)
     assert path == first
-    checkpoint.set_aside(three, state["steps"])
+    runs.set_aside(three, state["steps"])
     assert sorted(p.name for p in first.parent.iterdir()) == ["0000001.pt", "0000002.pt.aside", "0000003.pt.aside"]
     assert capsys.readouterr().err.count("the run goes on at step 1") == 2
     since = content(small(), small(), step=2)
     since["args"]["resume"] = str(first)                                          # what the run that went back saves
-    checkpoint.save(three, since)
-    assert checkpoint.resumable(three, str(first))[0].name == "0000002.pt"
+    runs.save(three, since)
+    assert runs.resumable(three, str(first), checkpoint.read)[0].name == "0000002.pt"
 
 
 def test_another_experiments_file_begins_a_new_run_only(three, tmp_path):
     other = saved(tmp_path / "other", small(), small(), 9)
-    assert checkpoint.resumable(tmp_path / "new", str(other))[0] == other
+    assert runs.resumable(tmp_path / "new", str(other), checkpoint.read)[0] == other
     with pytest.raises(UserError, match="holds checkpoints of its own"):
-        checkpoint.resumable(three, str(other))
+        runs.resumable(three, str(other), checkpoint.read)
 
 
 @pytest.mark.parametrize(("last", "every", "left"), [
     (0, 0, [1, 2, 3, 4, 5, 6]), (1, 0, [6]), (2, 0, [5, 6]), (1, 2, [2, 4, 6]), (2, 3, [3, 5, 6]), (9, 0, [1, 2, 3, 4, 5, 6])])
 def test_what_is_kept(tmp_path, last, every, left):
-    saver = checkpoint.Saver(tmp_path, last, every)
+    saver = runs.Saver(tmp_path, last, every)
     for step in range(1, 7):
         saver.start(content(small(), small(), step))
     saver.wait()
-    assert list(checkpoint.saved(tmp_path)) == left and saver.failure is None
+    assert list(runs.saved(tmp_path)) == left and saver.failure is None
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
@@ -236,22 +237,22 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch)
     began, may_end = threading.Event(), threading.Event()
     original = torch.save
     monkeypatch.setattr(torch, "save", lambda *a: (began.set(), may_end.wait(300), original(*a)))
-    saver = checkpoint.Saver(tmp_path)
+    saver = runs.Saver(tmp_path)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     saver.start(content(model, model))
-    assert began.wait(300) and checkpoint.newest(tmp_path) is None                 # nothing looks whole before it is
+    assert began.wait(300) and runs.newest(tmp_path) is None                 # nothing looks whole before it is
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
     may_end.set()
     saver.wait()
-    state = checkpoint.read(checkpoint.newest(tmp_path))
+    state = checkpoint.read(runs.newest(tmp_path))
     assert all(torch.equal(state["model"][name], value) for name, value in before.items())
 
 
 def test_a_full_disk_leaves_the_older_ones_and_is_tried_again(three, capsys):
-    before = {path: path.read_bytes() for path in checkpoint.saved(three).values()}
-    saver = checkpoint.Saver(three, keep_last=1)
+    before = {path: path.read_bytes() for path in runs.saved(three).values()}
+    saver = runs.Saver(three, keep_last=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))                    # a file may not grow beyond
     try:
@@ -264,14 +265,14 @@ def test_a_full_disk_leaves_the_older_ones_and_is_tried_again(three, capsys):
     assert before == {path: path.read_bytes() for path in (three / "checkpoints").iterdir()}
     saver.start(content(small(), small(), 4))
     saver.wait()
-    assert saver.failure is None and list(checkpoint.saved(three)) == [4]
+    assert saver.failure is None and list(runs.saved(three)) == [4]
 
 
 def test_what_a_killed_run_was_writing_is_removed(three):
     partial = three / "checkpoints" / ".0000004.pt.partial"
     partial.write_bytes(b"half")
-    checkpoint.Saver(three)
-    assert not partial.exists() and len(checkpoint.saved(three)) == 3
+    runs.Saver(three)
+    assert not partial.exists() and len(runs.saved(three)) == 3
 
 
 # ---- weights to share

@@ -12,7 +12,7 @@ from evaluations.class_tokens import class_token_scores, load_class_token_extrac
 from evaluations.evaluator import main
 from evaluations.images import ImageSet, open_images
 from models.encoders import load_encoders
-from models.errors import UserError
+from runtime.messages import UserError
 from tests.conftest import SIDE, random_images
 
 COUNT = 24

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import train
-from models.errors import UserError
 from models.sit import SiT
 from preprocessing import dataset_tools
+from runtime.messages import UserError
 from toy import compare, draw
 from toy.compare import HOW, MAIN, SCALES, at_learning_rate, open_data, prepare, require_setting, setting_of, training_flags
 from toy.draw import draw_many
@@ -354,7 +354,7 @@ def test_a_stopped_comparison_stops_its_trainings_which_save(data, tmp_path):
     program = f"""
 from pathlib import Path
 from dataclasses import replace
-from models.errors import without_traceback
+from runtime.messages import without_traceback
 from tests.test_compare import TINY
 from toy import compare
 compare.prepare = lambda *_: None

@@ -18,8 +18,10 @@ import torch
 from PIL import Image, ImageFile
 
 import dataset as module
-from dataset import FolderStore, GlobalBatchSampler, LatentDataset, ZipStore, key_of, list_keyed, open_store
-from models.errors import UserError
+from dataset import GlobalBatchSampler, LatentDataset
+from runtime.catalogue import key_of, list_keyed
+from runtime.messages import UserError
+from runtime.stores import FolderStore, ZipStore, open_store
 
 VAE = {"vae": "tiny", "scale": 0.5, "shift": 0.0, "channels": 2, "downsampling": 4}
 COUNT, SIDE = 6, 16

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from models.encoders import ENCODERS, load_encoders, require_class_tokens, to_grid
-from models.errors import UserError
+from runtime.messages import UserError
 
 IMAGES = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 NO_CLASS_TOKEN = {"jepa-vit-h", "siglip2-vit-b"}

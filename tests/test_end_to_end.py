@@ -50,7 +50,7 @@ def story(tmp_path_factory) -> Path:
     shell(sys.executable, "-m", "toy.draw", "--dest", data / "raw", "--num-images", "32", "--seed", "0")
     shell(sys.executable, "-m", "toy.draw", "--npz", folder / "reference.npz", "--num-images", "32", "--seed", "1")
     shell(*tools, "convert", "--source", data / "raw", "--dest", data / "images", "--resolution=32x32", "--transform=center-crop-dhariwal")
-    shell(sys.executable, "-m", "models.processes", *tools[1:], "encode", "--source", data / "images", "--dest", data / "vae-sd",
+    shell(sys.executable, "-m", "runtime.launch", *tools[1:], "encode", "--source", data / "images", "--dest", data / "vae-sd",
           "--model-url", "toy/networks/vae", "--workers", "0", NUM_GPUS="2")
     shell(*tools, "check", "--source", data, "--output", folder / "check.png", "--workers", "0")
 

@@ -429,7 +429,7 @@ def test_tolerances_are_what_two_implementations_differ_by():
 def on_two_processes(*command, status=0) -> str:
     """Returns what was said on stderr."""
     environment = {**os.environ, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "models.processes", *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "runtime.launch", *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
                           text=True)
     assert done.returncode == status, done.stderr
     return done.stderr
@@ -475,7 +475,7 @@ def test_two_processes_write_the_same_file(one_and_two):
 PROGRAM = """
 import json, sys
 from evaluations import evaluator, extraction, features
-from models.processes import leave_processes
+from runtime.launch import leave_processes
 from tests.conftest import TinyInception
 features.Inception = extraction.Inception = TinyInception
 commands = json.loads(sys.argv[1])

@@ -11,7 +11,7 @@ from evaluations import extraction
 from evaluations.extraction import all_threads, extract, file_statistics, measure
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import open_images
-from models.errors import UserError
+from runtime.messages import UserError
 from tests.conftest import TinyInception, random_images
 
 ALL = {"pooled", "gaussian", "spatial"}

@@ -18,12 +18,13 @@ import loss
 import train
 from benchmarks import plain
 from loss import SILoss
-from models import checkpoint, compiling
+from models import checkpoint
 from models.cached_features import FeaturesRecord
-from models.compiling import choose_same_kernels, compile_parts
 from models.encoders import CachedEncoder, load_encoders
-from models.meter import Meter, Skips
 from models.vae import LatentSpace, load_codec
+from runtime import speed as compiling
+from runtime.log import Meter, Skips
+from runtime.speed import choose_same_kernels, compile_parts
 from tests.test_reference import FORWARD, distance, released_model, tensor, vectors
 from tests.test_sit import inputs, randomised, small
 from tests.test_train import run, two_processes
@@ -232,7 +233,7 @@ def test_memory_is_kept_between_runs():
     """In a process of its own: after a few, blocks of 64 MiB are filled without page faults, and without the call they never are."""
     program = """if True:
         import resource, sys, torch
-        from models.memory import keep_memory
+        from runtime.speed import keep_memory
         if sys.argv[1] == "keep":
             keep_memory()
         for _ in range(20):

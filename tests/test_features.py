@@ -16,7 +16,7 @@ from evaluations import features
 from evaluations.features import Extractor, load_extractor
 from models import encoders
 from models.encoders import Spec, sha256_of_parameters
-from models.errors import UserError
+from runtime.messages import UserError
 from tests.conftest import TinyInception, random_images, tf32_and_autocast
 
 

@@ -19,9 +19,10 @@ from PIL import Image
 import generate
 from evaluations import sample_folder
 from models import checkpoint
-from models.files import sha256
 from models.sit import SiT_models
 from models.vae import load_codec
+from runtime import run as runs
+from runtime.files import sha256
 from tests.test_checkpoint import released
 from tests.test_sit import randomised
 from tests.test_train import ROOT, two_processes
@@ -34,7 +35,7 @@ def experiment(tmp_path, vae_folder):
     state = checkpoint.capture(model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()), scaler=None,
                                args={"path_type": "linear", "lr": 1}, step=3, draws=3,
                                latent_space=load_codec(str(vae_folder)).space.to_record(), data="", processes=1, log={})
-    checkpoint.save(tmp_path / "run", state)
+    runs.save(tmp_path / "run", state)
     return tmp_path / "run"
 
 
@@ -166,7 +167,7 @@ def test_what_is_not_there_is_made_again_and_nothing_stale_stays(experiment, cap
 def test_every_setting_is_in_the_folders_name(experiment, vae_folder, flags):
     args = [generate.parse_args(["--ckpt", str(experiment), *FEW, *more]) for more in ((), flags)]
     model = checkpoint.build_for_sampling(checkpoint.read(experiment))
-    path = checkpoint.find(experiment)
+    path = runs.find(experiment)
     plain, changed = (generate.folder_name(path, generate.sampling_of(a, model, "linear"), a, str(vae_folder)) for a in args)
     assert plain != changed and plain.startswith("run-0000003-")
 

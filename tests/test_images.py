@@ -13,8 +13,8 @@ from PIL import Image
 import dataset
 from evaluations import images as module
 from evaluations.images import ImageSet, open_images, pick, write_npz
-from models.errors import UserError
 from preprocessing.crop import center_crop
+from runtime.messages import UserError
 from tests.conftest import random_images
 
 

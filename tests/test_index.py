@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import dataset as module
-from dataset import LatentDataset, ZipStore
-from models import index
-from models.errors import UserError
+from dataset import LatentDataset
+from runtime import index
+from runtime.messages import UserError
+from runtime.stores import ZipStore
 from tests.test_dataset import COUNT, VAE, image_name, labels_of, moments_name, npy, png, put, relabel, to_zip
 
 LABELS = [2, 0, 1, 2, 0, 1]

@@ -13,7 +13,7 @@ from evaluations.metrics import (
     kernel_distance,
     precision_recall,
 )
-from models.precision import float32_arithmetic, full_precision
+from runtime.speed import float32_arithmetic, full_precision
 from tests.conftest import tf32_and_autocast
 
 

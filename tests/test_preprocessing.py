@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 from dataset import LatentDataset
-from models.errors import UserError
 from models.vae import Codec, LatentSpace, load_codec
 from preprocessing import convert as converting
 from preprocessing import encode as encoding
@@ -28,6 +27,7 @@ from preprocessing.convert import convert, parse_resolution, to_png
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.dataset_tools import main
 from preprocessing.encode import encode
+from runtime.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CROP = "center-crop-dhariwal"

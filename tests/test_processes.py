@@ -2,9 +2,9 @@
 
 import pytest
 
-from models import processes
-from models.errors import UserError
-from models.processes import is_first_node, launch_plan
+from runtime import launch as processes
+from runtime.launch import is_first_node, launch_plan
+from runtime.messages import UserError
 
 
 def test_one_process_joins_nobody():

@@ -13,12 +13,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import IMAGE_EXTENSIONS, Store, decode_image, list_keyed, list_names, open_store, read_labels, read_moments
+from dataset import read_moments
 from evaluations.images import open_images
-from models.errors import UserError
 from preprocessing.convert import parse_resolution
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.encode import moments_name
+from runtime.catalogue import list_keyed, read_labels
+from runtime.messages import UserError
+from runtime.stores import IMAGE_EXTENSIONS, Store, decode_image, list_names, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore")                 # of Pillow and numpy, about the damage that is done here
 

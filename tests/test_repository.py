@@ -23,31 +23,25 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train", "generate"}
 README = (ROOT / "README.md").read_text()
 
-# Each part of the project and what else of it that part may import; models' own modules are listed below.
+# Who imports whom: each part, or module, and what else of the project it may import.
 ALLOWED = {
-    "train": {"dataset", "loss", "samplers", "models", "evaluations"},
-    "generate": {"samplers", "models", "evaluations"},
+    "runtime": {"runtime"},
+    "models": {"models", "runtime"},
     "loss": {"models.interpolant"},
-    "samplers": {"models.interpolant"},
-    "dataset": {"models.cached_features", "models.errors", "models.files", "models.index"},
-    "preprocessing": {"preprocessing", "dataset", "models.cached_features", "models.compiling", "models.encoders", "models.errors",
-                      "models.files", "models.precision", "models.processes", "models.vae"},
-    "evaluations": {"evaluations", "models.checkpoint", "models.encoders", "models.errors", "models.files", "models.precision",
-                    "models.processes", "preprocessing.crop"},
-    "models.cached_features": {"models.errors", "models.files"},
-    "models.encoders": {"models.cached_features", "models.errors", "models.files"},
-    "models.processes": {"models.errors", "models.stopping"},
-    "models.meter": {"models.errors", "models.files"},
-    "models.index": {"models.errors", "models.files"},
-    "models.checkpoint": {"models.sit", "models.errors", "models.files"},
-    "models": {"models.errors"},
-    "benchmarks": {"benchmarks", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
-    "toy": {"toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations"},
+    "samplers": {"models.interpolant", "runtime"},
+    "dataset": {"models.cached_features", "runtime"},
+    "generate": {"samplers", "models", "runtime", "evaluations"},
+    "preprocessing": {"preprocessing", "dataset", "models", "runtime"},
+    "evaluations": {"evaluations", "models.encoders", "preprocessing.crop", "runtime"},
+    "train": {"dataset", "loss", "samplers", "models", "evaluations", "preprocessing", "runtime"},
+    "benchmarks": {"benchmarks", "toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations",
+                   "runtime"},
+    "toy": {"toy", "benchmarks", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations", "runtime"},
 }
 
 
 def sources() -> dict[str, Path]:
-    parts = ("models", "preprocessing", "evaluations", "toy", "benchmarks")
+    parts = ("models", "runtime", "preprocessing", "evaluations", "toy", "benchmarks")
     files = [*ROOT.glob("*.py"), *(path for part in parts for path in (ROOT / part).glob("*.py"))]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
 
@@ -126,8 +120,8 @@ def parse_eval(arguments: list[str]) -> None:
 def test_readme_commands_parse(command):
     while "=" in command[0] and not command[0].startswith("-"):
         name = command.pop(0).partition("=")[0]
-        assert any(name in (ROOT / place).read_text() for place in ("train.sh", "eval.sh", "models/processes.py"))
-    if command[:3] == ["python", "-m", "models.processes"]:
+        assert any(name in (ROOT / place).read_text() for place in ("train.sh", "eval.sh", "runtime/launch.py"))
+    if command[:3] == ["python", "-m", "runtime.launch"]:
         command[1:3] = []                                         # the launcher takes what python takes
     if command[0] == "make":
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from evaluations import sample_folder
 from evaluations.sample_folder import BlockWriter, SampleFolder
-from models.errors import UserError
+from runtime.messages import UserError
 
 SETTINGS = {"checkpoint_sha256": "a", "weights": "ema", "vae": "v", "sampling": {"cfg_scale": 2.0, "classes": (1, 2)}, "num_images": 5,
             "per_proc_batch_size": 2, "device": "CPU"}

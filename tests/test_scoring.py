@@ -19,7 +19,7 @@ from evaluations.features import load_extractor
 from evaluations.images import FileStatistics, ImageSet, open_images
 from evaluations.metrics import frechet_distance, gaussian_statistics, inception_score, kernel_distance, precision_recall
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, evaluate
-from models.errors import UserError
+from runtime.messages import UserError
 from tests.conftest import random_images
 from tests.test_features import write_timm_folder
 

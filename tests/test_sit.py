@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from models.errors import UserError
 from models.sit import SIZES, SiT, SiT_models, position_table
+from runtime.messages import UserError
 
 # Published parameters in millions: REG at inference, REG in training (with projector), SiT without REG.
 PUBLISHED = {"SiT-B/2": (131.684, 139.028, 130.50), "SiT-L/2": (459.664, 467.533, 458.09), "SiT-XL/2": (676.886, 685.017, 675.11)}

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from models import checkpoint, processes
-from models.stopping import STOPPED, SUPERVISED, StopRequest
+from models import checkpoint
+from runtime import launch as processes
+from runtime import run as runs
+from runtime.stopping import STOPPED, SUPERVISED, StopRequest
 from tests.test_train import ROOT, run
 
 PATIENCE = 300  # seconds after which a test gives up; none is measured
@@ -48,7 +50,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
 
 @pytest.mark.parametrize(("environment", "status"), [({}, 128 + signal.SIGUSR1), ({SUPERVISED: "1"}, 0)])
 def test_a_second_signal_ends_at_once_unless_the_launcher_counts(environment, status):
-    program = ("import os, signal, time; from models.stopping import StopRequest\n"
+    program = ("import os, signal, time; from runtime.stopping import StopRequest\n"
                "with StopRequest() as stop: os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); "
                "time.sleep(1); os.kill(os.getpid(), signal.SIGUSR1)")
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **environment}).returncode == status
@@ -72,7 +74,7 @@ def test_training_finishes_its_step_saves_and_says_so(train_flags, tmp_path, mon
             run(train_flags, steps=4)
     assert ended.value.code == STOPPED
     assert f"stopped by {number.name} after step 1: give the same command again" in capsys.readouterr().err
-    assert list(checkpoint.saved(tmp_path / "run")) == [1]
+    assert list(runs.saved(tmp_path / "run")) == [1]
     resumed = run(train_flags, steps=4)
     assert all((resumed[part][name] == value).all() for part in ("model", "ema") for name, value in straight[part].items())
 
@@ -92,7 +94,7 @@ train.main({train_flags!r})
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=writer)
     os.close(writer)
     os.close(reader)
-    assert process.wait(PATIENCE) == STOPPED and list(checkpoint.saved(tmp_path / "run")) == [1]
+    assert process.wait(PATIENCE) == STOPPED and list(runs.saved(tmp_path / "run")) == [1]
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(train_flags, tmp_path, monkeypatch):
@@ -102,7 +104,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(train_flags, tmp_path, mo
     monkeypatch.setattr(train, "build_model", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or original(*a))
     with pytest.raises(SystemExit) as ended:
         run(train_flags, steps=4)
-    assert ended.value.code == STOPPED and checkpoint.saved(tmp_path / "run") == {}
+    assert ended.value.code == STOPPED and runs.saved(tmp_path / "run") == {}
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -124,7 +126,7 @@ def test_scoring_is_given_up_and_made_when_the_run_goes_on(train_flags, encoder_
     with pytest.raises(SystemExit) as ended:
         run(train_flags, "--eval-steps", 1, "--eval-samples", 64 * 3, "--ref-batch", tmp_path / "reference.npz",
             "--features", f"local-dir:{encoder_folder}", steps=steps)
-    assert ended.value.code == STOPPED and len(drawn) == 1 and list(checkpoint.saved(tmp_path / "run")) == [1]
+    assert ended.value.code == STOPPED and len(drawn) == 1 and list(runs.saved(tmp_path / "run")) == [1]
     monkeypatch.setattr(train, "sample_images", original)
     flags = ["--ref-batch", tmp_path / "reference.npz", "--features", f"local-dir:{encoder_folder}"]
     # What is owed is made first, also at the last step.
@@ -140,7 +142,7 @@ WAITING = "import os, sys, time; print(os.getpid(), flush=True); "
 
 def start(program: str, ranks: int, tmp_path, **environment) -> tuple[subprocess.Popen, list[int]]:
     """A launcher of so many ranks of the program; and the ranks' process ids, when all have printed theirs."""
-    launch = (f"import sys; from models import processes; processes.GRACE = 0.5\n"
+    launch = (f"import sys; from runtime import launch as processes; processes.GRACE = 0.5\n"
               f"sys.exit(processes.supervise([sys.executable, '-c', {program!r}], [dict(RANK=str(i)) for i in range({ranks})])[0])")
     with open(tmp_path / "printed", "w") as printed:
         launcher = subprocess.Popen([sys.executable, "-c", launch], cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT,
@@ -247,7 +249,7 @@ def test_train_sh_stops_all_ranks_at_one_step_and_resumes(train_flags, data_dir,
     assert shell.wait(PATIENCE) == STOPPED, (tmp_path / "log").read_text()
     wait_for(lambda: not any(alive(pid) for rank, workers in family.items() for pid in (rank, *workers)))
     assert (tmp_path / "asked").read_text() == "requeue 42\n"
-    (step, path), = checkpoint.saved(experiment).items()
+    (step, path), = runs.saved(experiment).items()
     state = checkpoint.read(path)
     assert state["steps"] == state["draws"] == step > 2 and state["processes"] == 2
     assert re.search(rf"stopped by SIGUSR1 after step {step}: ", (tmp_path / "log").read_text())
@@ -270,7 +272,7 @@ train.main({[*train_flags, "--num-workers", "1", "--max-train-steps", "100000"]!
 """
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "NUM_GPUS": "2", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "models.processes", str(tmp_path / "program.py")], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, "-m", "runtime.launch", str(tmp_path / "program.py")], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "error: rank 1 has met something"
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 import generate
 from evaluations import evaluator, report, sweep
-from models.errors import UserError
-from models.files import sha256
+from runtime.files import sha256
+from runtime.messages import UserError
 
 
 def scored(folder: Path, score: float | None, cfg_scale=2.3, low=0.0, high=0.85, cls=None, samples=50, labels="random", step=3, mode="sde",
@@ -141,10 +141,10 @@ def test_a_sweep_samples_scores_and_reports(programs, experiment, capsys):
     assert kinds(programs) == ["check"] + 3 * ["sample", "score"]
     path = str(experiment / "checkpoints" / "0000020.pt")
     rest = ["--vae", "a,b", "--classes", "1,2"]                                   # commas of other flags are their own
-    assert programs[1] == ["models.processes", "generate.py", "--ckpt", path, "--cfg-scale", "1.0", *rest]
-    assert programs[3] == ["models.processes", "generate.py", "--ckpt", path, "--cfg-scale", "2.3", "--guidance-high", "0.85", *rest]
+    assert programs[1] == ["runtime.launch", "generate.py", "--ckpt", path, "--cfg-scale", "1.0", *rest]
+    assert programs[3] == ["runtime.launch", "generate.py", "--ckpt", path, "--cfg-scale", "2.3", "--guidance-high", "0.85", *rest]
     assert programs[0] == ["evaluations.evaluator", "--ref-batch", "ref.npz", "--features", "net", "--precision-recall", "adm", "--dry-run"]
-    assert programs[2][:9] == ["models.processes", "-m", *programs[0][:-1]] and programs[2][9::2] == ["--sample-batch", "--output"]
+    assert programs[2][:9] == ["runtime.launch", "-m", *programs[0][:-1]] and programs[2][9::2] == ["--sample-batch", "--output"]
     out, err = capsys.readouterr()
     assert f"table: {experiment}/samples/sweep.csv\nplot: {experiment}/samples/sweep.png\n" in out and out.count("*") == 1
     assert err.splitlines()[1] == "2 of 3: 0000020 --cfg-scale 2.3 --guidance-high 0.85"

@@ -22,7 +22,8 @@ from evaluations.features import load_extractor
 from evaluations.scoring import evaluate
 from loss import SILoss
 from models import checkpoint
-from models.errors import UserError
+from runtime import run as runs
+from runtime.messages import UserError
 from tests.stress.kills import log_of, same
 from tests.test_sit import inputs, randomised, small
 
@@ -35,7 +36,7 @@ def run(flags, *more, steps=2) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)            # as in a new process: precision may differ
     train.main(flags)
     args = train.parse_args(flags)
-    return checkpoint.read(checkpoint.checkpoint_path(Path(args.output_dir) / args.exp_name, steps))
+    return checkpoint.read(runs.checkpoint_path(Path(args.output_dir) / args.exp_name, steps))
 
 
 def lines(tmp_path) -> list[dict]:
@@ -258,7 +259,7 @@ def test_a_run_goes_back_to_an_older_checkpoint_once(train_flags, tmp_path, caps
     assert "0000002.pt at step 2" in capsys.readouterr().out and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     path = tmp_path / "run/checkpoints/0000001.pt"
     other = run([*train_flags, "--exp-name", "other"], "--resume", path, steps=2)                # another experiment's begins a new one
-    assert other["steps"] == 2 and path.exists() and list(checkpoint.saved(tmp_path / "other")) == [2]
+    assert other["steps"] == 2 and path.exists() and list(runs.saved(tmp_path / "other")) == [2]
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [
@@ -293,12 +294,12 @@ def test_harmless_changes_are_said_and_the_flags_count(train_flags, tmp_path, ca
 
 def test_checkpoints_that_are_kept(train_flags, tmp_path):
     run(train_flags, "--checkpointing-steps", 1, "--keep-last", 2, "--keep-every", 3, steps=7)
-    assert list(checkpoint.saved(tmp_path / "run")) == [3, 6, 7]
+    assert list(runs.saved(tmp_path / "run")) == [3, 6, 7]
 
 
 @pytest.mark.parametrize("recovers", [True, False])
 def test_a_checkpoint_that_cannot_be_written_is_tried_again(train_flags, tmp_path, monkeypatch, capsys, recovers):
-    original, tries = checkpoint.save, []
+    original, tries = runs.save, []
 
     def save(experiment, state):
         tries.append(state["steps"])
@@ -307,11 +308,11 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(train_flags, tmp_pat
         return original(experiment, state)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    start = checkpoint.Saver.start
-    monkeypatch.setattr(checkpoint.Saver, "start", lambda self, state: (start(self, state), self.wait()))  # no race
+    start = runs.Saver.start
+    monkeypatch.setattr(runs.Saver, "start", lambda self, state: (start(self, state), self.wait()))  # no race
     if recovers:
         run(train_flags, "--checkpointing-steps", 2, steps=5)
-        assert tries == [2, 3, 4, 5] and list(checkpoint.saved(tmp_path / "run")) == [4, 5]
+        assert tries == [2, 3, 4, 5] and list(runs.saved(tmp_path / "run")) == [4, 5]
     else:
         with pytest.raises(SystemExit) as ended:
             run(train_flags, "--checkpointing-steps", 2, steps=3)
@@ -348,7 +349,7 @@ def test_a_full_disk_does_not_end_a_run(train_flags, tmp_path, capsys):
 
 
 def test_a_log_line_is_whole_or_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.meter.notice", lambda _: None)    # what is captured would meet the limit, too
+    monkeypatch.setattr("runtime.log.notice", lambda _: None)    # what is captured would meet the limit, too
     log = train.Log(tmp_path / "metrics.jsonl", 0)
     log.append({"step": 1, "loss": float("inf")})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -366,7 +367,7 @@ def test_a_run_that_went_back_goes_on_though_its_start_is_no_longer_kept(train_f
     run(train_flags, steps=1)
     flags = [*train_flags, "--resume-step", "1", "--keep-last", "1"]
     run(flags, steps=3)
-    assert list(checkpoint.saved(tmp_path / "run")) == [3]
+    assert list(runs.saved(tmp_path / "run")) == [3]
     assert run(flags, steps=4)["steps"] == 4
 
 
@@ -387,7 +388,7 @@ def test_two_runs_do_not_train_one_experiment(train_flags, tmp_path, capsys):
 def test_what_was_owed_at_the_last_step_is_made_by_the_same_command(train_flags, tmp_path, monkeypatch):
     """Killed between the last checkpoint and its grid."""
     def killed(experiment, *_):
-        while not checkpoint.saved(experiment):
+        while not runs.saved(experiment):
             time.sleep(0.01)
         raise KeyboardInterrupt
 
@@ -395,7 +396,7 @@ def test_what_was_owed_at_the_last_step_is_made_by_the_same_command(train_flags,
         patch.setattr(train, "draw_grid", killed)
         with pytest.raises(SystemExit):
             run(train_flags, "--sampling-steps", 2, steps=2)
-    assert list(checkpoint.saved(tmp_path / "run")) == [2] and not (tmp_path / "run/grids").exists()
+    assert list(runs.saved(tmp_path / "run")) == [2] and not (tmp_path / "run/grids").exists()
     run(train_flags, "--sampling-steps", 2, steps=2)
     first = (tmp_path / "run/grids/0000002.png").stat().st_mtime_ns
     run(train_flags, "--sampling-steps", 2, steps=2)
@@ -416,7 +417,7 @@ def test_wandb_goes_on_with_the_same_run(train_flags, tmp_path, monkeypatch):
 
 def test_a_resumed_run_writes_the_lines_after_its_checkpoint_again(train_flags, tmp_path):
     run(train_flags, "--checkpointing-steps", 2, steps=3)
-    checkpoint.checkpoint_path(tmp_path / "run", 3).unlink()
+    runs.checkpoint_path(tmp_path / "run", 3).unlink()
     run(train_flags, steps=4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
@@ -505,7 +506,7 @@ def test_a_resumed_run_goes_on_at_its_draws(train_flags, tmp_path, monkeypatch):
     """Draws and steps differ after a skipped update: the data position follows draws."""
     starts = []
     run(train_flags, steps=1)
-    path = checkpoint.checkpoint_path(tmp_path / "run", 1)
+    path = runs.checkpoint_path(tmp_path / "run", 1)
     torch.save({**checkpoint.read(path, mmap=False), "draws": 5}, path)
     original = train.GlobalBatchSampler.__iter__
     monkeypatch.setattr(train.GlobalBatchSampler, "__iter__", lambda self: starts.append(self.start) or original(self))
@@ -707,7 +708,7 @@ def test_a_run_is_resumed_only_on_its_own_data_and_order(train_flags, data_dir, 
 
 
 def test_a_released_checkpoint_is_not_resumed_but_starts_a_run(train_flags, tmp_path, capsys):
-    path = checkpoint.checkpoint_path(tmp_path / "run", 1)
+    path = runs.checkpoint_path(tmp_path / "run", 1)
     state = run(train_flags, steps=1)
     torch.save({name: state[name] for name in ("model", "ema", "opt", "args", "steps")}, tmp_path / "theirs.pt")
     path.write_bytes((tmp_path / "theirs.pt").read_bytes())

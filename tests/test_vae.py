@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.compiling import compile_parts
-from models.errors import UserError
 from models.vae import PIECE, Codec, LatentSpace, load_codec
+from runtime.messages import UserError
+from runtime.speed import compile_parts
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from evaluations.features import TimmFeatures
-from models.errors import UserError, without_traceback
-from models.precision import full_precision
+from runtime.messages import UserError, without_traceback
+from runtime.speed import full_precision
 
 FEATURES = Path(__file__).parent / "networks" / "features"
 

@@ -29,11 +29,11 @@ import torch
 from PIL import Image
 
 from evaluations.images import open_images
-from models import checkpoint
 from models.cached_features import features_folder
-from models.errors import UserError, notice, say, without_traceback
-from models.files import make_folder, write_whole
 from preprocessing.work import all_cores
+from runtime import run as runs
+from runtime.files import make_folder, write_whole
+from runtime.messages import UserError, notice, say, without_traceback
 from samplers import Sampling
 from toy.figures import draw_figures
 from toy.scores import ENCODER, Judge, open_judge, real_scores, repeated_distances, score_checkpoint
@@ -136,11 +136,11 @@ def run_piece(scale: Scale, method: str, seed: int, data: Path, output: Path) ->
     experiment = output / piece_name(method, seed)
     points, shown = [], []
     for step in scale.steps:
-        scores, pictures = score_checkpoint(checkpoint.checkpoint_path(experiment, step), judge, scale.num_samples, how)
+        scores, pictures = score_checkpoint(runs.checkpoint_path(experiment, step), judge, scale.num_samples, how)
         points.append({"step": step, **scores})
         shown.append(pictures)
         say(f"{piece_name(method, seed)} · " + " · ".join(f"{key} {value:.4g}" for key, value in points[-1].items()))
-    last = checkpoint.checkpoint_path(experiment, scale.steps[-1])
+    last = runs.checkpoint_path(experiment, scale.steps[-1])
     repeats = []
     if seed == min(s for m, s in scale.pieces if m == method):
         again = [replace(how, seed=seed + number) for number in range(1, REPEATS)]
@@ -150,7 +150,7 @@ def run_piece(scale: Scale, method: str, seed: int, data: Path, output: Path) ->
     piece = {"method": method, "seed": seed, "train_seconds": round(train_seconds, 1), "score_seconds": round(time.time() - trained, 1),
              "points": points, "repeated_distances": repeats}
     write_json(experiment / PIECE, piece)
-    for path in checkpoint.saved(experiment).values():  # several times the size of everything else
+    for path in runs.saved(experiment).values():  # several times the size of everything else
         if path != last:
             path.unlink()
     return piece

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from models.errors import UserError, without_traceback
+from runtime.messages import UserError, without_traceback
 
 SHAPES = ("disc", "square", "triangle", "cross")
 HUES = {"red": (355, 8), "yellow": (52, 6), "green": (130, 18), "blue": (220, 14)}       # centre and half range, degrees

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from models.files import write_whole
+from runtime.files import write_whole
 from toy.summary import METHODS
 
 COLOURS = {"sit": "tab:gray", "repa": "tab:blue", "reg": "tab:red", "class-token": "tab:orange", "patches": "tab:purple"}

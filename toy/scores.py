@@ -17,9 +17,9 @@ from evaluations.features import TimmFeatures
 from evaluations.metrics import frechet_distance, gaussian_statistics, precision_recall
 from models import checkpoint
 from models.encoders import LOCAL, load_encoder
-from models.precision import full_precision
 from models.sit import SiT
 from models.vae import Codec, load_codec
+from runtime.speed import full_precision
 from samplers import Sampling, sample_images
 from toy.agreement import FEATURES, class_of, embed
 from toy.draw import draw_many

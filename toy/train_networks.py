@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluations.features import TimmFeatures
-from models.errors import UserError, without_traceback
 from models.vae import load_codec
+from runtime.messages import UserError, without_traceback
 from toy.agreement import FEATURES, predict
 from toy.draw import ATTRIBUTES, CLASSES, RESOLUTION, draw_many
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from models import checkpoint
+from runtime import run as run_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -58,7 +59,7 @@ def kill_and_restart(command: list[str], progress: Callable[[], object], kills: 
             time.sleep(0.002)
         time.sleep(rng.random() * 0.1)
         members = family(process.pid)
-        victim = rng.choice([process.pid, *children(process.pid)]) if "models.processes" in command else process.pid
+        victim = rng.choice([process.pid, *children(process.pid)]) if "runtime.launch" in command else process.pid
         os.kill(victim, 9)
         process.wait(PATIENCE)
         gone_at = time.monotonic() + 15                           # loader workers look for their rank every five seconds
@@ -101,7 +102,7 @@ def log_of(experiment: Path) -> list[dict]:
 
 def assert_same_run(experiment: Path, undisturbed: Path) -> None:
     """Checkpoints (weights, EMA, optimiser, scaler, counters), losses and grids; and no other file lies about."""
-    ours, theirs = (checkpoint.read(checkpoint.newest(folder)) for folder in (experiment, undisturbed))
+    ours, theirs = (checkpoint.read(run_disk.newest(folder)) for folder in (experiment, undisturbed))
     parts = ours.keys() - {"args"}
     assert parts == theirs.keys() - {"args"} and all(same(ours[part], theirs[part]) for part in parts)
     assert log_of(experiment) == log_of(undisturbed)
@@ -122,7 +123,7 @@ def assert_same_files(folder: Path, undisturbed: Path) -> None:
 
 def kill_training(flags: list[str], folder: Path, processes: int, kills: int, seed: int, most: int) -> None:
     """`flags` of train.py without --output-dir; both runs end at their --max-train-steps."""
-    launcher = ["-m", "models.processes"] if processes > 1 else []
+    launcher = ["-m", "runtime.launch"] if processes > 1 else []
     ENVIRONMENT["NUM_GPUS"] = str(processes)
     command = [sys.executable, *launcher, "train.py", *flags, "--exp-name", "run", "--output-dir"]
     subprocess.run([*command, str(folder / "undisturbed")], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.errors import UserError, notice
-from models.files import UNREADABLE, write_whole
+from runtime.files import UNREADABLE, write_whole
+from runtime.messages import UserError, notice
 
 FORMAT = 1          # part of an index's name: raise it when arrays or their meaning change
 WORTHWHILE = 10_000  # entries; fewer are listed in no time

@@ -11,13 +11,13 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED = 75               # exit status after a stop with everything saved: EX_TEMPFAIL of sysexits.h, "try again"
 REPEATED = 0.5             # seconds in which a signal is the first one again: Slurm's may come from two sides
-SUPERVISED = "SUPERVISED"  # set by models.processes for its ranks: it counts the signals, and kills at the second
+SUPERVISED = "SUPERVISED"  # set by runtime.launch for its ranks: it counts the signals, and kills at the second
 
 
 class StopRequest:
     """Within `with StopRequest() as stop:` a first signal sets `stop.asked`, a later second one ends the process at once.
 
-    Under models.processes a rank ignores the second: the launcher counts, and Slurm may signal every process of a job.
+    Under runtime.launch a rank ignores the second: the launcher counts, and Slurm may signal every process of a job.
     """
 
     def __init__(self):

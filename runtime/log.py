@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from models.errors import UserError, notice
-from models.files import write_whole
+from runtime.files import write_whole
+from runtime.messages import UserError, notice
 
 
 class Meter:

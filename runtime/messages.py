@@ -47,7 +47,7 @@ def without_traceback(main):
         except RuntimeError as error:
             if "by peer" not in str(error) or os.environ.get("WORLD_SIZE", "1") == "1":  # a connection that another process closed
                 raise
-            if "SUPERVISED" not in os.environ:                    # models.processes knows it, and that one has said why
+            if "SUPERVISED" not in os.environ:                    # runtime.launch knows it, and that one has said why
                 time.sleep(5)
                 _print("error: another process ended in the middle of the work, and this one with it: see what it said", sys.stderr)
             sys.exit(1)

@@ -1,7 +1,7 @@
 """Starting one program on every GPU of one or several nodes, stopping it, and joining the processes that were started.
 
-    python -m models.processes train.py [flags]         # what train.sh calls
-    python -m models.processes -m package.module [flags]
+    python -m runtime.launch train.py [flags]         # what train.sh calls
+    python -m runtime.launch -m package.module [flags]
 
 Environment:
     NUM_GPUS     GPUs on this node, default all; on a machine without one it counts CPU processes, default 1
@@ -30,8 +30,8 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from models.errors import UserError, notice, without_traceback
-from models.stopping import REPEATED, STOP_SIGNALS, STOPPED, SUPERVISED
+from runtime.messages import UserError, notice, without_traceback
+from runtime.stopping import REPEATED, STOP_SIGNALS, STOPPED, SUPERVISED
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads, writes a file, or computes scores
 GRACE = 30                      # seconds that rank 0 has to finish its checkpoint when another rank has failed
