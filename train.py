@@ -35,7 +35,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dataset import BadSamples, Features, GlobalBatchSampler, LatentDataset, Reading, WatchedDataset, feature_stores, features_path
+from dataset import (
+    BadSamples,
+    Features,
+    GlobalBatchSampler,
+    LatentDataset,
+    Reading,
+    WatchedDataset,
+    feature_stores,
+    features_path,
+)
 from evaluations.extraction import reference_cache
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images

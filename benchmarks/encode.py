@@ -20,7 +20,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
+from benchmarks.harness import (
+    Row,
+    matmul_peak,
+    open_device,
+    parser,
+    precision_that_suits,
+    profile,
+    ratio,
+    report,
+    timed,
+)
 from benchmarks.vae import WIDTHS, autoencoder, random_codec
 from dataset import read_image
 from models.vae import Codec

@@ -18,7 +18,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Row, matmul_peak, open_device, parser, precision_that_suits, profile, ratio, report, timed
+from benchmarks.harness import (
+    Row,
+    matmul_peak,
+    open_device,
+    parser,
+    precision_that_suits,
+    profile,
+    ratio,
+    report,
+    timed,
+)
 from benchmarks.vae import random_codec
 from evaluations.sample_folder import BlockWriter, SampleFolder, prepare, write_block
 from generate import make_blocks, make_ready

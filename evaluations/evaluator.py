@@ -24,10 +24,10 @@ from evaluations.acceptance import PUBLISHED, compare
 from evaluations.class_tokens import class_token_scores, load_class_token_extractor, read_class_tokens
 from evaluations.extraction import measure, place, reference_cache
 from evaluations.features import Extractor, load_extractor
-from evaluations.images import ImageSet, open_images, pick, write_npz
+from evaluations.images import ImageSet, open_images, pick
 from evaluations.metrics import NEIGHBOURS
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
-from runtime.files import write_whole
+from runtime.files import write_npz, write_whole
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, say, without_traceback
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from preprocessing.crop import MAX_PIXELS, UNREADABLE, center_crop, decode_image, shown, to_rgb
-from runtime.files import sha256, write_whole
+from runtime.files import sha256
 from runtime.messages import UserError, notice
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -261,23 +261,3 @@ def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 def pick(images: ImageSet, rows: Iterable[int]) -> Iterator[np.ndarray]:
     """uint8 (H, W, 3): the images of increasing row numbers, one after the other."""
     return (block[0] for block in images.blocks(range(row, row + 1) for row in rows))
-
-
-def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[int, int], **arrays: np.ndarray) -> None:
-    """ADM's file, whole or absent: `arr_0` uint8 (count, H, W, 3) from a stream of images or of blocks, and further arrays by name.
-
-    With a count of 0 there is no `arr_0`. Raises UserError where the file cannot be written.
-    """
-
-    def write(partial: Path) -> None:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            if count:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)})
-                    written = sum(member.write(np.ascontiguousarray(image).tobytes()) for image in images)
-                    assert written == count * math.prod(size) * 3, f"{written} bytes for {count} images of {size}"
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-
-    write_whole(path, write)

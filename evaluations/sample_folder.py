@@ -29,9 +29,9 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from evaluations.images import open_images, pick, write_npz
+from evaluations.images import open_images, pick
 from evaluations.report import METRICS
-from runtime.files import make_folder, partial_name, to_npy, write_whole
+from runtime.files import make_folder, partial_name, to_npy, write_npz, write_whole
 from runtime.messages import UserError, notice
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8

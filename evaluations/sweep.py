@@ -15,7 +15,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evaluations.report import GUIDANCE, METRICS, as_text, distance_of, draw, protocol, read_result, read_rows, write_table
+from evaluations.report import (
+    GUIDANCE,
+    METRICS,
+    as_text,
+    distance_of,
+    draw,
+    protocol,
+    read_result,
+    read_rows,
+    write_table,
+)
 from runtime import run as runs
 from runtime.files import sha256
 from runtime.launch import is_first_node, supervise

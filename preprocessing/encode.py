@@ -16,7 +16,13 @@ from runtime.catalogue import list_keyed, read_labels
 from runtime.files import to_npy
 from runtime.launch import join_processes
 from runtime.messages import UserError
-from runtime.speed import choose_same_kernels, compile_parts, compiler_works, float32_arithmetic, require_same_everywhere
+from runtime.speed import (
+    choose_same_kernels,
+    compile_parts,
+    compiler_works,
+    float32_arithmetic,
+    require_same_everywhere,
+)
 from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, shown
 
 # How the VAE computes. With the toy's VAE, images' means differ from fp32's by 0.0003 (tf32) and 0.004 (bf16) on average, and their stds

@@ -6,7 +6,16 @@ import numpy as np
 import torch
 
 from dataset import read_image
-from models.cached_features import DTYPES, FeaturesRecord, disk_cost, features_folder, file_size, gigabytes, on_disk, pack
+from models.cached_features import (
+    DTYPES,
+    FeaturesRecord,
+    disk_cost,
+    features_folder,
+    file_size,
+    gigabytes,
+    on_disk,
+    pack,
+)
 from models.encoders import load_encoder, sha256_of_named, sha256_of_parameters
 from preprocessing.encode import encode_missing
 from preprocessing.work import Destination, digest

@@ -1,14 +1,17 @@
-"""Files that are whole or absent, and what identifies them."""
+"""Files that are whole or absent, what identifies them, and room on the disk."""
 
 import hashlib
 import io
+import json
 import lzma
+import math
 import os
+import shutil
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,21 +20,14 @@ import numpy as np
 from runtime.messages import UserError
 
 # What Pillow, numpy and zipfile raise on damaged bytes.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError, struct.error,
-              zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
-
-
-def to_npy(array: np.ndarray) -> bytes:
-    """The bytes of an npy file. (Into a file itself, np.save does not tell what a full disk did not take.)"""
-    data = io.BytesIO()
-    np.save(data, array)
-    return data.getvalue()
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError,
+              struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path beside it)`, flush to the disk and rename, so that `path` is whole or absent, even after a power cut.
+    """Write a file atomically: `write(temporary path beside it)`, flush to the disk, rename.
 
-    Raises UserError where it cannot be written; what was there before is then untouched.
+    `path` is whole or absent, even after a power cut. Raises UserError if it cannot be written; the old file then stays.
     """
     partial = partial_name(path)
     try:
@@ -42,10 +38,43 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with suppress(OSError):                                   # some network disks refuse it for folders
             _flush(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or choose another folder") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room, or choose another folder") from error
     finally:
         if partial.is_file():
             partial.unlink()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[int, int], **arrays: np.ndarray) -> None:
+    """Write an npz in ADM's form, atomically: `arr_0` uint8 (count, H, W, 3) from a stream of images or blocks, and `arrays`.
+
+    With a count of 0 there is no `arr_0`. Raises UserError if the file cannot be written.
+    """
+
+    def write(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            if count:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    written = sum(member.write(np.ascontiguousarray(image).tobytes()) for image in images)
+                    assert written == count * math.prod(size) * 3, f"{written} bytes for {count} images of {size}"
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+    write_whole(path, write)
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """The bytes of an npy file. (np.save into a file does not report a full disk.)"""
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
 
 
 def partial_name(path: Path) -> Path:
@@ -63,12 +92,37 @@ def _flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder with its parents; raises UserError where that cannot be."""
+    """Create a folder with its parents. Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path} ({error.strerror}): choose another") from error
+        raise UserError(f"{path}: the folder cannot be created ({error.strerror}); choose another") from error
     return path
+
+
+def require_room(place: Path, need: int, remedy: str) -> int:
+    """Return the bytes free on the disk of `place`, which need not exist yet. Raises UserError if fewer than `need` are free."""
+    home = next(path for path in (Path(place), *Path(place).resolve().parents) if path.exists())
+    free = shutil.disk_usage(home).free
+    if need > free:
+        raise UserError(f"{place}: needs {as_size(need)}, {as_size(free)} are free; {remedy}")
+    return free
+
+
+def as_size(count: int) -> str:
+    """Bytes in decimal units, as disks are sold: `505.7 GB`."""
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if count >= unit or unit == 1)
+    return f"{count / unit:,.1f} {name}" if unit > 1 else f"{count} {name}"
+
+
+def require_same_settings(found: object, wanted: dict, where: str, remedy: str) -> None:
+    """Raise UserError unless the settings that `where` was made with equal `wanted`: equal ones continue, others are refused."""
+    wanted = json.loads(json.dumps(wanted))                       # tuples become lists, as in a file
+    found = found if isinstance(found, dict) else {}
+    other = [name for name in wanted if found.get(name) != wanted[name]]
+    if other:
+        was, now = (", ".join(f"{name} {made.get(name)}" for name in other) for made in (found, wanted))
+        raise UserError(f"{where}: made with {was}, now {now}; {remedy}")
 
 
 def sha256(path: Path) -> str:

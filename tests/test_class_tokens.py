@@ -8,7 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluations.class_tokens import class_token_scores, load_class_token_extractor, nearest_mean_accuracy, read_class_tokens
+from evaluations.class_tokens import (
+    class_token_scores,
+    load_class_token_extractor,
+    nearest_mean_accuracy,
+    read_class_tokens,
+)
 from evaluations.evaluator import main
 from evaluations.images import ImageSet, open_images
 from models.encoders import load_encoders

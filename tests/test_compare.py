@@ -21,7 +21,17 @@ from models.sit import SiT
 from preprocessing import dataset_tools
 from runtime.messages import UserError
 from toy import compare, draw
-from toy.compare import HOW, MAIN, SCALES, at_learning_rate, open_data, prepare, require_setting, setting_of, training_flags
+from toy.compare import (
+    HOW,
+    MAIN,
+    SCALES,
+    at_learning_rate,
+    open_data,
+    prepare,
+    require_setting,
+    setting_of,
+    training_flags,
+)
 from toy.draw import draw_many
 from toy.figures import digest, draw_figures
 from toy.scores import draw_samples, image_scores, nearest, next_of_label, real_scores, score_checkpoint, token_scores

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from models.interpolant import PATHS, widen
-from samplers import Sampling, euler_maruyama_sampler, euler_sampler, image_label, image_rng, pack, sample_images, unpack
+from samplers import (
+    Sampling,
+    euler_maruyama_sampler,
+    euler_sampler,
+    image_label,
+    image_rng,
+    pack,
+    sample_images,
+    unpack,
+)
 from tests.test_sit import randomised, small
 
 X = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

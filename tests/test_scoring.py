@@ -17,7 +17,13 @@ from PIL import Image
 from evaluations import scoring
 from evaluations.features import load_extractor
 from evaluations.images import FileStatistics, ImageSet, open_images
-from evaluations.metrics import frechet_distance, gaussian_statistics, inception_score, kernel_distance, precision_recall
+from evaluations.metrics import (
+    frechet_distance,
+    gaussian_statistics,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, evaluate
 from runtime.messages import UserError
 from tests.conftest import random_images
