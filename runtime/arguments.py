@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": form, "allow_abbrev": False} | settings)
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub("^argument ([^ ]+): ", r"\\1 ", message)
+        message = re.sub("^argument ([^ ]+): ", r"\1 ", message)
         self.exit(2, f"error: {message} (see --help)\n")
 
 

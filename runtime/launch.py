@@ -213,6 +213,14 @@ def require_joined(num_processes: int) -> None:
                         "eval.sh, or set ACCELERATE_USE_CPU=true for torchrun on a CPU")
 
 
+def blocks(count: int, size: int) -> list[range]:
+    """Cut 0 .. count - 1 into blocks of `size` consecutive indices; the last may be smaller.
+
+    Processes take `blocks(...)[rank::world_size]`: the cut, and so every result, does not depend on their number.
+    """
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def join_processes(cpu: bool = False):
     """accelerate's PartialState: `process_index` of `num_processes`, `device`, `is_main_process`, `wait_for_everyone()`.
 

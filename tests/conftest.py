@@ -89,6 +89,18 @@ def train_flags(data_dir, encoder_folder, vae_folder, tmp_path):
             "--num-workers", "0", "--sampling-steps", "0", "--logging-steps", "1"]
 
 
+@pytest.fixture(scope="session")
+def trained(data_dir, encoder_folder, vae_folder, tmp_path_factory):
+    """A REG experiment of two steps, shared by the session: read it, or copy it before changing it."""
+    import train
+
+    output = tmp_path_factory.mktemp("trained")
+    train.main(["--data-dir", str(data_dir), "--enc-type", f"local-dir:{encoder_folder}", "--vae", str(vae_folder),
+                "--output-dir", str(output), "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32",
+                "--batch-size", "4", "--num-workers", "0", "--sampling-steps", "0", "--max-train-steps", "2"])
+    return output / "run"
+
+
 # --- scoring ---------------------------------------------------------------------------------------------------------------------
 
 
