@@ -1,4 +1,5 @@
-"""The prepared data set: image, moments and label, paired by key, from folders or zips; and the order they are drawn in.
+"""The prepared data set: image, moments and label, paired by key, from folders or zips; and the order they are drawn
+in.
 
 DATA_DIR holds `images/` (png) and `vae-sd/` (npy), or zips of them, each with the dataset.json that
 `preprocessing.dataset_tools` writes, and possibly `features-*/` (npy), stored encoder outputs.
@@ -34,8 +35,8 @@ class LatentDataset(torch.utils.data.Dataset):
         with_images: False neither needs nor reads images; the image is then an empty tensor (0,)
         features: stored encoder outputs; each adds a dict of tensors, named by `FeaturesRecord.layout`, after the label
 
-    Attributes: `keys` (n,) bytes, `labels` (n,) int64, `num_classes`, `moments_shape` (2C, H, W), `vae_record` (written by
-    `encode`; None in data of others), `resolution` (None if neither images nor features say it), `features`,
+    Attributes: `keys` (n,) bytes, `labels` (n,) int64, `num_classes`, `moments_shape` (2C, H, W), `vae_record` (written
+    by `encode`; None in data of others), `resolution` (None if neither images nor features say it), `features`,
     `fingerprint` (sha256 of keys and labels, hex).
 
     Raises UserError if images, moments, labels, features, `resolution` and `num_classes` do not fit together (only the
@@ -74,7 +75,8 @@ class LatentDataset(torch.utils.data.Dataset):
                                          ("moments", self.keys, self.images, image_keys)):
             alone = np.setdiff1d(keys, other)
             if len(alone):
-                faults.append(f"{len(alone)} of {len(keys)} {kind} have no partner in {shown(store.path)} ({few(alone)})")
+                faults.append(f"{len(alone)} of {len(keys)} {kind} have no partner in "
+                              f"{shown(store.path)} ({few(alone)})")
         raise UserError(f"{' and '.join(faults)}: encode again, or remove what has no partner")
 
     def _join_labels(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> np.ndarray:
@@ -99,14 +101,15 @@ class LatentDataset(torch.utils.data.Dataset):
         if count > MAX_CLASSES:
             raise UserError(f"--num-classes {count}: every class has an embedding; give at most {MAX_CLASSES}")
         if self.labels[top] >= count:
-            raise UserError(f"--num-classes {count}: {self.key(top)} has label {self.labels[top]}; give at least "
-                            f"{self.labels[top] + 1}")
+            raise UserError(f"--num-classes {count}: {self.key(top)} has label {self.labels[top]}; give at "
+                            f"least {self.labels[top] + 1}")
         return count
 
     def _find_resolution(self, given: int | None) -> int | None:
         side = read_image(self.images, self._image_names[0]).shape[-1] if self.images is not None else None
         if given and side and given != side:
-            raise UserError(f"--resolution {given}: the images have {side} px; give --resolution {side}, or convert again")
+            raise UserError(f"--resolution {given}: the images have {side} px; give "
+                            f"--resolution {side}, or convert again")
         return given or side
 
     def _match(self, features: Features, metadata: dict) -> np.ndarray:
@@ -114,12 +117,14 @@ class LatentDataset(torch.utils.data.Dataset):
         path, record, source = shown(features.store.path), features.record, source_of(metadata)
         lacking = self.keys[~np.isin(self.keys, features.keys)]
         if len(lacking):
-            raise UserError(f"{path}: lacks the features of {len(lacking)} of {len(self.keys)} images ({few(lacking)}); "
-                            "encode again")
+            raise UserError(f"{path}: lacks the features of {len(lacking)} of {len(self.keys)} images "
+                            f"({few(lacking)}); encode again")
         if None not in (features.source, source) and features.source != source:
-            raise UserError(f"{path}: encoded from other images or labels than {shown(self.moments.path)}; encode again")
+            raise UserError(f"{path}: encoded from other images or labels than "
+                            f"{shown(self.moments.path)}; encode again")
         if record.resolution != (self.resolution or record.resolution):
-            raise UserError(f"{path}: features of images of {record.resolution} px, not of {self.resolution}; encode again")
+            raise UserError(f"{path}: features of images of {record.resolution} px, not of "
+                            f"{self.resolution}; encode again")
         self.resolution = record.resolution
         return features.names[np.searchsorted(features.keys, self.keys)]
 
@@ -144,14 +149,17 @@ def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
     for name in candidates:
         if (data_dir / name).exists():
             return open_store(data_dir / name)
-    raise UserError(f"{shown(data_dir)}: holds no {what} ({', '.join(candidates)}); prepare it with "
-                    "`python -m preprocessing.dataset_tools`")
+    raise UserError(f"{shown(data_dir)}: holds no {what} ({', '.join(candidates)}); prepare it with `python -m "
+                    "preprocessing.dataset_tools`")
 
 
 # ------------------------------------------------------------------------------------------------------------- one file
 
 def read_image(store: Store, name: bytes, resolution: int | None = None) -> np.ndarray:
-    """A prepared image: uint8 (3, R, R). Raises UserError if it is unreadable, not RGB, not square or not `resolution`."""
+    """A prepared image: uint8 (3, R, R).
+
+    Raises UserError if it is unreadable, not RGB, not square or not `resolution`.
+    """
     image = decode_image(store.read(name), store.where(name))
     expected = resolution or image.width
     if image.mode != "RGB" or image.size != (expected, expected):
@@ -166,13 +174,13 @@ def read_moments(store: Store, name: bytes, shape: tuple[int, int, int] | None =
     try:
         moments = np.load(io.BytesIO(data), allow_pickle=False)
     except UNREADABLE as error:
-        raise UserError(f"{store.where(name)}: not a readable npy file ({shown(str(error))}); remove it and encode "
-                        "again") from error
+        raise UserError(f"{store.where(name)}: not a readable npy file ({shown(str(error))}); "
+                        "remove it and encode again") from error
     found = getattr(moments, "shape", None)
     fits = found is not None and moments.dtype.kind == "f" and (found == shape if shape else _is_moments(found))
     if not fits:
-        raise UserError(f"{store.where(name)}: shape {found}, expected {shape or '(2C, H, H)'} floats; remove it and "
-                        "encode again")
+        raise UserError(f"{store.where(name)}: shape {found}, expected {shape or '(2C, H, H)'} floats; "
+                        "remove it and encode again")
     return moments.astype(np.float32)
 
 
@@ -183,20 +191,22 @@ def _is_moments(shape: tuple[int, ...]) -> bool:
 class GlobalBatchSampler:
     """A batch sampler for DataLoader that can start anywhere; the order depends on seed and data set size alone.
 
-    The data set's permutations for epochs 0, 1, 2, ... (each from (seed, epoch)) are laid end to end; global batch `d` is positions
-    [d*B, (d+1)*B) of that endless sequence. It is cut into `accumulation` micro-batches and each of these into `world_size`
-    contiguous pieces; this rank's pieces are yielded one after the other, as lists of B / (accumulation * world_size) indices.
+    The data set's permutations for epochs 0, 1, 2, ... (each from (seed, epoch)) are laid end to end; global batch `d`
+    is positions [d*B, (d+1)*B) of that endless sequence. It is cut into `accumulation` micro-batches and each of these
+    into `world_size` contiguous pieces; this rank's pieces are yielded one after the other, as lists of B /
+    (accumulation * world_size) indices.
 
     Args:
         size: number of entries; batch_size: B, over all processes and accumulation
         start: the first global batch, from 0
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, start: int = 0, accumulation: int = 1, rank: int = 0, world_size: int = 1):
+    def __init__(self, size: int, batch_size: int, *, seed: int, start: int = 0, accumulation: int = 1, rank: int = 0,
+                 world_size: int = 1):
         assert size > 0 and start >= 0 and 0 <= rank < world_size
         if batch_size < 1 or batch_size % (accumulation * world_size):
-            raise UserError(f"batch size {batch_size} cannot be dealt evenly to {world_size} processes x {accumulation} "
-                            f"accumulation steps: give a multiple of {accumulation * world_size}")
+            raise UserError(f"batch size {batch_size} cannot be dealt evenly to {world_size} processes x "
+                            f"{accumulation} accumulation steps: give a multiple of {accumulation * world_size}")
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
 

@@ -54,7 +54,8 @@ class FeaturesRecord:
         found = cls(**{field.name: known[field.name] for field in fields(cls)})
         sizes_fit = 0 < found.width <= WIDEST and 0 < found.grid <= LARGEST and found.resolution > 0
         if found.dtype not in DTYPES or not sizes_fit:
-            raise UserError(f'"features" of {METADATA} has dtype {found.dtype}, width {found.width}, grid {found.grid}, '
+            raise UserError(f'"features" of {METADATA} has dtype {found.dtype}, width {found.width}, grid '
+                            f'{found.grid}, '
                             f"resolution {found.resolution}; encode again")
         return found
 
@@ -63,12 +64,15 @@ class FeaturesRecord:
         return asdict(self)
 
     def layout(self) -> np.dtype:
-        """One image's file: class_token (E,) float32 if any; patches (N, E) float16, or int8 with scales (N,) float32."""
+        """One image's file: class_token (E,) float32 if any; patches (N, E) float16, or int8 with scales (N,)
+        float32.
+        """
         return _layout(self.grid**2, self.width, self.class_token, self.dtype)
 
 
 class Features:
-    """The stored features of one encoder: `store`, `keys` (n,), `names` (n,), `record`, `layout`, `source` (of the images).
+    """The stored features of one encoder: `store`, `keys` (n,), `names` (n,), `record`, `layout`, `source` (of the
+    images).
 
     Raises UserError if they cannot be opened, are not finished, or have no record.
     """
@@ -92,7 +96,8 @@ def source_of(metadata: dict) -> object:
 
 
 def features_folder(enc_type: str) -> str:
-    """The folder of an encoder's features beside images/ and vae-sd/ (or, with `.zip`, the zip): `features-dinov2-vit-b`.
+    """The folder of an encoder's features beside images/ and vae-sd/ (or, with `.zip`, the zip):
+    `features-dinov2-vit-b`.
 
     Characters that do not belong in a file's name, as in `local-dir:toy/networks/encoder`, become a dash.
     """
@@ -119,8 +124,8 @@ def read_features(store: Store, name: bytes, layout: np.dtype) -> dict[str, torc
     try:
         features = np.load(io.BytesIO(data), allow_pickle=False)
     except UNREADABLE as error:
-        raise UserError(f"{store.where(name)}: not a readable npy file ({shown(str(error))}); remove it and encode "
-                        "again") from error
+        raise UserError(f"{store.where(name)}: not a readable npy file ({shown(str(error))}); "
+                        "remove it and encode again") from error
     if getattr(features, "dtype", None) != layout or features.shape != ():
         raise UserError(f"{store.where(name)}: not the features that {METADATA} describes; remove it and encode again")
     return {part: torch.from_numpy(features[part]) for part in layout.names}
@@ -138,7 +143,8 @@ def pack(class_token: torch.Tensor | None, patches: torch.Tensor, dtype: str) ->
     if class_token is not None:
         stored["class_token"] = class_token.float().cpu().numpy()
     if dtype == "int8":
-        scales = (patches.abs().amax(dim=2) / 127).clamp(min=torch.finfo(torch.float32).tiny)     # (B, N); a token may be 0
+        # (B, N); a token may be 0
+        scales = (patches.abs().amax(dim=2) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         stored["scales"] = scales.cpu().numpy()
         stored["patches"] = (patches / scales[..., None]).round().to(torch.int8).cpu().numpy()
     else:

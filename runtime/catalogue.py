@@ -62,7 +62,8 @@ def _fits(kept: dict[str, np.ndarray], extensions: tuple[bytes, ...]) -> bool:
     if labels is not None and (labels.dtype != np.int64 or labels.shape != names.shape or (labels < 0).any()):
         return False
     arrays_fit = names.dtype.kind == kept["keys"].dtype.kind == "S" and names.ndim == 1
-    return arrays_fit and {"metadata", "extensions"} <= kept.keys() and kept["extensions"].tobytes() == b" ".join(extensions)
+    complete = {"metadata", "extensions"} <= kept.keys()
+    return arrays_fit and complete and kept["extensions"].tobytes() == b" ".join(extensions)
 
 
 def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
@@ -140,7 +141,7 @@ def match_labels(entries: object, where: str, keys: np.ndarray, key: Callable[[b
     named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
     values = np.array([label for _, label in entries], dtype=np.int64)
     fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
-    listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)        # no wider than the keys
+    listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # no wider than the keys
     values = values[fitting]
     if (values >= MAX_CLASSES).any():
         raise UserError(f"{where}: label {values.max()}, expected labels below {MAX_CLASSES}; number classes from 0")
@@ -155,8 +156,8 @@ def match_labels(entries: object, where: str, keys: np.ndarray, key: Callable[[b
     differing = differing[np.isin(listed[differing], keys)]
     if len(differing):
         i = differing[0]
-        raise UserError(f"{where}: lists {few(listed[[i]])} with labels {values[i]} and {values[i + 1]}; "
-                        "remove one of them")
+        raise UserError(f"{where}: lists {few(listed[[i]])} with labels {values[i]} and "
+                        f"{values[i + 1]}; remove one of them")
     return values[found]
 
 

@@ -16,14 +16,15 @@ from runtime.files import UNREADABLE
 from runtime.messages import UserError, notice
 
 # The one list of picture extensions, for convert, check and the evaluator.
-IMAGE_EXTENSIONS = (b".png", b".jpg", b".jpeg", b".jfif", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".ppm", b".pgm")
+IMAGE_EXTENSIONS = (b".png", b".jpg", b".jpeg", b".jfif", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".ppm",
+                    b".pgm")
 METADATA = "dataset.json"
 UNFINISHED = ".unfinished.json"  # in a folder that is still being written; holds the settings it is written with
 CATALOGUE = "catalogue.npz"      # beside dataset.json, or as X.zip.catalogue.npz beside X.zip: see runtime/catalogue.py
 
 # Files of others may be damaged or made to do harm.
 MAX_PIXELS = 2**27      # of a picture: half a GiB decoded (4 bytes a pixel), more than nearly all cameras make
-MAX_INFLATED = 2**30    # bytes that one compressed file may grow to; a dataset.json of a million labels is a tenth of it
+MAX_INFLATED = 2**30  # bytes that one compressed file may grow to; a dataset.json of a million labels is a tenth of it
 MAX_NAME = 4096         # bytes of a file's name in a zip, the limit of most systems; all names take the longest's width
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")    # Pillow would run Ghostscript for some others
 # Pillow warns of large pictures before MAX_PIXELS refuses them; warnings.catch_warnings is not for threads.
@@ -54,7 +55,7 @@ class FolderStore:
         Links are followed. Raises UserError for a folder that cannot be listed, or that a link leads back to.
         """
         found: list[bytes] = []
-        todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]                # a folder, and the folders that hold it
+        todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]              # a folder, and the folders that hold it
         while todo:
             prefix, above = todo.pop()
             try:
@@ -68,7 +69,8 @@ class FolderStore:
                             continue
                         if entry.is_dir():
                             todo.append((prefix + entry.name + b"/", inside))
-                        elif entry.is_file() or not os.path.exists(entry.path):   # a broken link is named when it is read
+                        # a broken link is named when it is read
+                        elif entry.is_file() or not os.path.exists(entry.path):
                             found.append(prefix + entry.name)
             except OSError as error:
                 raise UserError(f"{shown(error.filename)}: cannot be listed ({error.strerror})") from error
@@ -117,8 +119,9 @@ class ZipStore:
     """The files of a zip, stored or deflated, read by offset.
 
     zipfile keeps an object per entry and one file position for all readers. Here the central directory is an array and
-    every read has its own offset: threads and forked or spawned workers share the store. Raises UserError like FolderStore,
-    and when opened for names that lead out of a folder, for duplicate names, and for impossible sizes and places.
+    every read has its own offset: threads and forked or spawned workers share the store. Raises UserError like
+    FolderStore, and when opened for names that lead out of a folder, for duplicate names, and for impossible sizes and
+    places.
     """
 
     def __init__(self, path: str | Path):
@@ -231,7 +234,8 @@ def read_metadata(store: Store) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{store.where(METADATA)}: not JSON ({error}); write it again") from error
     if not isinstance(metadata, dict):
-        raise UserError(f'{store.where(METADATA)}: expected an object like {{"labels": [["00000/img00000000.png", 7]]}}')
+        raise UserError(f'{store.where(METADATA)}: expected an object like '
+                        f'{{"labels": [["00000/img00000000.png", 7]]}}')
     return metadata
 
 
@@ -260,7 +264,8 @@ def read_catalogue(path: str | Path) -> dict[str, np.ndarray] | None:
         fits = int(arrays["size"]) == described_size(path) and int(arrays["count"]) == len(names) == len(arrays["keys"])
         if fits and os.path.isdir(path):
             inside = not (b"../" in names.tobytes() or (names.astype("S1") == b"/").any())
-            fits = inside and all(os.path.exists(os.path.join(os.fsencode(path), name)) for name in names[[0, -1]].tolist())
+            ends = [os.path.join(os.fsencode(path), name) for name in names[[0, -1]].tolist()]
+            fits = inside and all(map(os.path.exists, ends))
         return arrays if fits else None
     except UNREADABLE as error:
         notice(f"{shown(file)}: cannot be read ({error}); the files are listed instead")
@@ -296,7 +301,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: more than {MAX_PIXELS} pixels; make it smaller, or remove it") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{where}: not a readable image (none of {', '.join(FORMATS)}); replace or remove it") from error
+        raise UserError(f"{where}: not a readable image ({', '.join(FORMATS)}); replace or remove it") from error
     except UNREADABLE as error:
         raise UserError(f"{where}: not a readable image ({shown(str(error))}); replace or remove it") from error
     return image
