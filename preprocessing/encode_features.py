@@ -12,7 +12,6 @@ from models.cached_features import (
     disk_cost,
     features_folder,
     file_size,
-    gigabytes,
     on_disk,
     pack,
 )
@@ -20,6 +19,7 @@ from models.encoders import load_encoder, sha256_of_named, sha256_of_parameters
 from preprocessing.encode import encode_missing
 from preprocessing.work import Destination, digest
 from runtime.catalogue import list_keyed
+from runtime.files import as_size as gigabytes
 from runtime.files import to_npy
 from runtime.launch import join_processes
 from runtime.messages import UserError
@@ -38,7 +38,7 @@ def describe(enc_type: str, weights: str | None, resolution: int, dtype: str) ->
     with torch.device("meta"):
         encoder = load_encoder(enc_type, "meta", resolution, pretrained=False)
         class_token, patches = encoder.tokens(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))  # (1, E), (1, N, E)
-    return FeaturesRecord(enc_type=enc_type, timm_name=encoder.timm_name, weights="", weights_file=sha256_of_named(enc_type, weights),
+    return FeaturesRecord(enc_type=enc_type, timm_name=encoder.timm_name, weights_file=sha256_of_named(enc_type, weights),
                           resolution=resolution, grid=round(patches.shape[1] ** 0.5), width=encoder.embed_dim,
                           class_token=class_token is not None, dtype=dtype)
 

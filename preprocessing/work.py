@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.cached_features import gigabytes
+from runtime.files import as_size as gigabytes
 from runtime.files import write_whole
 from runtime.messages import UserError
 from runtime.stores import METADATA, UNFINISHED, FolderStore, Store, few, is_zip_name, open_store, read_metadata, shown
