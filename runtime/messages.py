@@ -39,7 +39,7 @@ def is_rank() -> bool:
 def without_traceback(main):
     """Wrap a program's `main`: print a UserError as one line on stderr and exit with status 2; status 130 after Ctrl-C.
 
-    A rank hands its sentence to the launcher, which prints the first one, once, after everything that other ranks print.
+    A rank hands its sentence to the launcher, which prints the first one, after everything that other ranks print.
     """
 
     @functools.wraps(main)
@@ -49,7 +49,7 @@ def without_traceback(main):
         except UserError as error:
             # An error from a data loader worker is a printed traceback whose last line is the sentence.
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
-            if is_rank():                                         # the file that torch's elastic agent reads for a failed rank
+            if is_rank():                                         # torch's elastic agent reads this file
                 with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
                     json.dump({"message": sentence, "timestamp": int(time.time())}, file)
             else:

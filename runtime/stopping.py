@@ -1,4 +1,4 @@
-"""Stop on SIGTERM, SIGUSR1 (Slurm's --signal) or Ctrl-C: finish the step, save, exit with status 75; all ranks stop at the same step."""
+"""Stop in order on SIGTERM, SIGUSR1 (Slurm's --signal) or Ctrl-C: all ranks finish the same step, save and exit."""
 
 import contextlib
 import multiprocessing
@@ -45,7 +45,7 @@ class StopRequest:
             os._exit(128 + number)
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks, which must all call it. Does not wait for the GPU."""
+        """Whether any rank was asked to stop. All ranks must call it and get the same answer; no GPU is waited for."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.asked is not None
         if self._group is None:
@@ -58,9 +58,9 @@ class StopRequest:
 
 
 class Shield:
-    """`worker_init_fn` of a DataLoader: its workers ignore signals sent to all processes of a job, so that the rank can stop in order.
+    """`worker_init_fn` of a DataLoader: workers ignore a signal to all processes of a job, so that ranks stop in order.
 
-    Workers end with their rank, or by SIGTERM once `over` is set: that is how the DataLoader ends them.
+    A worker ends with its rank, or by SIGTERM once `over` is set: that is how the DataLoader ends it.
     """
 
     def __init__(self):
