@@ -183,8 +183,8 @@ def require_joined(num_processes: int) -> None:
     """Raise UserError where accelerate joined fewer processes than were started: each would do the whole work alone."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != num_processes:
-        raise UserError(f"{started} processes were started, but accelerate sees {num_processes}: start with train.sh or "
-                        "eval.sh, or set ACCELERATE_USE_CPU=true for torchrun on a CPU")
+        raise UserError(f"{started} processes were started, but accelerate sees {num_processes}: use train.sh, "
+                        "eval.sh or ACCELERATE_USE_CPU=true for torchrun on a CPU")
 
 
 def blocks(count: int, size: int) -> list[range]:
