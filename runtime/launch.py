@@ -149,9 +149,9 @@ def _watch(agent: LocalElasticAgent, stop: StopRequest) -> int:
     failures = outcome.get().failures
     if not failures:
         return 0
-    # The first to fail has a UserError or is the earliest; a rank that stopped in the same second may follow from it.
+    # First is a rank with a UserError, then the earliest; within a second, the agent's SIGTERM follows from another.
     rank, first = min(failures.items(), key=lambda item: (
-        not os.path.isfile(item[1].error_file), item[1].timestamp, item[1].exitcode == STOPPED))
+        not os.path.isfile(item[1].error_file), item[1].timestamp, item[1].exitcode in (STOPPED, -signal.SIGTERM)))
     if os.path.isfile(first.error_file):
         notice(f"error: {first.message}")
     elif first.exitcode < 0 and not stop.asked:
