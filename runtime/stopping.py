@@ -41,7 +41,7 @@ class StopRequest:
             self.asked, self._since = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._since > REPEATED and not is_rank():
             with contextlib.suppress(OSError):                    # not print: the signal may have interrupted one
-                os.write(2, b"second signal: ended at once, without a checkpoint\n")
+                os.write(2, b"second signal: ended at once\n")
             os._exit(128 + number)
 
     def agreed(self) -> bool:
