@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Preempt and requeue a two-node training job under a real Slurm, and compare it with an undisturbed one.
-#   bash tests/stress/slurm.sh        by hand, about ten minutes on two cores; PYTHON=python, STEPS=400
+#   PYTHON=python STEPS=400 DELAY=60 bash tests/stress/slurm.sh        by hand, about seven minutes on two quiet cores
+# DELAY: seconds after each start at which Slurm sends SIGUSR1, or up to 30 earlier; longer than a start takes.
 # Needs root, apt-get install slurm-wlm munge, and a line `127.0.0.1 n1 n2` in /etc/hosts.
 # Starts munged, slurmctld and two slurmd on loopback, below one temporary folder, and ends them.
 # Exit status 1 if the job was requeued less than twice, or if weights or losses differ in one bit.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PYTHON=${PYTHON:-python} STEPS=${STEPS:-400}
+PYTHON=${PYTHON:-python} STEPS=${STEPS:-400} DELAY=${DELAY:-60}
 export PYTHON
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
-getent hosts n1 n2 >/dev/null || { echo "error: n1 and n2 are unknown: add '127.0.0.1 n1 n2' to /etc/hosts" >&2; exit 2; }
+getent hosts n1 n2 >/dev/null || { echo "error: n1, n2: unknown; add '127.0.0.1 n1 n2' to /etc/hosts" >&2; exit 2; }
 T=$(mktemp -d)
 daemons=()
 stop() {
@@ -61,13 +62,14 @@ submit() {  # submit NAME [flags of sbatch]; wait until the job has ended, reque
     local name=$1; shift
     DATA_DIR="$T/data" OUTPUT_DIR="$T/$name" STEPS=$STEPS sbatch --parsable --nodes=2 --ntasks-per-node=1 \
         --open-mode=append --output="$T/$name.log" "$@" "$T/job.sh" >"$T/id"
-    while squeue --noheader --states=all --jobs="$(cat "$T/id")" --format=%T | grep -q 'ING$'; do sleep 1; done
+    until squeue --noheader --states=all --jobs="$(cat "$T/id")" --format=%t | grep -qx 'CD\|F\|TO\|CA'; do
+        sleep 1
+    done
 }
-# Slurm looks at time limits every 30 seconds: the signal comes 30 to 60 seconds after each start.
-REQUEUE=1 submit disturbed --requeue --time=2 --signal=USR1@60
+REQUEUE=1 submit disturbed --requeue --time=5 --signal=USR1@$((300 - DELAY))
 submit straight --time=60
 
-"$PYTHON" - "$T" "$STEPS" <<'COMPARE' || { tail -n 40 "$T"/*.log >&2; exit 1; }
+"$PYTHON" - "$T" "$STEPS" <<'COMPARE' || { tail -n 40 "$T"/{disturbed,straight,slurmctld}.log >&2; exit 1; }
 import json, re, sys
 from pathlib import Path
 import torch
