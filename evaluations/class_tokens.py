@@ -70,8 +70,8 @@ def nearest_mean_accuracy(tokens: torch.Tensor, labels: torch.Tensor, known: tor
     return float((nearest == labels[counted]).double().mean()), len(classes)
 
 
-def class_token_scores(tokens: torch.Tensor, labels: torch.Tensor, ref: ImageSet, sample: ImageSet,
-                       extractor: Extractor, batch_size: int) -> dict | None:
+def class_token_scores(tokens: torch.Tensor, labels: torch.Tensor, extractor: Extractor, ref: ImageSet,
+                       sample: ImageSet, batch_size: int) -> dict | None:
     """Compare generated class tokens (N, E) with the encoder's tokens of the sample's images, and with the labels (N,).
 
     `class_token_cosine`: mean cosine similarity. `class_token_accuracy`: nearest class mean of the encoder's tokens of

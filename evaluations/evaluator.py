@@ -36,7 +36,8 @@ from runtime.npz import write_npz
 
 KEPT = 10_000  # images that `stats` keeps for precision and recall, as many as ADM's reference files hold
 # Names and order of ADM's evaluator, whose output other programs parse.
-PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
+PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
+           "recall": "Recall",
            "class_token_cosine": "Class token cosine", "class_token_accuracy": "Class token accuracy"}
 ASKED = ("features", "metrics", "precision_recall")  # flags that decide which scores there are, repeated in the output
 FOUR_DECIMALS = ("precision", "recall", "class_token_cosine", "class_token_accuracy")
@@ -158,24 +159,17 @@ def score(args: argparse.Namespace) -> None:
     for flag, value in (("--enc-type", args.enc_type), ("--encoder-weights", args.encoder_weights)):
         if value is not None and args.class_tokens is None:
             raise UserError(f"{flag} {value}: needs --class-tokens; add it, or leave it out")
-    ref = open_images(args.ref_batch, "--ref-batch")
-    load = functools.partial(open_extractor, args.features, args.device, args.inception_weights, args.dinov2_weights)
+    ref, device = open_images(args.ref_batch, "--ref-batch"), join(args.device)
+    load = functools.partial(open_extractor, args.features, device, args.inception_weights, args.dinov2_weights)
     if args.dry_run:
         choose(metrics, ref, UNKNOWN_SAMPLES, load(), args.precision_recall)
         return
     sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
-    if args.class_tokens is not None:
-        encoder_name, encoder_weights = training_encoder(settings, args.enc_type, args.encoder_weights)
-        if sample.blocks is None:
-            raise UserError(f"--class-tokens {args.class_tokens}: {sample.name} holds no images to compare with")
-        tokens, labels = read_class_tokens(args.class_tokens, sample.count)
-    extractor, token_scores = load(), {}
-    if args.class_tokens is not None:
-        encoder = load_class_token_extractor(encoder_name, extractor.device, sample.size[0], encoder_weights,
-                                             width=tokens.shape[1])
+    tokens = args.class_tokens and open_class_tokens(args.class_tokens, sample, (settings or {}).get("training") or {},
+                                                     args.enc_type, args.encoder_weights, device)
+    extractor = load()
     result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size)
-    if args.class_tokens is not None:
-        token_scores = class_token_scores(tokens, labels, ref, sample, encoder, args.batch_size)
+    token_scores = class_token_scores(*tokens, ref, sample, args.batch_size) if tokens else {}
     if result is None:                                            # the first process writes
         return
     result = token_scores | result
@@ -208,15 +202,15 @@ def lines(result: dict, extractor: Extractor) -> list[str]:
 
 
 def make_statistics(args: argparse.Namespace) -> None:
-    """Write mu, sigma, mu_s, sigma_s of a set of images, and some of the images for precision and recall, as one npz that
-    serves as --ref-batch. For data sets without a published reference; the scores compare only with others against the
-    same file.
+    """Write mu, sigma, mu_s, sigma_s of a set of images, and some images for precision and recall, as a reference npz.
+
+    For data sets without a published reference; the scores compare only with others against the same file.
     """
     output = _output(args.output, args.source, args.inception_weights, args.dinov2_weights)
     images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None)   # measured, not copied
     if images.blocks is None:
         raise UserError(f"{args.source}: holds statistics and no images; name images")
-    extractor = open_extractor(args.features, args.device, args.inception_weights, args.dinov2_weights)
+    extractor = open_extractor(args.features, join(args.device), args.inception_weights, args.dinov2_weights)
     need = {"gaussian", "spatial"} if extractor.is_inception else {"gaussian"}
     found = measure(images, extractor, args.batch_size, need)
     if found.gaussian is None:                                    # the first process writes
@@ -241,7 +235,7 @@ def selftest(args: argparse.Namespace) -> None:
     suite, VIRTUAL_imagenet256_labeled.npz and admnet_guided_upsampled_imagenet256.npz, or the same for 128 px.
     """
     rows = acceptance.present(args.folder)
-    extractor = open_extractor("inception", args.device, args.inception_weights)
+    extractor = open_extractor("inception", join(args.device), args.inception_weights)
     acceptance.check(args.folder, rows, extractor, args.batch_size, PRINTED)
 
 
@@ -251,14 +245,19 @@ COMMANDS = {"score": (_score_flags, score), "stats": (_stats_flags, make_statist
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 
+def join(device: torch.device) -> torch.device:
+    """This process's device, after joining the other processes if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.index is not None:
+        raise UserError(f"--device {device}: cannot serve several processes; give cuda (one each) or cpu")
+    joined = join_processes(cpu=device.type == "cpu").device
+    return device if device.type == "cpu" else joined
+
+
 def open_extractor(features: str, device: torch.device, inception_weights: Path | None,
                    dinov2_weights: Path | None = None) -> Extractor:
     """The feature network on every process; the first downloads, the others then find the cache."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.index is not None:
-            raise UserError(f"--device {device}: cannot serve several processes; give cuda (one each) or cpu")
-        joined = join_processes(cpu=device.type == "cpu").device
-        device = device if device.type == "cpu" else joined
     load = functools.partial(load_extractor, features, device, inception_weights, dinov2_weights)
     first = place()[0] == 0
     if first:
@@ -268,14 +267,20 @@ def open_extractor(features: str, device: torch.device, inception_weights: Path 
     return extractor if first else load()
 
 
-def training_encoder(settings: dict | None, enc_type: str | None, weights: str | None) -> tuple[str, str | None]:
-    """Name and weights of the class tokens' encoder: the flags, or the first encoder of the training in settings.json."""
-    training = (settings or {}).get("training") or {}
+def open_class_tokens(file: Path, sample: ImageSet, training: dict, enc_type: str | None, weights: str | None,
+                      device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Extractor]:
+    """Class tokens (N, E) of `sample`, their labels (N,), and their encoder: `enc_type` with `weights`, else the first
+    one in the flags `training` of their model.
+    """
     name = enc_type or (training.get("enc_type") or "").split(",")[0]
     if not name:
-        raise UserError("--class-tokens: no settings.json beside the samples names the encoder; give --enc-type")
+        raise UserError(f"--class-tokens {file}: settings.json of the samples names no encoder; give --enc-type")
+    if sample.blocks is None:
+        raise UserError(f"--class-tokens {file}: {sample.name} holds no images to compare with; leave it out")
     recorded = (training.get("encoder_weights") or "").split(",")[0] if enc_type is None else ""
-    return name, weights or recorded or None
+    tokens, labels = read_class_tokens(file, sample.count)
+    encoder = load_class_token_extractor(name, device, sample.size[0], weights or recorded or None, tokens.shape[1])
+    return tokens, labels, encoder
 
 
 def read_settings(sample: Path) -> dict | None:
