@@ -211,23 +211,29 @@ def make_statistics(args: argparse.Namespace) -> None:
     if images.blocks is None:
         raise UserError(f"{args.source}: holds statistics and no images; name images")
     extractor = open_extractor(args.features, join(args.device), args.inception_weights, args.dinov2_weights)
+    about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop}
+    write_reference(output, images, extractor, args.batch_size, args.keep, args.seed, about)
+
+
+def write_reference(path: Path, images: ImageSet, extractor: Extractor, batch_size: int, keep: int, seed: int,
+                    about: dict) -> None:
+    """Measure images, and write statistics and up to `keep` of the images, drawn with `seed`, on the first process."""
     need = {"gaussian", "spatial"} if extractor.is_inception else {"gaussian"}
-    found = measure(images, extractor, args.batch_size, need)
-    if found.gaussian is None:                                    # the first process writes
+    found = measure(images, extractor, batch_size, need)
+    if found.gaussian is None:
         return
     warn_of_few([(images.count, "images")], len(found.gaussian[0]), extractor)
-    rng, count = np.random.default_rng(args.seed), min(args.keep, images.count)
-    rows = np.sort(rng.choice(images.count, count, replace=False))
+    rng, count = np.random.default_rng(seed), min(keep, images.count)
+    rows = np.sort(rng.choice(images.count, count, replace=False))                # (count,)
     pairs = zip(("mu", "sigma", "mu_s", "sigma_s"), (*found.gaussian, *(found.spatial or ())), strict=False)
-    about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop, "kept": count,
-             "seed": args.seed, "features": extractor.name, "distance": extractor.key,
-             "weights_sha256": extractor.weights_sha256, "weights_verified": extractor.weights_verified,
-             "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}}
+    about = about | {"kept": count, "seed": seed, "features": extractor.name, "distance": extractor.key,
+                     "weights_sha256": extractor.weights_sha256, "weights_verified": extractor.weights_verified,
+                     "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}}
     arrays = {name: value.cpu().numpy() for name, value in pairs} | {"about": np.array(json.dumps(about))}
     if images.labels is not None:
         arrays["arr_1"] = images.labels[rows]
-    write_npz(output, pick(images, rows.tolist()), count, images.size, **arrays)
-    say(f"{output}: statistics of {images.count} images, {count} of them kept")
+    write_npz(path, pick(images, rows.tolist()), count, images.size, **arrays)
+    say(f"{path}: statistics of {images.count} images, {count} of them kept")
 
 
 def selftest(args: argparse.Namespace) -> None:

@@ -93,7 +93,11 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weig
         if device.type == "cpu":
             network = network.to(memory_format=torch.channels_last)               # 1.5 times as fast on a CPU
     elif spec == "dinov2":
-        network, name = DinoFeatures(dinov2_weights), "dinov2"
+        try:
+            encoder = load_encoder(DINOV2, "cpu", resolution=256, weights=dinov2_weights)     # resizes 256 px to 224
+        except UserError as error:                                # train.py's flag has another name
+            raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
+        network, name = DinoFeatures(encoder), "dinov2"
         digest = sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
     elif spec.startswith(LOCAL):
         folder = Path(spec.removeprefix(LOCAL))
@@ -187,15 +191,12 @@ def _load_inception(path: Path) -> Inception:
 class DinoFeatures(nn.Module):
     """The class token (B, 1024) of DINOv2 ViT-L/14 at 224 px, for FD-DINOv2 (Stein et al. 2023).
 
-    The resize is bicubic with antialiasing, as PIL's, without rounding; then ImageNet's mean and std.
+    The resize is bicubic with antialiasing, as PIL's, without rounding; the encoder applies ImageNet's mean and std.
     """
 
-    def __init__(self, weights: str | Path | None):
+    def __init__(self, encoder: nn.Module):
         super().__init__()
-        try:
-            self.encoder = load_encoder(DINOV2, "cpu", resolution=256, weights=weights)   # resizes 256 px to 224
-        except UserError as error:                                # train.py's flag has another name
-            raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
+        self.encoder = encoder
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()                                                        # (B, 3, H, W)
