@@ -1,183 +1,82 @@
-"""Inception and its resize against the literal rule, torchvision's network with the documented differences, and torch-fidelity's."""
+"""Inception: torch-fidelity's network as ADM uses it."""
 
-import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
 
-from evaluations.inception import SIDE, Inception, _taps, resize_tf1
 from tests.conftest import random_images
+from tests.scoring_networks import channels_first, inception, random_state, weights_file  # noqa: F401  (fixtures)
+
+SIDE = 299
+# Norm, deviation, and every 500th feature of one image.
+POOLED = [102.17306, 1.80556, 5.15287, 1.59631, 0.0, 1.3171, 0.00397]
+SPATIAL = [88.15356, 1.59366, 1.34075, 1.16277, 0.19566, 0.0, 0.0]
 
 
-def channels_first(images):
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def relative(ours, expected):
-    return float((ours - expected).norm() / expected.norm())
-
-
-# --- resize ----------------------------------------------------------------------------------------------------------------------
-
-
-def taps_literally(source, side):
-    """[(lower index, upper index, weight of the upper)] in float32."""
-    scale = np.float32(source) / np.float32(side)
-    taps = []
-    for i in range(side):
-        position = np.float32(i) * scale
+def resize_literally(image, i, j):
+    """TensorFlow 1's ResizeBilinear at one pixel of an image (H, W, 3), float32: reads at i * in / out, no half pixel."""
+    def taps(index, source):
+        position = np.float32(index) * (np.float32(source) / np.float32(SIDE))
         low = int(np.floor(position))
-        taps.append((low, min(low + 1, source - 1), position - np.float32(low)))
-    return taps
+        return low, min(low + 1, source - 1), position - np.float32(low)
 
-
-def resize_literally(image, pixels, side=SIDE):
-    """The rule word by word at some pixels (row, column) of one image (H, W, 3), in float32."""
     image = image.astype(np.float32)
-    down, across = taps_literally(image.shape[0], side), taps_literally(image.shape[1], side)
-    result = []
-    for i, j in pixels:
-        (y0, y1, wy), (x0, x1, wx) = down[i], across[j]
-        top = image[y0, x0] + (image[y0, x1] - image[y0, x0]) * wx
-        bottom = image[y1, x0] + (image[y1, x1] - image[y1, x0]) * wx
-        result.append(top + (bottom - top) * wy)
-    return np.array(result)
+    (y0, y1, wy), (x0, x1, wx) = taps(i, image.shape[0]), taps(j, image.shape[1])
+    top = image[y0, x0] + (image[y0, x1] - image[y0, x0]) * wx
+    bottom = image[y1, x0] + (image[y1, x1] - image[y1, x0]) * wx
+    return top + (bottom - top) * wy
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (256, 256), (299, 299), (320, 200), (512, 512)])
-def test_resize_is_tensorflow_1s(height, width):
-    """At 3000 random pixels and all along the last row and column, where the upper index ends."""
-    image = random_images(1, height, width)[0]
-    pixels = [*np.random.default_rng(0).integers(0, SIDE, (3000, 2)),
-              *((SIDE - 1, i) for i in range(SIDE)), *((i, SIDE - 1) for i in range(SIDE))]
-    ours = resize_tf1(channels_first(image[None]))
-    assert ours.shape == (1, 3, SIDE, SIDE) and ours.dtype == torch.float32
+@pytest.mark.parametrize("height, width", [(64, 40), (320, 400)])
+def test_the_resize_is_tensorflow_1s(inception, height, width):  # noqa: F811
+    """At random pixels, and along the last row and column, where the upper index is clamped."""
+    image, seen = random_images(1, height, width)[0], []
+    layer = inception.network.network.Conv2d_1a_3x3
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    inception(channels_first(image[None]))
+    hook.remove()
+    assert seen[0].shape == (1, 3, SIDE, SIDE)
+    pixels = [*np.random.default_rng(0).integers(0, SIDE, (300, 2)), *((SIDE - 1, i) for i in range(SIDE)),
+              *((i, SIDE - 1) for i in range(SIDE))]
     rows, columns = np.array(pixels).T
-    np.testing.assert_allclose(ours[0].permute(1, 2, 0).numpy()[rows, columns], resize_literally(image, pixels), rtol=0, atol=1e-4)
+    expected = np.array([resize_literally(image, i, j) for i, j in pixels])
+    found = seen[0][0].permute(1, 2, 0).numpy()[rows, columns] * 128 + 128
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_resize_of_299_is_the_identity():
-    images = channels_first(random_images(1, 299, 299))
-    assert torch.equal(resize_tf1(images), images.float())
-
-
-# --- network ---------------------------------------------------------------------------------------------------------------------
-
-
-def published_keys():
-    """The 566 names of the published file, by its rule: 94 units of 6 entries, and fc."""
-    pool = ["branch1x1", "branch_pool"]
-    family = {
-        "5": [*pool, "branch5x5_1", "branch5x5_2", *(f"branch3x3dbl_{i}" for i in (1, 2, 3))],
-        "6": [*pool, *(f"branch7x7_{i}" for i in (1, 2, 3)), *(f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5))],
-        "7": [*pool, "branch3x3_1", "branch3x3_2a", "branch3x3_2b", *(f"branch3x3dbl_{i}" for i in ("1", "2", "3a", "3b"))],
-    }
-    units = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"]
-    units += [f"Mixed_{block}.{unit}" for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c") for unit in family[block[0]]]
-    units += ["Mixed_6a.branch3x3", *(f"Mixed_6a.branch3x3dbl_{i}" for i in (1, 2, 3))]
-    units += ["Mixed_7a.branch3x3_1", "Mixed_7a.branch3x3_2", *(f"Mixed_7a.branch7x7x3_{i}" for i in (1, 2, 3, 4))]
-    assert len(units) == 94
-    leaves = ["conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
-    return {f"{unit}.{leaf}" for unit in units for leaf in leaves} | {"fc.weight", "fc.bias"}
-
-
-def test_network_has_the_published_keys():
-    assert set(Inception().state_dict()) == published_keys() and len(published_keys()) == 566
-
-
-def test_widths(inception):
-    pooled, spatial = inception(channels_first(random_images(2, 24, 40)))
-    assert pooled.shape == (2, 2048) == (2, Inception.pooled) and spatial.shape == (2, 2023) == (2, Inception.spatial)
-    assert pooled.dtype == spatial.dtype == torch.float32 and inception.network.fc.weight.shape == (1008, 2048)
-
-
-def test_spatial_features_are_mixed_6ds_first_branch_after_its_relu(inception):
-    """TensorFlow's names count from 0: `mixed_6` is Mixed_6d."""
-    inputs = {}
-    hooks = [getattr(inception.network, name).register_forward_hook(lambda block, x, y, name=name: inputs.update({name: x[0].clone()}))
-             for name in ("Mixed_6d", "Mixed_6e")]
-    spatial = inception(channels_first(random_images(2, 40, 56)))[1]
-    for hook in hooks:
-        hook.remove()
-
-    def before_relu(name):
-        unit = getattr(inception.network, name).branch1x1
-        x = F.conv2d(inputs[name], unit.conv.weight)                              # (B, 192, 17, 17)
-        scale, column = unit.bn.weight / (unit.bn.running_var + 1e-3).sqrt(), (slice(None), None, None)
-        return (x - unit.bn.running_mean[column]) * scale[column] + unit.bn.bias[column]
-
-    maps = before_relu("Mixed_6d")[:, :7]
-    assert maps.shape == (2, 7, 17, 17) and (maps < -1e-2).any() and (maps > 1e-2).any()
-    expected = torch.empty(2, 2023)
-    for row in range(17):
-        for column in range(17):
-            for channel in range(7):
-                expected[:, (row * 17 + column) * 7 + channel] = maps[:, channel, row, column].clamp(min=0)
-    assert relative(spatial, expected) < 1e-5
-    assert relative(before_relu("Mixed_6e")[:, :7].relu().permute(0, 2, 3, 1).flatten(1), expected) > 0.1
-
-
-def test_spatial_features_are_flattened_with_the_channel_last(inception):
+def test_spatial_features_are_seven_channels_of_mixed_6d_with_the_channel_last(inception):  # noqa: F811
     """A planted map whose values are their own places."""
     row, column, channel = torch.meshgrid(torch.arange(17.0), torch.arange(17.0), torch.arange(192.0), indexing="ij")
     planted = (1e4 * row + 100 * column + channel).permute(2, 0, 1)[None]          # (1, 192, 17, 17)
-    hook = inception.network.Mixed_6d.branch1x1.register_forward_hook(lambda *_: planted)
-    spatial = inception(channels_first(random_images(1, 16, 16)))[1]
+    branch = inception.network.network.Mixed_6d.branch1x1
+    hook = branch.register_forward_hook(lambda *_: planted, prepend=True)
+    pooled, spatial = inception(channels_first(random_images(1)))
     hook.remove()
-    expected = [1e4 * i + 100 * j + k for i in range(17) for j in range(17) for k in range(7)]
-    assert spatial.tolist() == [expected]
+    assert spatial.tolist() == [[1e4 * i + 100 * j + k for i in range(17) for j in range(17) for k in range(7)]]
+    assert pooled.shape == (1, 2048) and inception.widths == (2048, 17 * 17 * 7)
+    assert pooled.dtype == spatial.dtype == torch.float32
 
 
-def test_network_is_torchvisions_with_the_three_documented_differences(inception, random_state, monkeypatch):
-    calls = []
-
-    def average(x, **kwargs):                       # nine in all, in the order of the blocks; the last is Mixed_7c's
-        calls.append(kwargs)
-        assert kwargs == {"kernel_size": 3, "stride": 1, "padding": 1}
-        return F.avg_pool2d(x, **kwargs, count_include_pad=False) if len(calls) < 9 else F.max_pool2d(x, **kwargs)
-
-    monkeypatch.setattr(torchvision.models.inception, "F", types.SimpleNamespace(
-        avg_pool2d=average, max_pool2d=F.max_pool2d, relu=F.relu))
-    oracle = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False).eval()
-    oracle.load_state_dict(random_state)
-    oracle.fc = torch.nn.Identity()
-    images = channels_first(random_images(2, 40, 56))
-    with torch.inference_mode():
-        expected = oracle((resize_tf1(images) - 128) / 128)
-    assert len(calls) == 9
-    assert expected.std() > 1e-3 and (expected[0] - expected[1]).norm() > 1e-3 * expected.norm()   # the weights do carry a signal
-    assert relative(inception(images)[0], expected) < 1e-5
+def test_features_of_random_weights_are_known(inception):  # noqa: F811
+    """Of a network written by hand that agrees with ADM's TensorFlow graph to 1e-5."""
+    pooled, spatial = inception(channels_first(random_images(1, 40, 56)))
+    assert (spatial >= 0).all()                                                   # behind the ReLU
+    for found, expected in ((pooled, POOLED), (spatial, SPATIAL)):
+        assert [float(found.norm()), float(found.std()), *found[0, 7::500].tolist()] == pytest.approx(
+            expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def torch_fidelitys(weights_file):
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    return module.FeatureExtractorInceptionV3("oracle", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights_file))
+def test_threads_that_share_the_network_get_their_own_spatial_features(inception):  # noqa: F811
+    images = [channels_first(random_images(1, seed=seed)) for seed in range(2)]
+    alone = [inception(image)[1] for image in images]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda image: inception(image)[1], images))
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(alone[0], alone[1])
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (320, 200)])
-def test_network_is_torch_fidelitys(inception, torch_fidelitys, height, width):
-    """Which others have compared with TensorFlow's on the real weights; resize, pooled and spatial features, logits without bias."""
-    images, maps = channels_first(random_images(1, height, width)), []
-    hook = torch_fidelitys.Mixed_6d.branch1x1.register_forward_hook(lambda unit, x, y: maps.append(y.clone()))
-    with torch.inference_mode():
-        pooled, logits = torch_fidelitys(images)
-    hook.remove()
-    ours = inception(images)
-    assert relative(ours[0], pooled) < 1e-5
-    assert relative(ours[1], maps[0][:, :7].permute(0, 2, 3, 1).flatten(1)) < 1e-5
-    assert relative(ours[0] @ inception.network.fc.weight.T, logits) < 1e-5 and logits.shape == (1, 1008)
-
-
-def test_the_resize_serves_in_any_mode_after_it_served_in_inference():
-    """Its weights are kept from one call to the next."""
-    _taps.cache_clear()
-    with torch.inference_mode():
-        resize_tf1(torch.ones(1, 3, 10, 20), 15)
-    x = torch.ones(1, 3, 10, 20, requires_grad=True)
-    resize_tf1(x, 15).sum().backward()
-    assert x.grad.sum().item() == pytest.approx(3 * 15 * 15)                      # the weights of each pixel add up to 1
-    assert _taps.cache_info().hits == 2
+def test_the_classifier_has_1008_columns_and_no_bias(inception, random_state):  # noqa: F811
+    assert torch.equal(inception.classifier, random_state["fc.weight"]) and inception.classifier.shape == (1008, 2048)
