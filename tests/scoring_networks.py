@@ -13,8 +13,7 @@ def channels_first(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-@pytest.fixture(scope="session")
-def random_state():
+def random_inception_state():
     """Inception's state dict with random weights whose signal survives 94 units."""
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -28,6 +27,11 @@ def random_state():
             noise *= 0.2
         state[key] = noise
     return state
+
+
+@pytest.fixture(scope="session")
+def random_state():
+    return random_inception_state()
 
 
 @pytest.fixture(scope="session")
