@@ -107,6 +107,11 @@ def require_suitable(args: argparse.Namespace, model: SiT) -> None:
 
 # ------------------------------------------------------------------------------------------- which images, which folder
 
+def read_checkpoint(path: Path) -> tuple[dict, str]:
+    """The content of a checkpoint and the SHA-256 of its file."""
+    return checkpoint.read(path), sha256(path)
+
+
 def latent_space(state: dict) -> LatentSpace:
     return LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
 
@@ -200,7 +205,7 @@ def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Co
 def main(argv=None) -> None:
     args = parse_args(argv)
     path = find(args.ckpt)
-    state = checkpoint.read(path)
+    state, digest = read_checkpoint(path)
     model, space = checkpoint.build_for_sampling(state, args.model, args.weights), latent_space(state)
     require_suitable(args, model)
 
@@ -213,7 +218,7 @@ def main(argv=None) -> None:
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     compiled = make_ready(model, device, args.precision, compiled)
     require_same_everywhere(compiled)
-    settings = settings_of(args, path, state, sha256(path), compiled)
+    settings = settings_of(args, path, state, digest, compiled)
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 threads"
     how = Sampling(**settings["sampling"])
     side = model.input_size * space.downsampling

@@ -13,7 +13,6 @@
 import json
 import os
 import shutil
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from runtime.files import (UNREADABLE, make_folder, partial_name, require_room, to_npy, write_json, write_npz,
-                           write_whole)
+from runtime.files import make_folder, partial_name, require_room, to_npy, write_json, write_whole
 from runtime.launch import blocks
 from runtime.messages import UserError
+from runtime.npz import read_npz_rows, read_npz_shape, write_npz
 
 METRICS = "metrics*.json"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -78,7 +77,7 @@ class SampleFolder:
 
         Writes nothing. Raises UserError if the disk is too small for the rest.
         """
-        finished = same and all(_shape(*self.npz(part)) == (self.count, *row.shape) for part, row in self.parts.items())
+        finished = same and all(self._is_finished(part) for part in self.parts)
         png = self.parts["images"].itemsize + PNG_EXTRA
         if finished:
             need = png * len(self._missing_png())
@@ -87,6 +86,13 @@ class SampleFolder:
             need = self.count * (2 * sum(row.itemsize for row in self.parts.values()) + png * self.png) - there
         require_room(self.path, need, "free some, choose another folder" + ", or make no PNG files" * self.png)
         return None if finished else [block for block in self.blocks if not (same and self._is_whole(block))]
+
+    def _is_finished(self, part: str) -> bool:
+        row = self.parts[part]
+        try:
+            return read_npz_shape(*self.npz(part)) == ((self.count, *row.shape), row.base)
+        except UserError:                 # missing or damaged
+            return False
 
     def _is_whole(self, block: range) -> bool:
         """Whether all files of a block have its rows, by their headers and lengths."""
@@ -140,13 +146,10 @@ class SampleFolder:
         if not missing:
             return
         make_folder(self.path / "images")
-        row = self.parts["images"]
-        with (zipfile.ZipFile(self.npz()[0]) as archive, archive.open("arr_0.npy") as rows,
-              ThreadPoolExecutor(PNG_THREADS) as pool):
-            np.lib.format.read_magic(rows)
-            np.lib.format.read_array_header_1_0(rows)
-            for block in tqdm(blocks(self.count, PNG_AT_ONCE), desc="png", unit="block"):
-                images = np.frombuffer(rows.read(len(block) * row.itemsize), np.uint8).reshape(-1, *row.shape)
+        needed = [block for block in blocks(self.count, PNG_AT_ONCE) if not missing.isdisjoint(block)]
+        with ThreadPoolExecutor(PNG_THREADS) as pool:
+            for block, images in zip(tqdm(needed, desc="png", unit="block"), read_npz_rows(self.npz()[0], needed),
+                                     strict=True):
                 wanted = [index for index in block if index in missing]
                 list(pool.map(_write_png, map(self.png_file, wanted), (images[i - block.start] for i in wanted)))
 
@@ -159,12 +162,3 @@ def _write_png(file: Path, image: np.ndarray) -> None:
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error}); free some room") from error
 
-
-def _shape(npz: Path, name: str) -> tuple[int, ...] | None:
-    """The shape of an array in an npz file, from its header; None if there is none."""
-    try:
-        with zipfile.ZipFile(npz) as archive, archive.open(f"{name}.npy") as member:
-            np.lib.format.read_magic(member)
-            return np.lib.format.read_array_header_1_0(member)[0]
-    except UNREADABLE:
-        return None
