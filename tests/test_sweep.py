@@ -302,7 +302,8 @@ def test_the_table_in_three_forms(tmp_path):
     assert [[row[name] for name in columns] for row in table] == [
         ["1.0", "", "5.0", "0.25", "False"], ["2.3", "0.85", "3.0", "", "True"]]
     header, unguided, guided = (line.split() for line in report.as_text(rows).splitlines())
-    assert header == "cfg_scale guidance_low guidance_high num_samples labels fd_net kid_net best".split()
+    assert header[:5] == ["cfg_scale", "guidance_low", "guidance_high", "num_samples", "labels"]
+    assert header[5:] == ["fd_net", "kid_net", "best"]
     assert unguided == ["1", "50", "random", "5", "0.25"] and guided == ["2.3", "0", "0.85", "50", "random", "3", "*"]
 
 
