@@ -42,12 +42,6 @@ def test_values_are_read_as_generate_reads_them(name, text, expected):
     assert sweep.values(name, text) == expected
 
 
-def test_the_flags_are_those_of_the_two_programs():
-    assert set(sweep.SWEPT) <= vars(generate.parse_args(["--ckpt", "x"])).keys()
-    known = vars(evaluator.parse_args(["--ref-batch", "x", "--dry-run"]))
-    assert set(sweep.Scoring.__dataclass_fields__) <= known.keys()
-
-
 def test_checkpoints_by_step(tmp_path):
     for step in (20, 3):
         path = tmp_path / "checkpoints" / f"{step:07d}.pt"
