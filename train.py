@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dataset import Features, GlobalBatchSampler, LatentDataset, features_path  # SHIM
+from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images
 from evaluations.scoring import choose, evaluate
 from loss import ALIGNED_TOKENS, SILoss, Terms, weighted
 from models import checkpoint
-from models.cached_features import features_folder  # SHIM
+from models.cached_features import Features, features_folder, features_path
 from models.encoders import CachedEncoder, Encoder, load_encoders, require_class_tokens, require_made_by, with_weights
 from models.interpolant import PATHS
 from models.sit import SiT, SiT_models
