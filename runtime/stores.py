@@ -7,12 +7,13 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime.files import UNREADABLE
+from runtime.files import UNREADABLE, write_whole
 from runtime.messages import UserError, notice
 
 # The one list of picture extensions, for convert, check and the evaluator.
@@ -217,6 +218,20 @@ def open_store(path: str | Path) -> Store:
     if os.path.isfile(path):
         return ZipStore(path)
     raise UserError(f"{shown(path)}: does not exist; expected a folder or a zip file")
+
+
+def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write (name, bytes) as a zip, atomically: stored, with one fixed date, so that equal contents are equal bytes.
+
+    Raises UserError if it cannot be written.
+    """
+
+    def write(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in files:
+                archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
+
+    write_whole(path, write)
 
 
 def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
