@@ -11,7 +11,7 @@ from evaluations.extraction import measure, place
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from models.encoders import LOCAL, load_encoders, require_class_tokens, sha256_of_parameters
-from preprocessing.crop import UNREADABLE
+from runtime.files import UNREADABLE
 from runtime.messages import UserError, notice
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocessing.crop import MAX_PIXELS, UNREADABLE, center_crop, decode_image, shown, to_rgb
+from preprocessing.crop import center_crop, to_rgb
+from runtime.files import UNREADABLE
+from runtime.stores import MAX_PIXELS, decode_image, shown
 from runtime.files import sha256
 from runtime.messages import UserError, notice
 
