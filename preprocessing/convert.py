@@ -63,34 +63,30 @@ def to_png(image: np.ndarray) -> bytes:
     height, width, _ = image.shape
     rows = np.zeros((height, 1 + 3 * width), dtype=np.uint8)      # each begins with its filter: 0, none
     rows[:, 1:] = image.reshape(height, 3 * width)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, deflate, standard filters, no interlace
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)               # 8 bits, RGB, not interlaced
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks)
 
 
-def convert_picture(data: bytes, where: str, resolution: int, transform: str) -> bytes:
-    """A picture file's bytes to those of a PNG. Raises UserError naming `where`."""
-    image = to_rgb(stores.decode_image(data, where), where)
-    if transform != "none":
-        image = center_crop(image, resolution, where)
-    if image.size != (resolution, resolution):
-        raise UserError(f"{where}: {image.width}x{image.height} px, expected {resolution}x{resolution}; "
-                        "use --transform=center-crop-dhariwal")
-    return to_png(np.asarray(image))
-
-
-def _convert_chunk(store: Store, names: np.ndarray, destination: Destination, convert_one: partial,
-                   chunk: np.ndarray) -> int:
+def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
+                  chunk: np.ndarray) -> int:
+    """Convert and write the pictures with the indices in `chunk`, and return their number."""
     for i in chunk.tolist():
-        data = convert_one(store.read(names[i]), store.where(names[i]))
-        destination.write(destination.names[i], data)
+        where = store.where(names[i])
+        image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
+        if transform != "none":
+            image = center_crop(image, resolution, where)
+        if image.size != (resolution, resolution):
+            raise UserError(f"{where}: {image.width}x{image.height} px, expected {resolution}x{resolution}; "
+                            "use --transform=center-crop-dhariwal")
+        destination.write(destination.names[i], to_png(np.asarray(image)))
     return len(chunk)
 
 
-def convert(source: str, dest: str, resolution: int, transform: str, workers: int,
-            max_images: int | None = None) -> None:
+def convert(source: str, dest: str, resolution: int, transform: str, workers: int, max_images: int | None = None
+            ) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
     Raises UserError if source or settings are wrong, `dest` holds something else, or a picture cannot be read.
@@ -115,8 +111,7 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
 
     missing = np.flatnonzero(destination.is_missing())
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
-    convert_one = partial(convert_picture, resolution=resolution, transform=transform)
-    work = partial(_convert_chunk, store, names, destination, convert_one)
+    work = partial(convert_chunk, store, names, destination, resolution, transform)
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
         for count in in_workers(work, chunks, workers, in_order=False):
             bar.update(count)
