@@ -1,8 +1,10 @@
-"""REG's objective (arXiv 2507.01467, §3): velocity of the latents, velocity of the class token, alignment with the encoder.
+"""REG's objective (arXiv 2507.01467, section 3): velocity of the latents, velocity of the class token, alignment with
+the encoder.
 
-total = denoising + beta * cls + lambda * proj, with beta = `--cls` and lambda = `--proj-coeff`; the caller weighs, here
-each term stands unweighted and in float32.
-Shape letters: B batch, C latent channels, H W latent size, T tokens (1+N with a class-token slot, else N), E encoder width.
+total = denoising + beta * cls + lambda * proj, with beta = `--cls` and lambda = `--proj-coeff` (`weighted`). SILoss
+returns the unweighted terms, in float32.
+Shape letters: B batch, C latent channels, H W latent size, T tokens (1+N with a class-token slot, else N), E encoder
+width.
 """
 
 from typing import NamedTuple
@@ -25,21 +27,31 @@ class Terms(NamedTuple):
 
 
 def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
-    """Minus the cosine between projected tokens and encoder features, each (B, T, E): mean over tokens, batch and encoders.
+    """Minus the mean cosine of projected tokens and targets, (B, T, E) per encoder, over tokens, batch and encoders.
 
-    REPA (arXiv 2410.06940), eq. 6, as three sums over E per token, which a compiler does in one pass over the memory.
-    Raises ValueError when numbers of encoders or shapes differ.
+    REPA (arXiv 2410.06940), eq. 6. Three sums over E per token, which a compiler fuses into one pass over the memory.
+    Raises ValueError if numbers of encoders or shapes differ.
     """
     if [p.shape for p in projected] != [z.shape for z in targets]:
         raise ValueError(f"projected tokens {[tuple(p.shape) for p in projected]} do not match "
-                         f"the encoders' features {[tuple(z.shape) for z in targets]}")
+                         f"the targets {[tuple(z.shape) for z in targets]}")
     return -torch.stack([cosine(p.float(), z.float()).mean() for p, z in zip(projected, targets, strict=True)]).mean()
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of the vectors along the last axis, (..., E) -> (...); 0 where one of them is 0."""
+    """Cosine along the last axis, (..., E) -> (...); 0 where a vector is 0."""
     lengths = [torch.linalg.vector_norm(vector, dim=-1).clamp(min=1e-8) for vector in (a, b)]
     return (a * b).sum(dim=-1) / (lengths[0] * lengths[1])
+
+
+def weighted(terms: Terms, beta: float, lam: float) -> torch.Tensor:
+    """denoising + beta * cls + lambda * proj, a scalar."""
+    total = terms.denoising.mean()
+    if terms.cls is not None:
+        total = total + beta * terms.cls.mean()
+    if terms.proj is not None:
+        total = total + lam * terms.proj
+    return total
 
 
 class SILoss:
@@ -48,8 +60,8 @@ class SILoss:
     Args:
         prediction: only "v", the velocity.      path_type: "linear" or "cosine".
         weighting: law of t, "uniform" or "lognormal".
-        align: tokens that are aligned, "all", "patches" or "class"; the last two need a model with a class-token slot.
-        compile: fuse the alignment's passes over its (B, T, E) tokens into one kernel, forward and backward.
+        align: aligned tokens, "all", "patches" or "class"; the last two need a model with a class-token slot.
+        compile: fuse the alignment over (B, T, E) tokens into one kernel, forward and backward.
     """
 
     def __init__(self, prediction: str = "v", path_type: str = "linear", weighting: str = "uniform", align: str = "all",
@@ -65,13 +77,14 @@ class SILoss:
         self.tokens = ALIGNED_TOKENS[align]
         self.alignment_loss = torch.compile(alignment_loss, dynamic=False) if compile else alignment_loss
 
-    def __call__(self, model, images, model_kwargs, zs=None, cls_token=None, time_input=None, noises=None, cls_noises=None) -> Terms:
-        """One evaluation of the model at random times.
+    def __call__(self, model, images, model_kwargs, zs=None, cls_token=None, time_input=None, noises=None,
+                 cls_noises=None) -> Terms:
+        """Evaluate the model at random times and return the unweighted terms.
 
         Args:
             images: latents (B, C, H, W).        cls_token: the encoder's class token (B, E), for a model with a slot.
-            model_kwargs: dict(y=labels (B,)).   zs: encoder features (B, T, E) per projector; None or empty: no alignment.
-            time_input (B,), noises (like images), cls_noises (like cls_token): drawn where None.
+            model_kwargs: dict(y=labels (B,)).   zs: targets (B, T, E) per projector; None or empty: no alignment.
+            time_input (B,), noises (like images), cls_noises (like cls_token): drawn if None.
         """
         images = images.float()
         drawn = draw_t(self.weighting, self.path_type, len(images), images.device) if time_input is None else time_input
@@ -81,6 +94,7 @@ class SILoss:
             cls_token = cls_token.float()
             pair.append((cls_token, torch.randn_like(cls_token) if cls_noises is None else cls_noises.float()))
 
+        # The class token is noised with the same t as the latents, and its own noise.
         corrupted = [self.path.corrupt(x, eps, t) for x, eps in pair]                     # (B, C, H, W) and (B, E)
         noised, noised_cls = [*corrupted, None][:2]
         velocity, projected, cls_velocity = model(noised, t, **model_kwargs, cls_token=noised_cls)
@@ -88,5 +102,6 @@ class SILoss:
                   for v, (x, eps) in zip((velocity, cls_velocity), pair, strict=False)]
         denoising, cls = [*(error.flatten(1).mean(dim=1) for error in errors), None][:2]  # (B,) each
 
-        proj = self.alignment_loss([p[:, self.tokens] for p in projected], [z[:, self.tokens] for z in zs]) if zs else None
+        aligned = [p[:, self.tokens] for p in projected], [z[:, self.tokens] for z in zs or ()]
+        proj = self.alignment_loss(*aligned) if zs else None
         return Terms(denoising, proj, cls, t)

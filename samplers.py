@@ -1,7 +1,9 @@
-"""From noise to pictures: guided velocity field, ODE and SDE solvers on the pair (latents, class token), one seed per image.
+"""From noise to pictures: guided velocity field, ODE and SDE solvers on the pair (latents, class token), one seed per
+image.
 
-The state is the pair, flattened to one float64 matrix S (B, C*H*W + E), so that every update is written once. A solver sees
-`field(state, t) -> velocity` and nothing else; guidance is settled before it (REG, arXiv 2507.01467, appendix; interval
+The state is the pair, flattened to one float64 matrix S (B, C*H*W + E), so that every update is written once. A solver
+sees `field(state, t) -> velocity` and nothing else; guidance is settled before it (REG, arXiv 2507.01467, appendix;
+interval
 guidance: arXiv 2404.07724). Time runs from 1 (noise) to 0 (data).
 """
 
@@ -21,8 +23,11 @@ def pack(pair: Sequence[torch.Tensor | None]) -> torch.Tensor:
     return torch.cat([member.double().flatten(1) for member in pair if member is not None], dim=1)
 
 
-def unpack(state: torch.Tensor, shape: torch.Size, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The inverse of `pack` for latents of `shape` (B, C, H, W): class token None when the state ends with the latents."""
+def unpack(state: torch.Tensor, shape: torch.Size,
+           dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The inverse of `pack` for latents of `shape` (B, C, H, W): class token None when the state ends with the
+    latents.
+    """
     size = shape[1:].numel()
     latents = state[:, :size].reshape(len(state), *shape[1:]).to(dtype)
     return latents, (state[:, size:].to(dtype) if state.shape[1] > size else None)
@@ -32,9 +37,9 @@ def guided_field(model, y: torch.Tensor, shape: torch.Size, dtype: torch.dtype, 
                  interval: tuple[float, float]) -> Callable[[float], Callable]:
     """Classifier-free guidance of the pair, `guidance(t_start) -> field(state, t)`.
 
-    Inside the interval (ends inclusive, tested once with the step's starting time) the velocity is u + s (c - u), from one
-    batch with labels and null labels; outside it, or with a latents' scale of 1, the conditional velocity alone. A class-token scale
-    <= 0 leaves the class token conditional.
+    Inside the interval (ends inclusive, tested once with the step's starting time) the velocity is u + s (c - u), from
+    one batch with labels and null labels; outside it, or with a latents' scale of 1, the conditional velocity alone. A
+    class-token scale <= 0 leaves the class token conditional.
     """
     scale, cls_scale = scales
     low, high = interval
@@ -64,7 +69,7 @@ def euler_step(field, x, t, t_next):
 def heun_step(field, x, t, t_next):
     v = field(x, t)
     x_next = x + (t_next - t) * v
-    if t_next == 0:                                                                       # the last step is an Euler step
+    if t_next == 0:                                                                     # the last step is an Euler step
         return x_next
     return x + (t_next - t) * (v + field(x_next, t_next)) / 2
 
@@ -81,9 +86,11 @@ def euler_maruyama_step(field, x, t, t_next, path, noise):
 
 
 @torch.no_grad()
-def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low, guidance_high):
+def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
+              guidance_high):
     """Carry the pair through `times`, whose last is 0, with `step(field, state, t, t_next)`; the one stepping loop."""
-    dtype = next((p.dtype for p in model.parameters()), latents.dtype) if isinstance(model, torch.nn.Module) else latents.dtype
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    dtype = next((p.dtype for p in parameters), latents.dtype)
     scales = (cfg_scale, cfg_scale if cls_cfg_scale is None else cls_cfg_scale)
     guidance = guided_field(model, y, latents.shape, dtype, scales, (guidance_low, guidance_high))
     state = pack((latents, cls_latents))
@@ -92,12 +99,13 @@ def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scal
     return unpack(state, latents.shape)
 
 
-def euler_sampler(model, latents, y, num_steps=250, heun=False, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, path_type="linear",
-                  cls_latents=None, cls_cfg_scale=None):
+def euler_sampler(model, latents, y, num_steps=250, heun=False, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
+                  path_type="linear", cls_latents=None, cls_cfg_scale=None):
     """Probability-flow ODE, Euler or Heun, over `num_steps` equal steps from t = 1 to 0.
 
     Args:
-        model: (latents, t, y, cls_token=) -> (velocity, _, class-token velocity | None), with its null label in `num_classes`.
+        model: (latents, t, y, cls_token=) -> (velocity, _, class-token velocity | None), with its null label in
+        `num_classes`.
         latents: noise (B, C, H, W).      cls_latents: noise (B, E); required by a model with a class-token slot.
         y: labels (B,).                   path_type: checked only, the ODE of a velocity is the same on every path.
         cfg_scale: guidance of the latents for guidance_low <= t <= guidance_high; 1: none.
@@ -107,21 +115,22 @@ def euler_sampler(model, latents, y, num_steps=250, heun=False, cfg_scale=1.0, g
     """
     get_path(path_type)
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
-    return integrate(heun_step if heun else euler_step, times, model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
-                     guidance_high)
+    step = heun_step if heun else euler_step
+    return integrate(step, times, model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low, guidance_high)
 
 
-def euler_maruyama_sampler(model, latents, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, path_type="linear",
-                           cls_latents=None, cls_cfg_scale=None, noise=torch.randn_like):
+def euler_maruyama_sampler(model, latents, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
+                           path_type="linear", cls_latents=None, cls_cfg_scale=None, noise=torch.randn_like):
     """Reverse SDE: `num_steps` equally spaced times from 1 to 0.04, then 0. Arguments and result as in `euler_sampler`.
 
-    `noise(tensor)` returns Gaussian noise like the tensor; at each step but the last it is called for the latents, then the class token.
+    `noise(tensor)` returns Gaussian noise like the tensor; at each step but the last it is called for the latents, then
+    the class token.
     """
     path = get_path(path_type)
 
     def step(field, x, t, t_next):
-        return euler_maruyama_step(field, x, t, t_next, path,
-                                   lambda: pack([noise(member) for member in unpack(x, latents.shape) if member is not None]))
+        members = [member for member in unpack(x, latents.shape) if member is not None]
+        return euler_maruyama_step(field, x, t, t_next, path, lambda: pack([noise(member) for member in members]))
 
     times = [*torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64).tolist(), 0.0]
     return integrate(step, times, model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low, guidance_high)
@@ -139,7 +148,7 @@ class Sampling:
     guidance_low: float = 0.0
     guidance_high: float = 0.85
     seed: int = 0
-    labels: str = "random"                        # random: uniform from (seed, i) · balanced: i modulo the number of classes
+    labels: str = "random"                   # random: uniform from (seed, i) · balanced: i modulo the number of classes
     classes: tuple[int, ...] | None = None        # in turn, instead of all classes
     path_type: str = "linear"
     precision: str = "fp32"                       # of the network: fp32 · tf32 · bf16
@@ -148,26 +157,30 @@ class Sampling:
 def image_rng(seed: int, index: int) -> np.random.Generator:
     """The source of everything random in image `index`.
 
-    NumPy's, since PyTorch's on the CPU keeps only 32 bits of a seed: two of 50,000 images would likely share their noise.
+    NumPy's, since PyTorch's on the CPU keeps only 32 bits of a seed: two of 50,000 images would likely share their
+    noise.
     """
     return np.random.default_rng((seed, index))
 
 
 def image_label(index: int, rng: np.random.Generator, num_classes: int, how: Sampling) -> int:
     """The label of image `index`; a random one is the first draw of its generator."""
-    drawn = int(rng.integers(num_classes))        # drawn in every mode, so that image i's noise does not depend on the mode
+    drawn = int(rng.integers(num_classes))  # drawn in every mode, so that image i's noise does not depend on the mode
     if how.classes is not None:
         return how.classes[index % len(how.classes)]
     return index % num_classes if how.labels == "balanced" else drawn
 
 
-def sample_images(model, codec, indices: Iterable[int], how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def sample_images(model, codec, indices: Iterable[int],
+                  how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Turn image numbers into images, with label and noise of image i from (seed, i) alone.
 
-    Each image's generator gives the label, the starting latents and class token, then each step's noise in the sampler's order.
+    Each image's generator gives the label, the starting latents and class token, then each step's noise in the
+    sampler's order.
 
     Args:
-        model: SiT in evaluation mode, on its device.       codec: `decode`s latents (B, C, H, W) to images, as models.vae.Codec does.
+        model: SiT in evaluation mode, on its device.       codec: `decode`s latents (B, C, H, W) to images, as
+        models.vae.Codec does.
     Returns:
         images uint8 (B, 3, R, R), labels (B,), generated class tokens (B, E) float32 or None; on the CPU.
     """
@@ -184,12 +197,15 @@ def sample_images(model, codec, indices: Iterable[int], how: Sampling) -> tuple[
 
     latents = noise((model.in_channels, model.input_size, model.input_size))              # (B, C, H, W)
     cls_latents = noise((model.cls_token_dim,)) if model.cls_token_dim is not None else None
-    settings = dict(num_steps=how.num_steps, cfg_scale=how.cfg_scale, cls_cfg_scale=how.cls_cfg_scale, path_type=how.path_type,
-                    guidance_low=how.guidance_low, guidance_high=how.guidance_high, cls_latents=cls_latents)
+    settings = dict(num_steps=how.num_steps, cfg_scale=how.cfg_scale, cls_cfg_scale=how.cls_cfg_scale,
+                    guidance_low=how.guidance_low, guidance_high=how.guidance_high, path_type=how.path_type,
+                    cls_latents=cls_latents)
+    y = labels.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=how.precision == "bf16"):
         if how.mode == "sde":
-            latents, cls_token = euler_maruyama_sampler(model, latents, labels.to(device), noise=lambda x: noise(x.shape[1:]), **settings)
+            latents, cls_token = euler_maruyama_sampler(model, latents, y, noise=lambda x: noise(x.shape[1:]),
+                                                        **settings)
         else:
-            latents, cls_token = euler_sampler(model, latents, labels.to(device), heun=how.heun, **settings)
+            latents, cls_token = euler_sampler(model, latents, y, heun=how.heun, **settings)
     images = codec.decode(latents.float()).cpu()
     return images, labels, None if cls_token is None else cls_token.float().cpu()

@@ -1,18 +1,15 @@
-"""What a run is on disk: save, find the newest whole one, resume, and load weights, ours or those of the released programs.
+"""What the bytes of a checkpoint mean: its content, the weights in it (ours or of the released programs), and export.
 
-OUTPUT_DIR/EXP/args.json                  the settings, for people
-OUTPUT_DIR/EXP/checkpoints/0400000.pt     REPA's keys model, ema, opt, args (a plain dict), steps; and ours:
-    draws          global batches taken, from which the data position and all randomness follow
+A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ours:
     scaler         state of the fp16 loss scaler, or None
     architecture   the constructor arguments of models.sit.SiT
-    latent_space   what latents mean (models.vae.LatentSpace)
+    latent_space   the meaning of the latents (models.vae.LatentSpace)
     data           fingerprint of the data set's keys and labels
-    processes      how many trained it
-    log            what has been summed up for the next log line
+    processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
 
-writes the weights alone, to share: no code can hide in the file, and generate.py takes it as a checkpoint.
+writes the weights alone, to share: the file cannot hold code, and generate.py takes it as a checkpoint.
 """
 
 import argparse
@@ -25,64 +22,79 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
 from models.sit import SiT, SiT_models
+from runtime.arguments import Parser
 from runtime.files import write_whole
-from runtime.messages import UserError, without_traceback
+from runtime.messages import UserError, notice, without_traceback
 from runtime.run import Damaged, find, read_file
 
-KINDS = {"args": dict, "steps": int, "draws": int, "architecture": dict, "latent_space": dict, "data": str, "log": dict}  # of what is there
-PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")  # paths of a machine
-# Names of the released REG program -> ours; every other name is the same in REG, REPA and here.
+# Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
+# ones out.
+KINDS = {"args": dict, "steps": int, "draws": int, "architecture": dict, "latent_space": dict, "data": str}
+RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
+PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
+# Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
 RELEASED_NAMES = {"cls_projectors2.": "cls_embedder.", "wg_norm.": "cls_norm."}
 
 
-def capture(*, model: SiT, ema: SiT, optimizer, scaler, args: dict, step: int, draws: int, latent_space: dict, data: str,
-            processes: int, log: dict) -> dict:
-    """A checkpoint's content, on the CPU and by itself: training may go on while it is written."""
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "args": dict(args), "steps": step,
-             "draws": draws, "scaler": None if scaler is None else scaler.state_dict(), "architecture": model.config,
-             "latent_space": latent_space, "data": data, "processes": processes, "log": log}
-    return _copied(state)
-
-
-def _copied(value):
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if isinstance(value, (list, tuple)) else value
-
-
 def read(path: str | Path, mmap: bool = True) -> dict:
-    """A checkpoint or a file of `export`; raises as `runtime.run.read_file`."""
+    """Read a checkpoint, or a file of `export`. `path` is a file or an experiment folder.
+
+    With `mmap` tensors stay on disk until they are used: a sampler needs no memory for the optimiser state.
+    Raises UserError if the file is missing or cannot be read now, and Damaged if it is no whole checkpoint.
+    """
     path = find(path)
-    if path.suffix == ".safetensors":
-        return _read_export(path)
-    state = read_file(path, mmap)
-    _require_kinds(state, path)
+    state = _read_export(path) if path.suffix == ".safetensors" else read_file(path, mmap)
+    for name, kind in KINDS.items():
+        if name in state and not isinstance(state[name], kind):
+            raise Damaged(f"{path}: {name} is a {type(state[name]).__name__}, expected {kind.__name__}; use another "
+                          "file")
     return state
 
 
-def _require_kinds(state: dict, path: Path) -> None:
-    for name, kind in KINDS.items():
-        if name in state and not isinstance(state[name], kind):
-            raise Damaged(f"{path} holds {name} as {type(state[name]).__name__}, expected {kind.__name__}: use another file")
+def content(model: SiT, ema: SiT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, about: dict,
+            step: int) -> dict:
+    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes."""
+    return {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "steps": step,
+            "scaler": None if scaler is None else scaler.state_dict(), "architecture": model.config, **about}
 
 
-# ------------------------------------------------------------------------------------------------------------ loading weights
+def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler | None) -> int:
+    """Put the content of a checkpoint into the networks, the optimiser and the scaler; return its step.
+
+    The optimiser's settings (learning rate, ...) stay as they are. Raises UserError if something does not fit.
+    """
+    load_weights(model, state, "model")
+    load_weights(ema, state, "ema")
+    settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    try:
+        optimizer.load_state_dict(state["opt"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds the state of another optimiser ({error}); start from its weights with "
+                        f"--init-weights {path} and another --exp-name") from error
+    for group in optimizer.param_groups:
+        group.update(settings)
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
+    if state.get("draws", state["steps"]) != state["steps"]:
+        notice(f"{path}: {state['steps']} updates of {state['draws']} batches, as some were skipped; going on at step "
+               f"{state['draws']}")
+    return state.get("draws", state["steps"])
+
+
+# ------------------------------------------------------------------------------------------------------ loading weights
 
 def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
     """The state dict in a file, a whole checkpoint or a bare state dict, under our names."""
     state = source if isinstance(source, dict) else read(source)
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        if which not in state and {"ema", "model"} & state.keys():
-            raise UserError(f"the checkpoint has no {which!r} weights but {', '.join({'ema', 'model'} & state.keys())}: "
-                            "change --weights, or name another file")
+    if not _is_state_dict(state):
         if which not in state:
-            raise UserError(f"the checkpoint has no {which!r} weights but {', '.join(map(str, state))}: "
-                            "name a checkpoint of REG, REPA or this program")
+            found = ", ".join(map(str, {"ema", "model"} & state.keys() or state))
+            raise UserError(f"--weights {which}: the checkpoint has {found}; change --weights, or name another file")
         state = state[which]
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of REG, REPA or this program")
+        if not isinstance(state, dict) or not _is_state_dict(state):
+            raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of REG, REPA or this "
+                            "program")
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
@@ -93,10 +105,14 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema") -> None:
-    """Load weights strictly: ours, released REG or released REPA; a whole file, its content, or a bare state dict.
+def _is_state_dict(state: dict) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in state.values())
 
-    `which` chooses "ema" or "model" in a whole file. Projectors are dropped when the model has none, since sampling needs none.
+
+def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema") -> None:
+    """Load weights strictly: ours, released REG or released REPA; a file, its content, or a bare state dict.
+
+    `which` chooses "ema" or "model" in a whole file. Projectors are dropped if the model has none.
     Raises UserError naming the first wrong key and the likely cause.
     """
     weights = _weights(path_or_dict, which)
@@ -106,46 +122,51 @@ def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema"
     for name in sorted(expected.keys() | weights.keys()):
         here, there = expected.get(name), weights.get(name)
         if here is None or there is None or here.shape != there.shape:
-            came = "absent" if there is None else f"of shape {tuple(there.shape)}"
+            found = "absent" if there is None else f"of shape {tuple(there.shape)}"
             wanted = "no such parameter" if here is None else f"shape {tuple(here.shape)}"
-            raise UserError(f"{name} is {came} in the checkpoint where the model has {wanted}: {_likely_cause(name)}")
+            raise UserError(f"{name} is {found} in the checkpoint, the model has {wanted}: {_likely_cause(name)}")
     model.load_state_dict(weights)
 
 
+CAUSES = {
+    ("cls_embedder", "cls_norm", "final_layer.linear_cls"):
+        "only one of them has a class-token slot (REG) of this width; choose the same --method and --enc-type",
+    ("pos_embed",): "the resolution, the patch size or the class-token slot differs; choose the same --model and "
+                    "--method",
+    ("y_embedder",): "the number of classes differs; set --num-classes to the checkpoint's",
+    ("projectors",): "the encoders, --projector-dim or --proj-coeff differ; choose those of the checkpoint",
+    ("x_embedder", "final_layer"):
+        "the patch size, width or number of latent channels differs; choose the same --model and VAE",
+}
+
+
 def _likely_cause(name: str) -> str:
-    """What a user most often got wrong when this parameter does not fit."""
-    causes = {
-        ("cls_embedder", "cls_norm", "final_layer.linear_cls"): "one has a class-token slot (REG) of this width, the other not; "
-                                                                "choose the same --method and --enc-type",
-        ("pos_embed",): "the resolution, the patch size or the class-token slot differs; use the model the checkpoint was trained as",
-        ("y_embedder",): "the number of classes differs; set --num-classes as the checkpoint has it",
-        ("projectors",): "the encoders, --projector-dim or --proj-coeff differ; choose those of the checkpoint",
-        ("x_embedder", "final_layer"): "the patch size, width or number of latent channels differs; choose the same --model and VAE",
-    }
-    for prefixes, cause in causes.items():
+    """The most common mistake when this parameter does not fit."""
+    for prefixes, cause in CAUSES.items():
         if name.startswith(prefixes):
             return cause
     if "_norm" in name:
-        return "one has --qk-norm, the other not"
+        return "only one of them has --qk-norm"
     return "the model's size differs; choose the same --model"
 
 
 def architecture_of(state: dict, model_name: str | None) -> dict:
-    """The SiT constructor arguments of a checkpoint: as stored by us, or, for released files, read off the weights' shapes.
+    """The SiT constructor arguments of a checkpoint: stored by us, or read off the weights' shapes (released files).
 
-    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must, and is refused where it contradicts the weights.
+    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if it
+    contradicts.
     """
     if "architecture" in state:
-        expected = inspect.signature(SiT).parameters.keys()
-        if not isinstance(state["architecture"], dict) or state["architecture"].keys() != expected:
-            raise UserError(f"the checkpoint's architecture is not described by {', '.join(expected)}: use another file")
-        if model_name is not None:
-            stored, size = state["architecture"], SiT_models[model_name].keywords
-            if any(stored[key] != size[key] for key in ("depth", "hidden_size", "num_heads", "patch_size")):
-                raise UserError(f"--model {model_name} contradicts the checkpoint, which describes another architecture: leave --model out")
-        return dict(state["architecture"])
+        stored = state["architecture"]
+        if stored.keys() != inspect.signature(SiT).parameters.keys():
+            raise UserError("the checkpoint's architecture is not described by the arguments of SiT: use another file")
+        size = SiT_models[model_name].keywords if model_name else stored
+        if any(stored[key] != size[key] for key in ("depth", "hidden_size", "num_heads", "patch_size")):
+            raise UserError(f"--model {model_name}: the checkpoint describes another architecture; leave --model out")
+        return dict(stored)
     if model_name is None:
-        raise UserError("this checkpoint does not describe its architecture, as released REG and REPA files: add --model, e.g. SiT-XL/2")
+        raise UserError("this checkpoint does not describe its architecture, like all released files: add --model, "
+                        "e.g. SiT-XL/2")
     weights = _weights(state, "ema")
     size = SiT_models[model_name].keywords
     try:
@@ -153,15 +174,15 @@ def architecture_of(state: dict, model_name: str | None) -> dict:
         tokens = weights["pos_embed"].shape[1]
         classes = len(weights["y_embedder.embedding_table.weight"]) - 1
     except KeyError as error:
-        raise UserError(f"the checkpoint lacks {error.args[0]}: it is not a SiT of REG, REPA or this program") from None
+        raise UserError(f"the checkpoint lacks {error.args[0]}: it is no SiT of REG, REPA or this program") from None
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     if (width, depth, patch) != (size["hidden_size"], size["depth"], size["patch_size"]):
-        raise UserError(f"--model {model_name} has width {size['hidden_size']}, depth {size['depth']}, patch {size['patch_size']}, but the "
-                        f"checkpoint has {width}, {depth}, {patch}: name the model that it was trained as")
+        raise UserError(f"--model {model_name}: the checkpoint has width {width}, depth {depth}, patch {patch}; "
+                        "name the model it was trained as")
     slot = weights.get("cls_embedder.weight")
     side = int((tokens - (slot is not None)) ** 0.5)
-    return dict(size, input_size=side * patch, in_channels=channels, num_classes=classes, qk_norm="blocks.0.attn.q_norm.weight" in weights,
-                cls_token_dim=None if slot is None else slot.shape[1])
+    return dict(size, input_size=side * patch, in_channels=channels, num_classes=classes,
+                qk_norm="blocks.0.attn.q_norm.weight" in weights, cls_token_dim=None if slot is None else slot.shape[1])
 
 
 def build_for_sampling(state: dict, model_name: str | None = None, which: str = "ema") -> SiT:
@@ -170,30 +191,32 @@ def build_for_sampling(state: dict, model_name: str | None = None, which: str = 
     try:
         model = SiT(**architecture)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"no model can be built from the checkpoint's architecture ({error or architecture}): use another file") from error
+        raise UserError(f"the checkpoint's architecture cannot be built ({error or architecture}): "
+                        "use another file") from error
     load_weights(model, state, which)
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------ weights to share
+# ----------------------------------------------------------------------------------------------------- weights to share
 
 def export(path: str | Path, out: str | Path, which: str = "ema", model_name: str | None = None) -> None:
-    """Write one set of a checkpoint's weights, without projectors, as safetensors that `read` and generate.py take as a checkpoint.
+    """Write one set of a checkpoint's weights, without projectors, as safetensors that generate.py takes as a
+    checkpoint.
 
-    What sampling needs to know (architecture, latent space, path) is in the file's metadata. Raises UserError as `read` does, and
-    where `out` is no .safetensors file or is there already.
+    The file's metadata hold what sampling needs: architecture, latent space, path. Raises UserError as `read` does, and
+    if `out` exists or does not end in .safetensors.
     """
     out = Path(out)
     if out.suffix != ".safetensors" or out.exists():
-        raise UserError(f"{out} {'is there already' if out.exists() else 'does not end in .safetensors'}: name a new .safetensors file")
+        raise UserError(f"{out}: {'exists already' if out.exists() else 'wrong ending'}; name a new .safetensors file")
     state = read(path)
     model = build_for_sampling(state, model_name, which)
     args = {name: value for name, value in state.get("args", {}).items() if name not in PRIVATE}
-    about = {"architecture": {**model.config}, "latent_space": state.get("latent_space"), "steps": state.get("steps"), "weights": which,
-             "args": args or None}
+    about = {"architecture": {**model.config}, "latent_space": state.get("latent_space"), "steps": state.get("steps"),
+             "weights": which, "args": args or None}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     data = serialised(weights, {"reg": json.dumps(about, default=str)})
-    write_whole(out, lambda partial: partial.write_bytes(data))   # safetensors' own file would be readable for its owner alone
+    write_whole(out, lambda partial: partial.write_bytes(data))   # save_file would make it readable for its owner alone
 
 
 def _read_export(path: Path) -> dict:
@@ -202,22 +225,21 @@ def _read_export(path: Path) -> dict:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["reg"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        state = {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Damaged(f"{path} cannot be read as exported weights ({type(error).__name__}): expected a file that "
-                      "`python -m models.checkpoint export` wrote") from error
-    _require_kinds(state, path)
-    return state
+        return {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of "
+                      "`python -m models.checkpoint export`") from error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m models.checkpoint", description="Weights to share.", allow_abbrev=False)
+    parser = Parser(prog="python -m models.checkpoint", description="Weights to share.")
     commands = parser.add_subparsers(required=True, metavar="export")
-    one = commands.add_parser("export", help="write one set of weights as safetensors", allow_abbrev=False)
-    one.add_argument("ckpt", metavar="CKPT", help="checkpoint file, or experiment folder: its newest")
+    one = commands.add_parser("export", help="write one set of weights as safetensors")
+    one.add_argument("ckpt", metavar="CKPT", help="checkpoint file, or experiment folder (its newest)")
     one.add_argument("out", metavar="OUT", help="the .safetensors file")
-    one.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)")
-    one.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME", help="for released files, which do not say it")
+    one.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
+    one.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME", help="needed for released "
+                                                                                              "files")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
-"""The path between data and noise, x_t = alpha(t) x + sigma(t) eps, and what follows from it (SiT, arXiv 2401.08740, §2).
+"""Interpolants between data and noise, x_t = alpha(t) x + sigma(t) eps (SiT, arXiv 2401.08740, section 2).
 
-t = 0 is data, t = 1 is noise; t is always (B,) and is widened to the rank of its partner in `widen` only.
+t = 0 is data, t = 1 is noise. t is always (B,); only `widen` gives it the rank of its partner.
 """
 
 import math
@@ -14,13 +14,15 @@ Tensor = torch.Tensor
 
 def widen(t: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, ..., 1) with the rank of `like`: a bare (B,) would broadcast along the wrong axis."""
-    assert t.ndim == 1 and len(t) == len(like), f"t must be (B,), got {tuple(t.shape)} for a partner {tuple(like.shape)}"
+    assert t.ndim == 1 and len(t) == len(like), f"t must be (B,), not {tuple(t.shape)} for {tuple(like.shape)}"
     return t.view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)
-class Path:
-    """alpha, sigma and their time derivatives, each a function of t; with the transforms between data, velocity and score."""
+class Interpolant:
+    """alpha, sigma and their time derivatives as functions of t, and the transforms between data, velocity and
+    score.
+    """
 
     alpha: Callable[[Tensor], Tensor]
     sigma: Callable[[Tensor], Tensor]
@@ -46,14 +48,14 @@ class Path:
         return (ratio * v - x_t) / variance
 
 
-PATHS = {
-    "linear": Path(
+PATHS: dict[str, Interpolant] = {
+    "linear": Interpolant(
         alpha=lambda t: 1 - t,
         sigma=lambda t: t,
         d_alpha=lambda t: -torch.ones_like(t),
         d_sigma=lambda t: torch.ones_like(t),
     ),
-    "cosine": Path(
+    "cosine": Interpolant(
         alpha=lambda t: torch.cos(t * math.pi / 2),
         sigma=lambda t: torch.sin(t * math.pi / 2),
         d_alpha=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
@@ -62,7 +64,7 @@ PATHS = {
 }
 
 
-def get_path(path_type: str) -> Path:
+def get_path(path_type: str) -> Interpolant:
     """The path called `linear` or `cosine`; raises ValueError for another name."""
     if path_type not in PATHS:
         raise ValueError(f"unknown path type {path_type!r}: use one of {', '.join(PATHS)}")
@@ -70,7 +72,9 @@ def get_path(path_type: str) -> Path:
 
 
 def draw_t(uniform_or_lognormal: str, path_type: str, batch: int, device: torch.device) -> Tensor:
-    """Draw t (B,) in [0, 1]: uniform, or lognormal, where sigma/alpha = exp(N(0, 1)) solved for t on the path (EDM, arXiv 2206.00364)."""
+    """Draw t (B,) in [0, 1]: uniform, or lognormal (sigma / alpha = exp(N(0, 1)) solved for t; EDM, arXiv
+    2206.00364).
+    """
     if uniform_or_lognormal == "uniform":
         return torch.rand(batch, device=device)
     return lognormal_t(torch.randn(batch, device=device), path_type)

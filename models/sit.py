@@ -1,4 +1,5 @@
-"""SiT with or without REG's class-token slot (arXiv 2507.01467, §3; backbone: arXiv 2401.08740, projectors: arXiv 2410.06940).
+"""SiT with or without REG's class-token slot (arXiv 2507.01467, §3; backbone: arXiv 2401.08740, projectors: arXiv
+2410.06940).
 
 Shape letters: B batch, C latent channels, H W latent size, P patch, N = HW/P^2, T = tokens (1+N with a slot, else N),
 D width, E encoder width.
@@ -19,11 +20,13 @@ MAX_PERIOD = 10_000
 
 
 def position_table(width: int, side: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine table (side * side, width): the first half of the width codes the column, the second the row."""
+    """Fixed 2-D sine-cosine table (side * side, width): the first half of the width codes the column, the second the
+    row.
+    """
     assert width % 4 == 0, "a 2-D sine-cosine table needs a width divisible by 4"
-    omega = MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))           # (D/4,)
-    angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega                               # (side, D/4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                                         # (side, D/2)
+    omega = MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))  # (D/4,)
+    angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega                         # (side, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                                    # (side, D/2)
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], dim=2).flatten(0, 1).float()                                                # (N, D)
@@ -90,7 +93,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads) each
+        # (B, heads, T, D/heads) each
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused:
             x = F.scaled_dot_product_attention(q, k, v)
@@ -165,25 +169,27 @@ class SiT(nn.Module):
         cls_token_dim: encoder width E of the class token in the slot.
     """
 
-    def __init__(self, *, input_size: int, patch_size: int, in_channels: int, hidden_size: int, depth: int, num_heads: int,
-                 mlp_ratio: float = 4.0, encoder_depth: int = 8, class_dropout_prob: float = 0.1, num_classes: int = 1000,
-                 z_dims: tuple[int, ...] = (768,), projector_dim: int = 2048, cls_token_dim: int | None = 768,
-                 qk_norm: bool = False, fused_attn: bool = True):
+    def __init__(self, *, input_size: int, patch_size: int, in_channels: int, hidden_size: int, depth: int,
+                 num_heads: int, mlp_ratio: float = 4.0, encoder_depth: int = 8, class_dropout_prob: float = 0.1,
+                 num_classes: int = 1000, z_dims: tuple[int, ...] = (768,), projector_dim: int = 2048,
+                 cls_token_dim: int | None = 768, qk_norm: bool = False, fused_attn: bool = True):
         super().__init__()
         if input_size % patch_size:
-            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}: use a smaller patch")
+            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}: use a "
+                            "smaller patch")
         if z_dims and not 1 <= encoder_depth <= depth:
             raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
-        # What rebuilds this model: travels in the checkpoint.
-        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
-                           num_heads=num_heads, mlp_ratio=mlp_ratio, encoder_depth=encoder_depth, class_dropout_prob=class_dropout_prob,
-                           num_classes=num_classes, z_dims=tuple(z_dims), projector_dim=projector_dim, cls_token_dim=cls_token_dim,
+        # What rebuilds this model; it travels in the checkpoint.
+        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+                           hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+                           encoder_depth=encoder_depth, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
+                           z_dims=tuple(z_dims), projector_dim=projector_dim, cls_token_dim=cls_token_dim,
                            qk_norm=qk_norm, fused_attn=fused_attn)
         self.in_channels, self.patch_size, self.input_size = in_channels, patch_size, input_size
         self.num_classes = num_classes                                                    # also the null label
         self.cls_token_dim = cls_token_dim
         self.encoder_depth = encoder_depth
-        self.checkpointing = False                                                        # set by who trains: memory for time
+        self.checkpointing = False                                # activation checkpointing, set for training
 
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -193,25 +199,27 @@ class SiT(nn.Module):
             self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         tokens = (input_size // patch_size) ** 2 + (cls_token_dim is not None)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth))
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn)
+                                    for _ in range(depth))
         self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier linears, zero biases, and zero gates and heads, so that every block starts as the identity."""
+        """Initialise as DiT: Xavier linears, zero biases, zero gates and heads (every block starts as the identity)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         proj = self.x_embedder.proj
-        nn.init.xavier_uniform_(proj.weight.data.view(proj.weight.shape[0], -1))          # as the linear layer that it is
+        nn.init.xavier_uniform_(proj.weight.data.view(proj.weight.shape[0], -1))  # as the linear layer that it is
         nn.init.zeros_(proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         heads = [self.final_layer.linear] + ([] if self.cls_token_dim is None else [self.final_layer.linear_cls])
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], *heads]:
+        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+        for layer in [*modulations, *heads]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
@@ -225,23 +233,27 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.input_size, self.input_size)
 
     def _run(self, block, tokens, condition):
-        """One block; with `checkpointing` only its input is kept for the backward pass, which runs the block once more."""
+        """One block; with `checkpointing` only its input is kept for the backward pass, which runs the block once
+        more.
+        """
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(tokens, condition)
-        return checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+        # a block draws nothing
+        return checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x, t, y, cls_token=None):
         """The velocity of the pair (latents, class token) at time t.
 
         Args:
-            x: noised latents (B, C, H, W).      t: times (B,) in [0, 1].      y: labels (B,), `num_classes` = null label.
+            x: noised latents (B, C, H, W).      t: times (B,) in [0, 1].      y: labels (B,), `num_classes` = null
+            label.
             cls_token: noised class token (B, E); required with a slot, forbidden without.
         Returns:
             velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
         """
         if (cls_token is None) != (self.cls_token_dim is None):
-            raise ValueError("a model with a class-token slot needs cls_token (cls_latents in the samplers)" if cls_token is None else
-                             "this model has no class-token slot: it takes no class token")
+            raise ValueError("a model with a class-token slot needs cls_token (cls_latents in the samplers), "
+                             "a model without takes none")
         tokens = self.x_embedder(x)                                                       # (B, N, D)
         if cls_token is not None:
             slot = self.cls_norm(self.cls_embedder(cls_token)).unsqueeze(1)               # (B, 1, D)
@@ -267,7 +279,8 @@ SIZES = {
     "XL": (28, 1152, 16, 8),
 }
 SiT_models = {
-    f"SiT-{size}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, encoder_depth=encoder_depth, patch_size=patch)
+    f"SiT-{size}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, encoder_depth=encoder_depth,
+                                   patch_size=patch)
     for size, (depth, width, heads, encoder_depth) in SIZES.items()
     for patch in (2, 4, 8)
 }

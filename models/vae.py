@@ -62,10 +62,20 @@ class LatentSpace:
         raw = mean + std * noise
         return (raw - self.shift) * self.scale
 
+    def sample(self, moments: torch.Tensor) -> torch.Tensor:
+        """Draw latents (B, C, H, W) from the posterior described by moments (B, 2C, H, W), normalised."""
+        mean, _ = moments.chunk(2, dim=1)
+        return self.latents(moments, torch.randn_like(mean))
+
     @property
     def decoder(self) -> str:
         """The VAE that decodes these latents unless the user names another."""
         return DECODERS.get(self.vae, self.vae)
+
+
+def read_space(record, moments_shape, image_side, where):
+    space = LatentSpace() if record is None else LatentSpace.from_record(record)
+    return space, image_side or moments_shape[1] * space.downsampling
 
 
 class Codec:

@@ -20,14 +20,15 @@ import numpy as np
 from runtime.messages import UserError
 
 # What Pillow, numpy and zipfile raise on damaged bytes.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError,
-              struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError,
+              RuntimeError, struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file atomically: `write(temporary path beside it)`, flush to the disk, rename.
 
-    `path` is whole or absent, even after a power cut. Raises UserError if it cannot be written; the old file then stays.
+    `path` is whole or absent, even after a power cut. Raises UserError if it cannot be written; the old file then
+    stays.
     """
     partial = partial_name(path)
     try:
@@ -38,7 +39,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with suppress(OSError):                                   # some network disks refuse it for folders
             _flush(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room, or choose another folder") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room, or choose another "
+                        "folder") from error
     finally:
         if partial.is_file():
             partial.unlink()
@@ -49,8 +51,10 @@ def write_json(path: Path, content: object) -> None:
     write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[int, int], **arrays: np.ndarray) -> None:
-    """Write an npz in ADM's form, atomically: `arr_0` uint8 (count, H, W, 3) from a stream of images or blocks, and `arrays`.
+def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[int, int],
+              **arrays: np.ndarray) -> None:
+    """Write an npz in ADM's form, atomically: `arr_0` uint8 (count, H, W, 3) from a stream of images or blocks, and
+    `arrays`.
 
     With a count of 0 there is no `arr_0`. Raises UserError if the file cannot be written.
     """
@@ -101,7 +105,10 @@ def make_folder(path: Path) -> Path:
 
 
 def require_room(place: Path, need: int, remedy: str) -> int:
-    """Return the bytes free on the disk of `place`, which need not exist yet. Raises UserError if fewer than `need` are free."""
+    """Return the bytes free on the disk of `place`, which need not exist yet.
+
+    Raises UserError if fewer than `need` are free.
+    """
     home = next(path for path in (Path(place), *Path(place).resolve().parents) if path.exists())
     free = shutil.disk_usage(home).free
     if need > free:
@@ -111,12 +118,16 @@ def require_room(place: Path, need: int, remedy: str) -> int:
 
 def as_size(count: int) -> str:
     """Bytes in decimal units, as disks are sold: `505.7 GB`."""
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if count >= unit or unit == 1)
-    return f"{count / unit:,.1f} {name}" if unit > 1 else f"{count} {name}"
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} bytes"
 
 
 def require_same_settings(found: object, wanted: dict, where: str, remedy: str) -> None:
-    """Raise UserError unless the settings that `where` was made with equal `wanted`: equal ones continue, others are refused."""
+    """Raise UserError unless the settings that `where` was made with equal `wanted`: equal ones continue, others are
+    refused.
+    """
     wanted = json.loads(json.dumps(wanted))                       # tuples become lists, as in a file
     found = found if isinstance(found, dict) else {}
     other = [name for name in wanted if found.get(name) != wanted[name]]

@@ -1,149 +1,155 @@
-"""Numbers of a training run: summed up on the device between two log lines, so that no step waits for it, then written as one line."""
+"""The log of a training run: means summed on the device, metrics.jsonl, trackers."""
 
-import errno
 import json
 import math
-import os
 import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from runtime.files import write_whole
-from runtime.messages import UserError, notice
+from runtime.messages import UserError, notice, say
 
 
 class Meter:
-    """Means since the last reading."""
+    """Means between two log lines. Sums stay on the device, so that no step waits for it."""
 
     def __init__(self):
-        self.start()
+        self.in_a_row = torch.zeros(())                           # skipped updates up to now
+        self._start()
 
-    def start(self) -> None:
-        self.sums, self.counts, self.waited, self.since = {}, {}, 0.0, time.perf_counter()
+    def _start(self) -> None:
+        self.sums, self.updates, self.waited, self.since = {}, [], 0.0, time.perf_counter()
 
-    def add(self, name: str, values: torch.Tensor, which: torch.Tensor | None = None) -> None:
-        """Add values whose mean is wanted, over `which` of them (default: all) as far as they are finite."""
+    def add(self, name: str, values: torch.Tensor, where: torch.Tensor | bool = True) -> None:
+        """Add `values` to the mean called `name`, those that are finite and selected by `where`."""
         values = values.detach().float()
-        counted = values.isfinite() if which is None else values.isfinite() & which
-        self.sums[name] = self.sums.get(name, 0) + values.where(counted, 0).sum()
-        self.counts[name] = self.counts.get(name, 0) + counted.sum()
+        counted = values.isfinite() & where
+        row = torch.stack([values.where(counted, 0).sum(), counted.sum(), (~values.isfinite()).sum()])
+        self.sums[name] = self.sums.get(name, 0) + row            # (3,): sum, count, number of non-finite values
 
-    def read(self, accelerator: Accelerator, images: int) -> dict[str, float]:
-        """Means over all ranks since the last reading, images/s and the share of time spent waiting for data."""
-        table = torch.stack([torch.stack([s, self.counts[name].to(s)]) for name, s in self.sums.items()])
-        sums, counts = accelerator.reduce(table, "sum").T.tolist()                        # the one wait for the device
-        means = {name: s / n if n else math.nan for name, s, n in zip(self.sums, sums, counts, strict=True)}
+    def add_update(self, norm: torch.Tensor, finite: torch.Tensor) -> None:
+        """Add the gradient norm () of an update, and whether it was made (True) or skipped."""
+        self.add("grad_norm", norm)
+        self.in_a_row = (self.in_a_row.to(norm.device) + 1) * ~finite
+        self.updates.append(torch.stack([~finite, self.in_a_row]))
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """Pass `batches` on, and count the time spent waiting for them."""
+        batches = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - before
+            yield batch
+
+    def pause(self, action: Callable[..., None], *args) -> None:
+        """Call `action(*args)` without counting its time as training."""
+        since, before = self.since, time.perf_counter()
+        action(*args)
+        if self.since == since:                                   # else the action has closed the line
+            self.since += time.perf_counter() - before
+
+    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor],
+             images_per_update: int) -> tuple[dict, list[str], int]:
+        """Close the line: means over all ranks, names with non-finite values, longest row of skipped updates.
+
+        `reduce` sums a tensor over the ranks; it is called once, and is the one wait for the device. All ranks must
+        call `read`.
+        """
+        updates = torch.stack(self.updates).float()               # (updates, 2), equal on all ranks
+        local = torch.stack([updates[:, 0].sum(), updates[:, 1].max(), updates.new_tensor(1.0)])           # (3,)
+        *rows, (skipped, longest, ranks) = reduce(torch.stack([*self.sums.values(), local])).tolist()
+        means = {name: total / n if n else math.nan for name, (total, n, _) in zip(self.sums, rows, strict=True)}
+        bad = [name for name, (_, _, broken) in zip(self.sums, rows, strict=True) if broken]
         elapsed = time.perf_counter() - self.since
-        means |= {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
-        self.start()
-        return means
-
-    def state(self, accelerator: Accelerator) -> dict | None:
-        """For a checkpoint between two log lines: what has been added on each rank. All ranks must call it."""
-        if not self.sums:
-            return None
-        table = torch.stack([torch.stack([s, self.counts[name].to(s)]) for name, s in self.sums.items()])          # (names, 2)
-        return {"names": list(self.sums), "table": accelerator.gather(table[None]).cpu()}                          # (ranks, names, 2)
-
-    def resume(self, state: dict | None, accelerator: Accelerator) -> None:
-        """Go on from `state`; after a change of the number of ranks the first one takes all of it."""
-        if state is None:
-            return
-        table, rank = state["table"].to(accelerator.device), accelerator.process_index
-        if len(table) != accelerator.num_processes:
-            table = torch.cat([table.sum(0, keepdim=True), torch.zeros_like(table[:1]).expand(accelerator.num_processes - 1, -1, -1)])
-        for name, (total, count) in zip(state["names"], table[rank], strict=True):
-            self.sums[name], self.counts[name] = total, count
+        means |= {"images_per_second": len(updates) * images_per_update / elapsed, "data_wait": self.waited / elapsed,
+                  "skipped_updates": round(skipped / ranks)}
+        self._start()
+        return means, bad, round(longest / ranks)
 
 
 class Log:
-    """metrics.jsonl of a run that begins or goes on after `step`: lines after it are cut off, since they will be written again."""
+    """metrics.jsonl of a run that starts or goes on after `step`: later lines are cut off, since they will be written
+    again.
+    """
 
     def __init__(self, path: Path, step: int):
-        self.path, self.waiting = path, ""
-        self.lines = [line for line in _readable(path) if line["step"] <= step]
+        self.path, self.pending = path, ""
+        lines = [line for line in read_lines(path) if line["step"] <= step]
         if path.exists():
-            write_whole(path, lambda partial: partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines)))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def append(self, line: dict) -> None:
-        """Write one line; what is not finite becomes null. On a full disk it waits for the next one."""
-        self.waiting += json.dumps({name: None if isinstance(value, float) and not math.isfinite(value) else value
-                                    for name, value in line.items()}) + "\n"
-        data = self.waiting.encode()
+        """Write one line; numbers that are not finite become null. On a full disk it is written with the next line."""
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in line.items()}
+        self.pending += json.dumps(finite) + "\n"
+        data = self.pending.encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
-                whole = file.tell()
-                try:
-                    if file.write(data) < len(data):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(whole)                          # not half a line
-                    raise
+                size = file.tell()
+                if file.write(data) < len(data):                  # the disk is full: leave no half line
+                    file.truncate(size)
+                    raise OSError("no space left")
+            self.pending = ""
         except OSError as error:
-            notice(f"warning: cannot write {self.path} ({error.strerror or error}): its lines wait until there is room")
-        else:
-            self.waiting = ""
+            notice(f"warning: {self.path} cannot be written ({error.strerror or error}); its lines wait for the next "
+                   "one")
 
 
-def _readable(path: Path) -> list[dict]:
-    """The lines of a log; one that was cut off with the run that wrote it is left out."""
-    lines = []
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl. A line that was cut off with the run that wrote it is left out."""
+    if not path.exists():
+        return []
     try:
-        texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): remove it, or use another --exp-name") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); remove it, or use another --exp-name") from error
+    lines = []
     for text in texts:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
 
 
-class Skips:
-    """Updates that were skipped for non-finite numbers; more than `most_in_a_row` end the run."""
+def write_line(log: Log | None, accelerator: Accelerator, line: dict, shown: Iterable[str]) -> None:
+    """Send one line to metrics.jsonl (`log`, on the first process) and the tracker, and the names in `shown` to the
+    terminal.
+    """
+    numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+    accelerator.log(numbers, step=line["step"])
+    if log is not None:
+        log.append(line)
+        say(" · ".join([f"step {line['step']:7d}", *(f"{name} {line[name]:.4f}" for name in shown if name in line)]))
 
-    def __init__(self, most_in_a_row: int):
-        self.most_in_a_row, self.in_a_row = most_in_a_row, 0
-        self.names, self.rows, self.events = [], [], []
 
-    def note(self, parts: dict[str, list[torch.Tensor]]) -> None:
-        """After each draw: the named tensors it came from, on this rank; the last is the norm of all ranks' gradients."""
-        self.names = list(parts)
-        sums = [sum(value.detach().float().sum() for value in values) for values in parts.values()]
-        self.rows.append(~torch.stack(sums).isfinite())           # (names,); a sum is finite where all that it adds up is
+def require_tracker(name: str) -> None:
+    """Raise UserError unless the tracker `name` is "none" or installed."""
+    if name != "none" and find_spec(name) is None:
+        raise UserError(f"--report-to {name}: {name} is not installed; pip install {name}, or use --report-to none")
 
-    def settle(self, accelerator: Accelerator, step: int, draws: int) -> int:
-        """How many updates were skipped since the last call, the same on every rank; says which, and why.
 
-        `step` counts them all the same, and `draws` is after the last. `too_many` tells when to give up.
-        """
-        if not self.rows:
-            return 0
-        table = accelerator.reduce(torch.stack(self.rows).float(), "sum").tolist()        # (draws, names)
-        first, step, before, self.rows = draws - len(table), step - len(table), len(self.events), []
-        for draw, row in enumerate(table, first):
-            if not row[-1]:
-                step, self.in_a_row = step + 1, 0
-                continue
-            self.in_a_row += 1
-            self.events.append({"draw": draw, "step": step, "terms": [name for name, bad in zip(self.names, row, strict=True) if bad]})
-            notice(f"skipped the update after step {step} (draw {draw}), not finite: {', '.join(self.events[-1]['terms'])}")
-        return len(self.events) - before
+def start_tracker(accelerator: Accelerator, folder: Path, name: str, settings: dict) -> None:
+    """Start the tracker, if any; wandb goes on with the run whose id is kept in the experiment's folder."""
+    extra = {}
+    if name == "wandb" and accelerator.is_main_process:
+        kept = folder / "wandb_id.txt"
+        if not kept.exists():
+            write_whole(kept, lambda partial: partial.write_text(uuid.uuid4().hex))
+        extra = {"wandb": {"name": folder.name, "id": kept.read_text(), "resume": "allow"}}
+    accelerator.init_trackers("REG", config={key: str(value) for key, value in settings.items()}, init_kwargs=extra)
 
-    @property
-    def too_many(self) -> UserError | None:
-        """What to say when so many updates in a row were skipped that the run must end."""
-        if self.in_a_row < self.most_in_a_row:
-            return None
-        return UserError(f"{self.in_a_row} updates in a row were skipped for non-finite numbers, after step {self.events[-1]['step']}: "
-                         "go on from an older checkpoint with --resume FILE and a lower --learning-rate, or --mixed-precision bf16 or no")
 
-    def read(self) -> dict:
-        """For the log: how many were skipped since the last reading, and which."""
-        events, self.events = self.events, []
-        return {"skipped_updates": len(events), **({"skipped": events} if events else {})}
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most GPU memory that PyTorch has held on this rank since its start, in GiB; {} on a CPU."""
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}

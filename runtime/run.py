@@ -1,33 +1,79 @@
-"""An experiment on disk: whole checkpoints, the newest of them, a lock, and what is kept."""
+"""An experiment on disk, and the steps of a run.
+
+OUTPUT_DIR/EXP/args.json                  the settings, for people
+OUTPUT_DIR/EXP/checkpoints/0400000.pt     what models/checkpoint.py describes
+OUTPUT_DIR/EXP/metrics.jsonl              one line per log interval (runtime/log.py)
+"""
 
 import argparse
 import contextlib
-import fcntl
 import itertools
-import json
 import re
-import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
-from runtime.files import make_folder, partial_name, write_whole
+from runtime.files import make_folder, partial_name, write_json, write_whole
+from runtime.log import Log, Meter, start_tracker
 from runtime.messages import UserError, notice, say
+from runtime.stopping import StopRequest
 
 CHECKPOINTS = "checkpoints"
-ASIDE = ".aside"  # ends the names of checkpoints that a run has gone back behind
+ASIDE = ".aside"     # ends the names of checkpoints later than the one a run has gone back to
+LOCK_PATIENCE = 10   # seconds; the loader workers of a killed run hold its lock for up to five
 
+
+class Damaged(UserError):
+    """A file that is not what was written. (A file that cannot be read just now is a plain UserError.)"""
+
+
+class Run:
+    """The steps from `start` to `last`, and the table of what is due after a step."""
+
+    def __init__(self, start: int, last: int, stop: StopRequest):
+        self.step, self.last, self.stop = start, last, stop
+        self.meter = Meter()
+        self.due: list[tuple[tuple[int, ...], Callable[[int], None]]] = []
+
+    def every(self, periods: tuple[int, ...], action: Callable[[int], None]) -> None:
+        """Call `action(step)` after each step that a number in `periods` divides (0: never), and after the last
+        step.
+        """
+        periods = tuple(period for period in periods if period)
+        if periods:
+            self.due.append((periods, action))
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to take, to `last`; after a signal it ends early, on all ranks at the same step."""
+        while self.step < self.last and not self.stop.agreed():
+            yield self.step + 1
+
+    def after(self, step: int) -> None:
+        """Do what is due after `step`, in the order of the table. The meter's images per second count training only."""
+        self.step = step
+        for periods, action in self.due:
+            if step == self.last or any(step % period == 0 for period in periods):
+                self.meter.pause(action, step)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended `steps` before the last one."""
+        return self.step < self.last
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 def checkpoint_path(experiment: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies, in REPA's spelling."""
+    """The checkpoint file of `step`, in REPA's spelling."""
     return experiment / CHECKPOINTS / f"{step:07d}.pt"
 
 
 def saved(experiment: Path) -> dict[int, Path]:
-    """The checkpoints of `experiment` by their steps, in order."""
+    """The checkpoints of `experiment` by step, in order."""
     found = {int(p.stem): p for p in (experiment / CHECKPOINTS).glob("*.pt") if re.fullmatch(r"\d{7,}", p.stem)}
     return dict(sorted(found.items()))
 
@@ -38,184 +84,166 @@ def newest(experiment: Path) -> Path | None:
 
 
 def find(path: str | Path) -> Path:
-    """A checkpoint file as named, or the newest one of an experiment folder; raises UserError when there is none."""
+    """The checkpoint file `path`, or the newest one of the experiment folder `path`.
+
+    Raises UserError if there is none.
+    """
     path = Path(path)
     if path.is_dir():
         found = newest(path)
         if found is None:
-            raise UserError(f"no checkpoint below {path / CHECKPOINTS}: name a .pt file or an experiment folder that holds one")
+            raise UserError(f"{path}: no checkpoint in {CHECKPOINTS}/; name a .pt file or an experiment folder")
         return found
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: name a .pt file or an experiment folder")
+        raise UserError(f"{path}: no such checkpoint; name a .pt file or an experiment folder")
     return path
 
 
-class Damaged(UserError):
-    """A file that is not what was written. (One that cannot be read just now is another matter.)"""
+@contextlib.contextmanager
+def open_folder(folder: Path, run: Run, settings: dict, accelerator: Accelerator) -> Iterator[Log | None]:
+    """Lock the experiment, cut it back to where the run starts, start log and tracker. Yields the log on the first
+    process.
 
+    Raises UserError if another process trains it, or if the processes do not see the same checkpoints.
+    """
+    starts = accelerator.gather(torch.tensor([run.step], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise UserError(f"{folder}: the processes would start at steps {starts}; use a disk that all nodes share")
+    with lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        log = None
+        if accelerator.is_main_process:
+            for partial in (folder / CHECKPOINTS).glob(partial_name(Path("*.pt")).name):
+                partial.unlink()                                  # of a run that was killed while it saved
+            set_aside(folder, run.step)
+            log = Log(folder / "metrics.jsonl", run.step)
+            if run.interrupted:
+                write_json(folder / "args.json", settings)
+            else:
+                say(f"nothing to do: {folder} has its {run.last} steps; raise --max-train-steps to go on")
+        start_tracker(accelerator, folder, settings["report_to"], settings)
+        yield log
+
+
+def lock(experiment: Path) -> FileLock:
+    """Lock the experiment for this process, until it ends or releases the lock.
+
+    Raises UserError if another one holds it.
+    """
+    held = FileLock(make_folder(experiment) / ".lock")
+    try:
+        held.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        raise UserError(f"{experiment}: another process is training it; wait for it, or use another "
+                        "--exp-name") from None
+    except OSError as error:
+        raise UserError(f"{experiment}: cannot be locked ({error.strerror}); use another --output-dir") from error
+    return held
+
+
+# ----------------------------------------------------------------------------------------------------- reading, writing
 
 def save(experiment: Path, state: dict) -> Path:
-    """Write the checkpoint of `state["steps"]` whole, and return its path. Raises UserError where it cannot be written."""
+    """Write the checkpoint of `state["steps"]` atomically. Raises UserError if it cannot be written; older ones
+    stay.
+    """
     path = checkpoint_path(experiment, state["steps"])
 
     def write(partial: Path) -> None:
         try:
             torch.save(state, partial)
-        except RuntimeError as error:             # what PyTorch's zip writer makes of every failure
-            raise OSError("not all of it could be written, as on a full disk") from error
+        except RuntimeError as error:                             # what PyTorch's zip writer makes of every failure
+            raise OSError("the disk is full, or the write failed") from error
 
     write_whole(path, write)
+    say(f"saved {path}")
     return path
 
 
-class Saver:
-    """Writes an experiment's checkpoints in a thread, one at a time, and removes those that are not to be kept.
-
-    The newest `keep_last` stay (0: all), and of the others those whose step is a multiple of `keep_every` (0: none). Nothing is
-    removed before the newer one is whole.
+def prune(experiment: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints (0: none) and those whose step `keep_every` divides (0:
+    none).
     """
-
-    def __init__(self, experiment: Path, keep_last: int = 0, keep_every: int = 0):
-        """Raises UserError where another process is training the experiment."""
-        self.experiment, self.keep_last, self.keep_every = make_folder(experiment), keep_last, keep_every
-        self._lock = _lock(experiment)
-        self.failure: UserError | None = None     # of the last write
-        self._state: dict | None = None           # what is being written, or could not be
-        self._thread = threading.Thread()
-        for partial in (experiment / CHECKPOINTS).glob(partial_name(Path("*.pt")).name):
-            partial.unlink()                      # of a run that was killed while it wrote
-
-    def start(self, state: dict) -> None:
-        """Begin to write what `capture` returned, after the one before is done."""
-        self.wait()
-        self._state = state
-        self._thread = threading.Thread(target=self._write)
-        self._thread.start()
-
-    def _write(self) -> None:
-        before = self.failure
-        try:
-            path = save(self.experiment, self._state)
-            for old in self._superseded():
-                old.unlink()
-        except Exception as error:                # whatever it is must reach the run, which is in another thread
-            self.failure = error if isinstance(error, UserError) else UserError(f"cannot write a checkpoint: {error!r}")
-            if before is None:
-                notice(f"warning: {self.failure}; training goes on and tries again at every log line, older checkpoints are untouched")
-        else:
-            self._state = self.failure = None
-            say(f"saved {path}")
-
-    def _superseded(self) -> list[Path]:
-        if self.keep_last == 0:
-            return []
-        older = list(saved(self.experiment).items())[:-self.keep_last]
-        return [path for step, path in older if not self.keep_every or step % self.keep_every]
-
-    def wait(self) -> None:
-        """Until nothing is being written; `failure` then tells how the last write went."""
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def finish(self) -> None:
-        """Until the last one is whole, which is tried once more if it has failed. Raises UserError when that fails, too."""
-        self.wait()
-        if self.failure is not None:
-            self.start(self._state)
-            self.wait()
-        if self.failure is not None:
-            raise self.failure
+    older = list(saved(experiment).items())[:-keep_last] if keep_last else []
+    for step, path in older:
+        if not keep_every or step % keep_every:
+            path.unlink()
 
 
-def _lock(experiment: Path) -> IO:
-    """Keeps others from writing to this experiment until the file is closed, by whatever ends this process."""
-    file = open(experiment / ".lock", "a")        # noqa: SIM115  (stays open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                          # not inherited by loader workers, unlike flock
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is training {experiment}: wait until it ends, or use another --exp-name") from None
-    except OSError as error:
-        notice(f"{experiment} lies on a disk without locks ({error.strerror}): take care that nothing else trains it")
-    return file
+def read_file(path: Path, mmap: bool = True) -> dict:
+    """Read a checkpoint file without running code in it (`weights_only`); an argparse.Namespace in it becomes a dict.
 
-
-def save_args(experiment: Path, args: dict) -> None:
-    """Write the settings beside the checkpoints, for people."""
-    write_whole(experiment / "args.json", lambda partial: partial.write_text(json.dumps(args, indent=2) + "\n"))
-
-
-def read_file(path: Path, mmap: bool) -> dict:
-    """Read a checkpoint without running anything in it (`weights_only`); an argparse.Namespace in it becomes a dict.
-
-    The file is read through once for its checksums. With `mmap` tensors stay on disk until they are used, so a sampler needs no memory
-    for the optimiser state; without it they are the caller's own, whatever becomes of the file.
-    Raises UserError when the file is missing or cannot be read now, and Damaged when it is no whole checkpoint.
+    The file is read once for its checksums. With `mmap` tensors stay on disk until they are used.
+    Raises UserError if the file cannot be read now, and Damaged if it is not a whole checkpoint.
     """
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()       # torch.load does not look at the checksums
+                damaged = archive.testzip()                       # torch.load does not look at the checksums
                 if damaged is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except (OSError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read now ({error!r}): give the same command again when it can") from error
-    except Exception as error:                    # a file that is no checkpoint can make the unpickler raise anything
-        raise Damaged(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or holds more than weights; "
-                        "use another file, or delete it") from error
+        raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
+    except Exception as error:                                    # the unpickler raises anything on other files
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({type(error).__name__}): damaged, or more than "
+                      "weights; "
+                      "use another file, or delete it") from error
     if not isinstance(state, dict) or not state:
-        raise Damaged(f"{path} holds a {type(state).__name__}, not a checkpoint: name a .pt file of REG, REPA or this program")
+        raise Damaged(f"{path}: holds a {type(state).__name__}, no checkpoint; name a .pt file of REG, REPA or this "
+                      "program")
     if isinstance(state.get("args"), argparse.Namespace):
         state["args"] = vars(state["args"])
     return state
 
 
-def resumable(experiment: Path, resume: str, read: Callable) -> tuple[Path, dict] | None:
+def resumable(experiment: Path, resume: str, read: Callable[..., dict]) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its content, or None for a new run.
 
-    `resume` is "auto": the newest one that is whole, with a warning where newer ones are damaged; "none": a new run; or a file. A run
-    goes back to a file once: given the same `resume` again, it goes on from what it has saved since.
-    Raises UserError when nothing that is there can be read, or when "none" would write among the checkpoints of another run.
+    `resume`: "auto", the newest whole one (a warning names damaged newer ones); "none", a new run; or a file. A run
+    goes
+    back to a file once: the same command again goes on from what it has saved since. `read(path, mmap=)` reads a file.
+    Raises UserError if none can be read, or if "none" would write among the checkpoints of another run.
     """
     there = saved(experiment)
     if resume == "none":
         if there:
-            raise UserError(f"--resume none came, but {experiment / CHECKPOINTS} holds {len(there)} checkpoints up to step {max(there)}: "
+            raise UserError(f"--resume none: {experiment / CHECKPOINTS} holds checkpoints up to step {max(there)}; "
                             "use another --exp-name, or remove them")
         return None
     if resume == "auto":
         return _newest_whole(there, read) if there else None
-    with contextlib.suppress(Damaged):            # if all are, the file is the remedy
+    with contextlib.suppress(Damaged):                            # if all are, the file is the remedy
         since = _newest_whole(there, read) if there else None
         if since is not None and since[1].get("args", {}).get("resume") == resume:
             return since
     path = find(resume)
     if there and not path.parent.samefile(experiment / CHECKPOINTS):
-        raise UserError(f"--resume {resume} came, but {experiment} holds checkpoints of its own: use another --exp-name")
+        raise UserError(f"--resume {resume}: {experiment} holds checkpoints of its own; use another --exp-name")
     return path, read(path, mmap=False)
 
 
-def _newest_whole(there: dict[int, Path], read: Callable) -> tuple[Path, dict]:
+def _newest_whole(there: dict[int, Path], read: Callable[..., dict]) -> tuple[Path, dict]:
     damaged = []
     for path in reversed(there.values()):
         try:
             state = read(path, mmap=False)
         except Damaged:
-            damaged.append(path)
+            damaged.append(str(path))
             continue
         if damaged:
-            notice(f"warning: {', '.join(map(str, damaged))} cannot be read and is passed over: going on from {path}")
+            notice(f"warning: {', '.join(damaged)} cannot be read; going on from {path}")
         return path, state
-    raise Damaged(f"none of the checkpoints can be read ({', '.join(map(str, damaged))}): remove them to start afresh, "
-                  "or use another --exp-name")
+    raise Damaged(f"{', '.join(damaged)}: no checkpoint can be read; remove them to start again, or use another "
+                  "--exp-name")
 
 
 def set_aside(experiment: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, where a run goes on: the same command must not take them for its own later."""
+    """Rename the checkpoints after `step`, where a run goes on, so that they are not resumed later."""
     for later, path in saved(experiment).items():
         if later > step:
-            aside = next(name for i in itertools.count() if not (name := path.with_name(f"{path.name}{ASIDE}{i or ''}")).exists())
+            names = (path.with_name(f"{path.name}{ASIDE}{i or ''}") for i in itertools.count())
+            aside = next(name for name in names if not name.exists())
             path.rename(aside)
-            notice(f"the run goes on at step {step}: {path} is renamed to {aside.name}, and may be removed")
+            notice(f"going on at step {step}: {path} is renamed to {aside.name}, and may be removed")
