@@ -23,6 +23,7 @@ import torch
 
 from runtime.arguments import Parser, positive
 from runtime.files import make_folder, require_same_settings, write_json, write_whole
+from runtime.log import read_lines
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.stopping import STOPPED, StopRequest
 from toy.summary import METHODS, convergence, side_by_side, summarise, table
@@ -55,13 +56,8 @@ def train_command(flags: dict, method: str, seed: int) -> list[str]:
 
 def read_curve(run: Path) -> dict[int, float]:
     """The scores in a run's metrics.jsonl: {step: Frechet distance in the toy's features}."""
-    path, curve = run / "metrics.jsonl", {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        found = json.loads(line) if line.endswith("}") else {}    # a killed run may leave half a line
-        for key, value in found.items():
-            if key.startswith("fd_"):
-                curve[found["step"]] = value
-    return curve
+    lines = read_lines(run / "metrics.jsonl")
+    return {line["step"]: line[key] for line in lines for key in line if key.startswith("fd_")}
 
 
 def train_all(commands: dict[str, list[str]], environment: dict[str, str], output: Path, at_once: int,
