@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import Features, LatentDataset, feature_stores
+from dataset import LatentDataset
+from models.cached_features import Features, feature_stores
 from models.vae import Codec, LatentSpace, load_codec
 from preprocessing.work import load
 from runtime.files import write_whole

@@ -6,6 +6,7 @@ import tempfile
 
 # Before torch and the hub's client are imported: the suite is the CPU's, and neither asks the network nor finds what a
 # user has cached.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(VISIBLE_BEFORE=os.environ.get("CUDA_VISIBLE_DEVICES", "all"), CUDA_VISIBLE_DEVICES="",
                   HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"),
                   TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"))
