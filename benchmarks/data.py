@@ -99,5 +99,6 @@ def measure(device: torch.device, images: int, batch_size: int, resolution: int 
         for kind, end in KINDS.items():
             many = build(place / f"many-{kind}", *tiny, entries, end)
             seconds = harness.timed({"ours": partial(LatentDataset, many)}, device, repeats)
-            table.add(f"open {entries:,} entries, {kind}", seconds, ideal=OPENED * entries / IMAGENET, formula=f"the goal of {OPENED:g} s for {IMAGENET:,}")
+            table.add(f"open {entries:,} entries, {kind}", seconds, ideal=OPENED * entries / IMAGENET,
+                      formula=f"the goal of {OPENED:g} s for {IMAGENET:,}")
     return table

@@ -108,7 +108,7 @@ def profile(folder: Path, device: torch.device) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- the hardware
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of matrix products in `dtype`, and the source: PEAKS, or the best of ten large products now."""
+    """FLOP/s of matrix products in `dtype`, and the source: PEAKS, or the best of ten large ones."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name in PEAKS and dtype in (torch.bfloat16, torch.float16):
         return PEAKS[name], f"{PEAKS[name] / 1e12:.0f} TFLOP/s"
