@@ -105,7 +105,7 @@ def profile(folder: Path, device: torch.device) -> Iterator[None]:
     print(trace.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20))
 
 
-# ---------------------------------------------------------------------------------------------------------- the hardware
+# ----------------------------------------------------------------------------------------------------- the hardware
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s of matrix products in `dtype`, and the source: PEAKS, or the best of ten large ones."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import train
 from benchmarks import data, encode, harness, plain, sampling, scoring, train_step
 from dataset import LatentDataset
 from evaluations.features import Extractor
@@ -38,9 +39,9 @@ def rows_of(table: harness.Table, capsys) -> dict[str, dict]:
 # ---- each of them
 
 def test_train_step(capsys, encoder_folder, tmp_path):
-    train_step.main(["--model", "SiT-T/8", "--resolution", "64", "--batch-size", "2", "--precision", "no", "--repeats", "1",
-                     "--enc-type", f"local-dir:{encoder_folder}", "--no-compile", "--profile", str(tmp_path / "trace")])
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| SiT-T/8, batch 2, float32 |"))
+    train_step.main(["--model", "SiT-T/8", "--resolution", "64", "--batch-size", "2", "--precision", "no", "--repeats",
+                     "1", "--enc-type", f"local-dir:{encoder_folder}", "--profile", str(tmp_path / "trace")])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| SiT-T/8, batch 2, float32"))
     assert "images/s" in row and "GFLOP" in row and float(row.split("|")[5]) > 0
     assert (tmp_path / "trace" / "trace.json").exists()
 
@@ -50,10 +51,10 @@ def test_sampling(capsys):
     rows = rows_of(table, capsys)
     each, decoder = sampling.network_flops("SiT-T/8", 8, 4), sampling.decoder_flops("cpu", 8)
     assert rows["network, guided"]["ideal"] == pytest.approx(1e9 / each)
-    assert rows["2 SDE steps and decoder"]["ideal"] == pytest.approx(1e9 / (3 * each + decoder))          # t = 1 and 0.04
+    assert rows["2 SDE steps and decoder"]["ideal"] == pytest.approx(1e9 / (3 * each + decoder))          # t = 1, 0.04
     hours = rows["50000 images, 250 steps, extrapolated"]
     assert hours["ideal"] == pytest.approx(50_000 * (461 * each + decoder) / 1e9 / 3600)
-    assert hours["ratio"] == rows["2 SDE steps and decoder"]["ratio"]
+    assert hours["ratio"] == pytest.approx(rows["2 SDE steps and decoder"]["ratio"])
 
 
 def test_data(capsys):
@@ -107,14 +108,15 @@ def test_all_become_one_file_and_a_failed_one_is_left_out(tmp_path, capsys, monk
     record, = json.loads((tmp_path / "all.json").read_text())
     printed = capsys.readouterr()
     assert stopped.value.code == 1 and "benchmarks.data failed" in printed.err
-    assert record["rows"][0]["ratio"] == 0.5 and record["hardware"]["versions"]["torch"] == torch.__version__
+    assert record["rows"][0]["ratio"] == 0.5
+    assert torch.__version__.startswith(record["hardware"]["versions"]["torch"])
     assert "| a row | 4 images/s | 16 images/s | 25 % | 0.50 | by hand |" in printed.out
 
 
 @pytest.mark.parametrize(("module", "flags", "word"), [
     ("__main__", ["--only", "nosuch"], "nosuch"), ("__main__", ["--output", "{}"], "cannot be written"),
     ("train_step", ["--model", "SiT-B"], "SiT-B"), ("train_step", ["--precision", "fp16"], "CUDA"),
-    ("train_step", ["--repeats", "0"], "--repeats"), ("train_step", ["--model", "SiT-T/8", "--enc-type", "none"], "none")])
+    ("train_step", ["--repeats", "0"], "--repeats"), ("train_step", ["--enc-type", "none"], "none")])
 def test_refusals(tmp_path, capsys, module, flags, word):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(f"benchmarks.{module}").main([flag.format(tmp_path) for flag in flags])
@@ -141,18 +143,17 @@ def test_a_share_is_of_rates_or_of_times_and_a_ratio_is_of_pairs():
 def test_flops_of_a_network_by_hand():
     """SiT-T/8 on 2 tokens, one of them the class token: 2 FLOPs per weight and token, and attention."""
     width, depth, tokens, patch = 128, 6, 2, 4 * 8 * 8
-    block = tokens * (4 + 8) * width**2 + 2 * tokens**2 * width + 6 * width**2            # products, attention, condition
+    block = tokens * (4 + 8) * width**2 + 2 * tokens**2 * width + 6 * width**2    # products, attention, condition
     once = patch * width + 768 * width + (256 + width) * width + 2 * width**2 + width * patch + width * 768
     assert sampling.network_flops("SiT-T/8", 8, 4) == 2 * (depth * block + once)
 
 
-@pytest.mark.parametrize(("model", "gflop"), [("SiT-B/2", 196.2), ("SiT-XL/2", 773.5)])
-def test_flops_of_a_training_image(model, gflop):
-    settings = train_step.train.resolve(train_step.train.parse_args(["--model", model]))
-    assert train_step.flops_per_image(settings, 256) == pytest.approx(gflop * 1e9, rel=2e-3)
+def test_flops_of_a_training_image_with_dinov2():
+    settings = train.resolve(train.parse_args(["--model", "SiT-B/2"]))
+    assert train_step.flops_per_image(settings, 256) == pytest.approx(196.2e9, rel=2e-3)
 
 
-def test_flops_of_stable_diffusions_encoder(monkeypatch):
+def test_flops_of_stable_diffusions_encoder():
     """136.4 billion multiplications and additions an image of 256 px."""
     assert encode.encoder_flops("cuda", 256) == pytest.approx(2 * 136.4e9, rel=1e-3)
 
