@@ -9,16 +9,18 @@ from dataset import read_image
 from models.cached_features import (
     DTYPES,
     FeaturesRecord,
+    disk_cost,
     features_folder,
     file_size,
     on_disk,
     pack,
 )
-from models.encoders import load_encoder, sha256_of_named
+from models.encoders import load_encoder, sha256_of_named, sha256_of_parameters
 from preprocessing.encode import encode_missing
 from preprocessing.work import Destination, digest
 from runtime.catalogue import list_keyed
-from runtime.files import as_size, to_npy
+from runtime.files import as_size as gigabytes
+from runtime.files import to_npy
 from runtime.launch import join_processes
 from runtime.messages import UserError
 from runtime.speed import full_precision
@@ -32,7 +34,7 @@ def features_name(key: bytes) -> bytes:
 
 
 def describe(enc_type: str, weights: str | None, resolution: int, dtype: str) -> FeaturesRecord:
-    """What the features will be, before any weight is fetched."""
+    """What the features will be, before any weight is fetched: all but `weights`, the sha256 of the parameters."""
     with torch.device("meta"):
         encoder = load_encoder(enc_type, "meta", resolution, pretrained=False)
         class_token, patches = encoder.tokens(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))  # (1, E), (1, N, E)
@@ -76,8 +78,8 @@ def encode_features(source: str, dest: str, enc_type: str, weights: str | None, 
     free = destination.require_room(outputs, on_disk(file_size(record.layout())))
     if state.is_main_process:
         twice = ", and as much again while the zip is written" * destination.zipped
-        print(f"{shown(dest)}: the {dtype} features of {len(names):,} images by {enc_type} take {as_size(len(names) * on_disk(file_size(record.layout())))} "
-              f"({file_size(record.layout()):,} bytes each){twice}; {as_size(free)} are free", flush=True)
+        print(f"{shown(dest)}: the {dtype} features of {len(names):,} images by {enc_type} take {gigabytes(disk_cost(len(names), record))} "
+              f"({file_size(record.layout()):,} bytes each){twice}; {gigabytes(free)} are free", flush=True)
     encoder = load_encoder(enc_type, state.device, resolution, weights=weights)
 
     def compute(images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -94,6 +96,6 @@ def encode_features(source: str, dest: str, enc_type: str, weights: str | None, 
 
     encode_missing(store, names, outputs, destination, batch_size, resolution, workers, compute, write)
     if state.is_main_process:
-        described = record.to_record()
+        described = {**record.to_record(), "weights": sha256_of_parameters(encoder.model)}
         destination.finish(outputs, {"features": described})
         print(f"{shown(dest)}: features of {len(names)} images by {enc_type}, {dtype}")

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from runtime.files import as_size, write_whole
+from runtime.files import as_size as gigabytes
+from runtime.files import write_whole
 from runtime.messages import UserError
 from runtime.stores import METADATA, UNFINISHED, FolderStore, Store, few, is_zip_name, open_store, read_metadata, shown
 
@@ -133,8 +134,8 @@ class Destination:
         missing = int(self.is_missing(names).sum()) if self.folder.exists() else len(names)
         need = missing * each + self.zipped * len(names) * each
         if need > free:
-            raise UserError(f"{self.name} needs {as_size(need)} more{', as a zip is collected in a folder first' * self.zipped}, and "
-                            f"{as_size(free)} are free: make room, or choose a --dest on another disk")
+            raise UserError(f"{self.name} needs {gigabytes(need)} more{', as a zip is collected in a folder first' * self.zipped}, and "
+                            f"{gigabytes(free)} are free: make room, or choose a --dest on another disk")
         return free
 
     def begin(self) -> None:
