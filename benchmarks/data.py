@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
 from benchmarks.encode import draw_photo
-from dataset import GlobalBatchSampler, LatentDataset
+from dataset import MOMENTS_EXTENSIONS, GlobalBatchSampler, LatentDataset
 from preprocessing.convert import image_name, to_png
+from preprocessing.destination import Destination
 from preprocessing.encode import moments_name
-from preprocessing.work import Destination
 from runtime.files import to_npy
+from runtime.stores import IMAGE_EXTENSIONS
 
 SIZES = {"cuda": {"images": 2048, "batch_size": 256}, "cpu": {"images": 256, "batch_size": 64}}
 GOAL = 5000 / 16                     # images/s per core
@@ -30,18 +31,18 @@ KINDS, ROUNDS = {"folder": "", "zip": ".zip"}, 4        # ROUNDS: batches per wo
 IMAGENET, OPENED = 1_281_167, 2.0    # entries, and the seconds in which they should open
 
 
-def build(place: Path, images: list[bytes], moments: list[bytes], count: int, suffix: str) -> Path:
-    """A data set of `count` entries, which take `images` and `moments` in turn; `suffix`: "" or ".zip"."""
-    names = [image_name(i) for i in range(count)]
-    keys = [name.replace("/img", "/").removesuffix(".png").encode() for name in names]
-    parts = {"images": (names, images), "vae-sd": ([moments_name(key).decode() for key in keys], moments)}
-    for folder, (outputs, contents) in parts.items():
-        destination = Destination(place / f"{folder}{suffix}", {}, place / "none")
+def build(place: Path, images: list[bytes], moments: list[bytes], count: int, end: str) -> Path:
+    """A data set of `count` entries, which take `images` and `moments` in turn; `end`: "" or ".zip"."""
+    names = [image_name(i).encode() for i in range(count)]
+    outputs = [moments_name(name.replace(b"/img", b"/").removesuffix(b".png")) for name in names]
+    for kind, of, contents, extensions in (("images", names, images, IMAGE_EXTENSIONS),
+                                           ("vae-sd", outputs, moments, MOMENTS_EXTENSIONS)):
+        destination = Destination(str(place / f"{kind}{end}"), np.array(of), extensions, {}, str(place / "none"))
         destination.begin()
-        for i, name in enumerate(outputs):
+        for i, name in enumerate(of):
             destination.write(name, contents[i % len(contents)])
-        labels = [[name, i % 1000] for i, name in enumerate(outputs)]
-        destination.finish(np.array(outputs, dtype=bytes), {"labels": labels})
+        destination.finish({"labels": [[name.decode(), i % 1000] for i, name in enumerate(of)]})
+        destination.close()
     return place
 
 
