@@ -42,7 +42,6 @@ def build(place: Path, images: list[bytes], moments: list[bytes], count: int, en
         for i, name in enumerate(of):
             destination.write(name, contents[i % len(contents)])
         destination.finish({"labels": [[name.decode(), i % 1000] for i, name in enumerate(of)]})
-        destination.close()
     return place
 
 
