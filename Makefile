@@ -1,5 +1,5 @@
-# make toy      the whole story on a CPU: install, draw, prepare, train REG, sample, score
-# make compare  SiT, REPA and REG side by side on the toy, an hour at most: toy/RESULTS.md says what came out
+# make toy      the whole path on a CPU: install, draw a data set, prepare, train REG, sample, score
+# make compare  SiT, REPA and REG side by side on the toy
 # make test     install, ruff, and the whole test suite
 # All install into .venv; VENV=DIR uses (and completes) an existing environment instead.
 VENV ?= .venv
@@ -15,7 +15,7 @@ compare: $(VENV)/.installed
 
 test: $(VENV)/.installed-tests
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 $(VENV)/.installed: requirements.txt
 	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)

@@ -33,8 +33,8 @@ def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -
     Raises ValueError if numbers of encoders or shapes differ.
     """
     if [p.shape for p in projected] != [z.shape for z in targets]:
-        raise ValueError(f"projected tokens {[tuple(p.shape) for p in projected]} do not match "
-                         f"the targets {[tuple(z.shape) for z in targets]}")
+        raise ValueError(f"projected tokens {[tuple(p.shape) for p in projected]} do not match the targets "
+                         f"{[tuple(z.shape) for z in targets]}")
     return -torch.stack([cosine(p.float(), z.float()).mean() for p, z in zip(projected, targets, strict=True)]).mean()
 
 

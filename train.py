@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dataset import Features, GlobalBatchSampler, LatentDataset, features_path  # SHIM
+from dataset import GlobalBatchSampler, LatentDataset
+from evaluations.extraction import Measured
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images
-from evaluations.scoring import choose, evaluate
+from evaluations.scoring import choose, evaluate, measure_reference
 from loss import ALIGNED_TOKENS, SILoss, Terms, weighted
 from models import checkpoint
-from models.cached_features import features_folder  # SHIM
+from models.cached_features import Features, features_folder, features_path
 from models.encoders import CachedEncoder, Encoder, load_encoders, require_class_tokens, require_made_by, with_weights
 from models.interpolant import PATHS
 from models.sit import SiT, SiT_models
@@ -142,13 +143,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="data/imagenet256", metavar="DIR", help="folder with images/ and vae-sd/")
-    data.add_argument("--resolution", type=at_least(1), metavar="PIXELS", help="side of the images; None: the data "
-                                                                               "set's")
+    data.add_argument("--resolution", type=at_least(1), metavar="PIXELS", help="side of the "
+                                                                               "images; None: the data set's")
     data.add_argument("--num-classes", type=at_least(1), metavar="N", help="number of classes; None: the data set's")
     data.add_argument("--num-workers", type=at_least(0), default=4, metavar="N", help="data loader processes per rank")
     data.add_argument("--cached-features", choices=("auto", "off", "require"), default="auto",
-                      help="read encoder outputs stored by `encode --enc-type`; auto: if they are there for all "
-                           "encoders")
+                      help="read encoder outputs stored by `encode --enc-type`; auto: if they "
+                           "are there for all encoders")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", default="exps", metavar="DIR", help="holds one folder per experiment")
@@ -159,8 +160,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                                                                                 "lines")
     output.add_argument("--checkpointing-steps", type=at_least(1), default=50_000, metavar="STEPS",
                         help="steps between checkpoints")
-    output.add_argument("--keep-last", type=at_least(0), default=0, metavar="K", help="checkpoints to keep, the "
-                                                                                      "newest; 0: all")
+    output.add_argument("--keep-last", type=at_least(0), default=0, metavar="K", help="checkpoints "
+                                                                                      "to keep, the newest; 0: all")
     output.add_argument("--keep-every", type=at_least(0), default=0, metavar="STEPS",
                         help="also keep the checkpoints of every STEPS steps; 0: none")
     output.add_argument("--resume", default="auto", metavar="FILE|auto|none",
@@ -169,18 +170,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="go on from the experiment's checkpoint of this step; 0: as --resume says")
     output.add_argument("--sampling-steps", type=at_least(0), default=10_000, metavar="STEPS",
                         help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, "
-                             "scale "
-                             f"{GRID.cfg_scale} in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
+                             f"scale {GRID.cfg_scale} in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
     output.add_argument("--vae", metavar="VAE",
-                        help="VAE that decodes samples: hub id, folder, ema or mse; None: the one of the data set's "
-                             "recipe")
+                        help="VAE that decodes samples: hub id, folder, ema or mse; None: the "
+                             "one of the data set's recipe")
     output.add_argument("--dry-run", action="store_true", help="print configuration, parameters and GFLOPs, and stop")
 
     scoring = parser.add_argument_group("scoring while training")
     scoring.add_argument("--eval-steps", type=at_least(0), default=0, metavar="STEPS",
                          help=f"steps between scores of EMA samples ({SCORED.mode}, {SCORED.num_steps} steps, "
-                              "unguided, "
-                              f"{SCORED.labels} labels), logged as fid_10k or alike; 0: none")
+                              f"unguided, {SCORED.labels} labels), logged as fid_10k or alike; 0: none")
     scoring.add_argument("--eval-samples", type=at_least(2), default=10_000, metavar="N",
                          help="samples per score; FID compares at equal numbers only")
     scoring.add_argument("--ref-batch", metavar="REF", help="reference: npz, image folder or statistics file")
@@ -192,18 +191,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=("reg", "repa", "sit"), default="reg",
                         help="reg: class-token slot and alignment; repa: alignment of patches; sit: neither")
-    method.add_argument("--align", choices=tuple(ALIGNED_TOKENS), help="aligned tokens; None: all for reg, patches for "
-                                                                       "repa")
+    method.add_argument("--align", choices=tuple(ALIGNED_TOKENS), help="aligned tokens; None: all "
+                                                                       "for reg, patches for repa")
     method.add_argument("--proj-coeff", type=not_negative, default=0.5, metavar="LAMBDA",
                         help="weight of the alignment; 0: no projector is built")
-    method.add_argument("--cls", type=not_negative, default=0.03, metavar="BETA", help="weight of the class token's "
-                                                                                       "velocity loss")
+    method.add_argument("--cls", type=not_negative, default=0.03, metavar="BETA", help="weight of the "
+                                                                                       "class token's velocity loss")
     method.add_argument("--enc-type", default="dinov2-vit-b", metavar="NAMES",
-                        help="encoders, comma-separated, the first gives the class token; local-dir:FOLDER for a timm "
-                             "folder")
+                        help="encoders, comma-separated, the first gives the class token; "
+                             "local-dir:FOLDER for a timm folder")
     method.add_argument("--encoder-weights", metavar="FILES", help="one file per encoder, instead of the hub")
-    method.add_argument("--encoder-depth", type=at_least(1), metavar="BLOCK", help="aligned block; None: T/S/B 4, L/XL "
-                                                                                   "8")
+    method.add_argument("--encoder-depth", type=at_least(1), metavar="BLOCK", help="aligned "
+                                                                                   "block; None: T/S/B 4, L/XL 8")
     method.add_argument("--projector-dim", type=at_least(1), default=2048, metavar="WIDTH", help="hidden width of the "
                                                                                                  "projectors")
     method.add_argument("--path-type", choices=tuple(PATHS), default="linear", help="interpolant between data and "
@@ -234,8 +233,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--adam-weight-decay", type=not_negative, default=0.0, metavar="WD", help="AdamW")
     optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM", help="gradients are clipped to "
                                                                                            "this norm")
-    optim.add_argument("--ema-decay", type=share, default=0.9999, metavar="DECAY", help="of the averaged weights, per "
-                                                                                        "step")
+    optim.add_argument("--ema-decay", type=share, default=0.9999, metavar="DECAY", help="of the "
+                                                                                        "averaged weights, per step")
     optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"),
                        help="autocast; None: bf16 where CUDA has it, else no")
     optim.add_argument("--compile", action=flag, help="torch.compile for networks and alignment; None: on CUDA")
@@ -259,16 +258,15 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if not needs_encoder(args):
         if args.cached_features == "require":
             raise UserError(f"--cached-features require: --method {args.method} --proj-coeff {args.proj_coeff:g} needs "
-                            "no "
-                            "features; leave it out")
+                            "no features; leave it out")
         args.cached_features = "off"
     args.align = (args.align or aligned) if args.proj_coeff > 0 else None
     size = SiT_models[args.model].keywords
     if args.encoder_depth is None:
         args.encoder_depth = size["encoder_depth"]
     if args.encoder_depth > size["depth"]:
-        raise UserError(f"--encoder-depth {args.encoder_depth}: {args.model} has {size['depth']} blocks; use 1 to "
-                        f"{size['depth']}")
+        raise UserError(f"--encoder-depth {args.encoder_depth}: {args.model} has {size['depth']} "
+                        f"blocks; use 1 to {size['depth']}")
     args.exp_name = args.exp_name or f"{args.method}-{args.model.lower().replace('/', '-')}"
     if args.resume_step:
         if args.resume != "auto":
@@ -334,8 +332,8 @@ def main(argv: list[str] | None = None) -> None:
                                 pin_memory=accelerator.device.type == "cuda")
             batches = to_device(run.meter.timed(loader), accelerator.device, len(encoders))
             say(f"{args.model}, {args.method}: {len(data):,} images, {data.num_classes} classes, "
-                f"{accelerator.num_processes} "
-                f"process(es), mixed precision {args.mixed_precision}, step {start} of {args.max_train_steps}")
+                f"{accelerator.num_processes} process(es), mixed precision {args.mixed_precision}, step {start} "
+                f"of {args.max_train_steps}")
             train(args, run, batches, space, encoders, model, ema, objective, optimizer, accelerator)
             if run.interrupted:
                 close(run.step)
@@ -369,8 +367,7 @@ def open_features(args: argparse.Namespace) -> list[Features]:
     for (name, _), path in zip(encoders, paths, strict=True):
         if path is None:
             raise UserError(f"--cached-features require: {args.data_dir} holds no {features_folder(name)}; make it "
-                            "with "
-                            f"`python -m preprocessing.dataset_tools encode --enc-type {name}`")
+                            f"with `python -m preprocessing.dataset_tools encode --enc-type {name}`")
     found = [Features(path) for path in paths]
     for (name, weights), one in zip(encoders, found, strict=True):
         require_made_by(one.record, Path(one.store.path), name, weights)
@@ -408,8 +405,8 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
                         f"--init-weights {path} and another --exp-name")
     LatentSpace.from_record(state["latent_space"]).require_same(space, f"the checkpoint {path}", "the data set")
     if state["data"] != fingerprint:
-        raise UserError(f"{path}: trained on other files or labels than --data-dir {settings['data_dir']}; "
-                        "use its data set, or another --exp-name")
+        raise UserError(f"{path}: trained on other files or labels than --data-dir {settings['data_dir']}; use its "
+                        "data set, or another --exp-name")
     before = {**state["args"], "processes": state.get("processes")}
     for name in SAME_RUN:
         if before.get(name) != settings[name]:
@@ -456,7 +453,7 @@ def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageS
         return None
     reference = open_images(args.ref_batch, "--ref-batch")
     extractor = load_extractor(args.features, device, args.inception_weights)
-    choose(["fid" if extractor.is_inception else "fd"], reference, reference, extractor)
+    choose([metric_of(extractor)], reference, reference, extractor)
     return reference, extractor
 
 
@@ -544,8 +541,8 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         if in_a_row >= args.max_skipped_updates:
             save(step)
             raise UserError(f"{in_a_row} updates in a row were skipped up to step {step}: go on from an older "
-                            "checkpoint with "
-                            "--resume FILE and a lower --learning-rate, or --mixed-precision bf16 or no")
+                            "checkpoint with --resume FILE and a lower --learning-rate, or "
+                            "--mixed-precision bf16 or no")
 
     def save(step: int) -> None:
         done["saved"] = step
@@ -559,9 +556,14 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
             draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
         accelerator.wait_for_everyone()
 
+    @cache
+    def measured():                                               # the reference, once per run
+        reference, extractor = scoring
+        return measure_reference(reference, extractor, [metric_of(extractor)], SCORED_BLOCK)
+
     def score(step: int) -> None:
         how = replace(SCORED, seed=args.seed, path_type=args.path_type)
-        scores = score_samples(ema, codec, *scoring, args.eval_samples, resolution, how)
+        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, how)
         write_line(log, accelerator, {"step": step, **scores}, scores)
 
     def close(step: int) -> None:
@@ -587,8 +589,8 @@ def draw_grid(path: Path, ema: SiT, codec: Codec, how: Sampling, step: int, acce
         tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
 
 
-def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, count: int, resolution: int,
-                  how: Sampling) -> dict[str, float]:
+def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,
+                  resolution: int, how: Sampling) -> dict[str, float]:
     """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others."""
 
     def blocks(ranges):
@@ -596,9 +598,14 @@ def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extrac
             yield sample_images(ema, codec, indices, how)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
 
     samples = ImageSet("EMA samples", count, (resolution, resolution), blocks)
-    metric = "fid" if extractor.is_inception else "fd"
-    result = evaluate(reference, samples, extractor, [metric], batch_size=SCORED_BLOCK)
+    result = evaluate(reference, samples, extractor, [metric_of(extractor)], batch_size=SCORED_BLOCK,
+                      measured_ref=measured)
     return {} if result is None else {score_name(extractor.key, count): result[extractor.key]}
+
+
+def metric_of(extractor: Extractor) -> str:
+    """A Frechet distance is called FID in Inception's features only."""
+    return "fid" if extractor.is_inception else "fd"
 
 
 def score_name(key: str, count: int) -> str:
@@ -618,8 +625,7 @@ def dry_run(args: argparse.Namespace) -> None:
         cut = space.downsampling * SiT_models[args.model].keywords["patch_size"]
         if resolution % cut:
             raise UserError(f"--resolution {resolution}: expected a multiple of {cut}, {space.downsampling} pixels of "
-                            "the VAE "
-                            f"times the patch of {args.model}")
+                            f"the VAE times the patch of {args.model}")
         notice(f"{args.data_dir} does not exist: described for ImageNet at {resolution} px")
     with torch.device("meta"):
         encoders = open_encoders(args, space, resolution, "meta", pretrained=False)
@@ -633,9 +639,8 @@ def dry_run(args: argparse.Namespace) -> None:
     settings = {**vars(args), "resolution": resolution, "num_classes": num_classes, "latent_space": space.to_record()}
     print(json.dumps(settings, indent=2))
     print(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "
-          "projectors), "
-          f"{flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image ({flops.get_total_flops() / 2e9:.2f} "
-          "GMAC)")
+          f"projectors), {flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image "
+          f"({flops.get_total_flops() / 2e9:.2f} GMAC)")
 
 
 if __name__ == "__main__":

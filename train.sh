@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Train REG, REPA or SiT:   bash train.sh xl|l|b|toy [any flag of train.py]
-# The same command resumes. A later flag wins, so every knob below can be changed from the command line.
+# The same command resumes. A later flag wins: every value below can be changed from the command line.
 #
 # Environment:  METHOD=reg|repa|sit   DATA_DIR   OUTPUT_DIR   REPORT_TO=none|wandb|tensorboard   PYTHON=python
-#               NUM_GPUS   GPUs per node, default all; on a machine without one it counts CPU processes, default 1
-#               NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; default Slurm's own, one task per node (srun)
-#               REQUEUE=1  SIGTERM and SIGUSR1 also give the Slurm job back to the queue
+#               NUM_GPUS   GPUs per node, default all; without a GPU the number of CPU processes, default 1
+#               NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; default: Slurm's, one task per node (srun)
+#               REQUEUE=1  after SIGTERM or SIGUSR1, requeue the Slurm job
 #
 # SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit with status 75; a second signal kills.
-# Relative paths start at this folder; several nodes need OUTPUT_DIR on a disk that they share.
+# Relative paths start at this folder. Several nodes need OUTPUT_DIR on a shared disk.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -16,7 +16,7 @@ RECIPE=${1:-}; shift || true
 for flag in "$RECIPE" "$@"; do
     case "$flag" in
         -h|--help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' train.sh; exit 0 ;;
-        --method|--method=*) echo "error: $flag came, which would leave the run under another method's name: set METHOD=reg|repa|sit" >&2; exit 2 ;;
+        --method|--method=*) echo "error: $flag: the run would have another method's name; set METHOD=reg|repa|sit" >&2; exit 2 ;;
     esac
 done
 METHOD=${METHOD:-reg}

@@ -46,8 +46,8 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     state = _read_export(path) if path.suffix == ".safetensors" else read_file(path, mmap)
     for name, kind in KINDS.items():
         if name in state and not isinstance(state[name], kind):
-            raise Damaged(f"{path}: {name} is a {type(state[name]).__name__}, expected {kind.__name__}; use another "
-                          "file")
+            raise Damaged(f"{path}: {name} is a {type(state[name]).__name__}, expected "
+                          f"{kind.__name__}; use another file")
     return state
 
 
@@ -77,8 +77,8 @@ def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.opti
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     if state.get("draws", state["steps"]) != state["steps"]:
-        notice(f"{path}: {state['steps']} updates of {state['draws']} batches, as some were skipped; going on at step "
-               f"{state['draws']}")
+        notice(f"{path}: {state['steps']} updates of {state['draws']} batches, as some were skipped; going "
+               f"on at step {state['draws']}")
     return state.get("draws", state["steps"])
 
 
@@ -93,8 +93,8 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
             raise UserError(f"--weights {which}: the checkpoint has {found}; change --weights, or name another file")
         state = state[which]
         if not isinstance(state, dict) or not _is_state_dict(state):
-            raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of REG, REPA or this "
-                            "program")
+            raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of "
+                            "REG, REPA or this program")
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
@@ -131,8 +131,8 @@ def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema"
 CAUSES = {
     ("cls_embedder", "cls_norm", "final_layer.linear_cls"):
         "only one of them has a class-token slot (REG) of this width; choose the same --method and --enc-type",
-    ("pos_embed",): "the resolution, the patch size or the class-token slot differs; choose the same --model and "
-                    "--method",
+    ("pos_embed",): "the resolution, the patch size or the class-token slot differs; choose the "
+                    "same --model and --method",
     ("y_embedder",): "the number of classes differs; set --num-classes to the checkpoint's",
     ("projectors",): "the encoders, --projector-dim or --proj-coeff differ; choose those of the checkpoint",
     ("x_embedder", "final_layer"):
@@ -165,8 +165,8 @@ def architecture_of(state: dict, model_name: str | None) -> dict:
             raise UserError(f"--model {model_name}: the checkpoint describes another architecture; leave --model out")
         return dict(stored)
     if model_name is None:
-        raise UserError("this checkpoint does not describe its architecture, like all released files: add --model, "
-                        "e.g. SiT-XL/2")
+        raise UserError("this checkpoint does not describe its architecture, like all released files: "
+                        "add --model, e.g. SiT-XL/2")
     weights = _weights(state, "ema")
     size = SiT_models[model_name].keywords
     try:
@@ -177,8 +177,8 @@ def architecture_of(state: dict, model_name: str | None) -> dict:
         raise UserError(f"the checkpoint lacks {error.args[0]}: it is no SiT of REG, REPA or this program") from None
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     if (width, depth, patch) != (size["hidden_size"], size["depth"], size["patch_size"]):
-        raise UserError(f"--model {model_name}: the checkpoint has width {width}, depth {depth}, patch {patch}; "
-                        "name the model it was trained as")
+        raise UserError(f"--model {model_name}: the checkpoint has width {width}, depth {depth}, patch {patch}; name "
+                        "the model it was trained as")
     slot = weights.get("cls_embedder.weight")
     side = int((tokens - (slot is not None)) ** 0.5)
     return dict(size, input_size=side * patch, in_channels=channels, num_classes=classes,
@@ -191,8 +191,8 @@ def build_for_sampling(state: dict, model_name: str | None = None, which: str = 
     try:
         model = SiT(**architecture)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's architecture cannot be built ({error or architecture}): "
-                        "use another file") from error
+        raise UserError("the checkpoint's architecture cannot be built "
+                        f"({error or architecture}): use another file") from error
     load_weights(model, state, which)
     return model.eval()
 
@@ -227,8 +227,8 @@ def _read_export(path: Path) -> dict:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         return {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of "
-                      "`python -m models.checkpoint export`") from error
+        raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of `python -m "
+                      "models.checkpoint export`") from error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -175,8 +175,8 @@ class SiT(nn.Module):
                  cls_token_dim: int | None = 768, qk_norm: bool = False, fused_attn: bool = True):
         super().__init__()
         if input_size % patch_size:
-            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}: use a "
-                            "smaller patch")
+            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
+                            f"{patch_size}: use a smaller patch")
         if z_dims and not 1 <= encoder_depth <= depth:
             raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
         # What rebuilds this model; it travels in the checkpoint.

@@ -39,8 +39,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with suppress(OSError):                                   # some network disks refuse it for folders
             _flush(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room, or choose another "
-                        "folder") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make "
+                        "room, or choose another folder") from error
     finally:
         if partial.is_file():
             partial.unlink()

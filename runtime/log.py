@@ -99,8 +99,8 @@ class Log:
                     raise OSError("no space left")
             self.pending = ""
         except OSError as error:
-            notice(f"warning: {self.path} cannot be written ({error.strerror or error}); its lines wait for the next "
-                   "one")
+            notice(f"warning: {self.path} cannot be written ({error.strerror or error}); its "
+                   "lines wait for the next one")
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -133,8 +133,8 @@ def lock(experiment: Path) -> FileLock:
     try:
         held.acquire(timeout=LOCK_PATIENCE)
     except Timeout:
-        raise UserError(f"{experiment}: another process is training it; wait for it, or use another "
-                        "--exp-name") from None
+        raise UserError(f"{experiment}: another process is training it; wait for it, "
+                        "or use another --exp-name") from None
     except OSError as error:
         raise UserError(f"{experiment}: cannot be locked ({error.strerror}); use another --output-dir") from error
     return held
@@ -188,11 +188,10 @@ def read_file(path: Path, mmap: bool = True) -> dict:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except Exception as error:                                    # the unpickler raises anything on other files
         raise Damaged(f"{path}: cannot be read as a checkpoint ({type(error).__name__}): damaged, or more than "
-                      "weights; "
-                      "use another file, or delete it") from error
+                      "weights; use another file, or delete it") from error
     if not isinstance(state, dict) or not state:
-        raise Damaged(f"{path}: holds a {type(state).__name__}, no checkpoint; name a .pt file of REG, REPA or this "
-                      "program")
+        raise Damaged(f"{path}: holds a {type(state).__name__}, no checkpoint; name a .pt file of "
+                      "REG, REPA or this program")
     if isinstance(state.get("args"), argparse.Namespace):
         state["args"] = vars(state["args"])
     return state
@@ -209,8 +208,8 @@ def resumable(experiment: Path, resume: str, read: Callable[..., dict]) -> tuple
     there = saved(experiment)
     if resume == "none":
         if there:
-            raise UserError(f"--resume none: {experiment / CHECKPOINTS} holds checkpoints up to step {max(there)}; "
-                            "use another --exp-name, or remove them")
+            raise UserError(f"--resume none: {experiment / CHECKPOINTS} holds checkpoints up to step {max(there)}; use "
+                            "another --exp-name, or remove them")
         return None
     if resume == "auto":
         return _newest_whole(there, read) if there else None
@@ -235,8 +234,8 @@ def _newest_whole(there: dict[int, Path], read: Callable[..., dict]) -> tuple[Pa
         if damaged:
             notice(f"warning: {', '.join(damaged)} cannot be read; going on from {path}")
         return path, state
-    raise Damaged(f"{', '.join(damaged)}: no checkpoint can be read; remove them to start again, or use another "
-                  "--exp-name")
+    raise Damaged(f"{', '.join(damaged)}: no checkpoint can be read; remove them to start again, "
+                  "or use another --exp-name")
 
 
 def set_aside(experiment: Path, step: int) -> None:

@@ -55,8 +55,8 @@ def require_same_everywhere(compiled: bool) -> None:
     from accelerate.utils import gather_object  # slow to import
 
     if len(set(gather_object([compiled]))) > 1:
-        raise UserError("--compile: torch.compile works in some processes only, which would round differently; "
-                        "add --no-compile")
+        raise UserError("--compile: torch.compile works in some processes only, which would round "
+                        "differently; add --no-compile")
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -4,10 +4,12 @@ import json
 import os
 import tempfile
 
-# Before torch and the hub's client are imported: the suite is the CPU's, and neither asks the network nor finds what a user has cached.
+# Before torch and the hub's client are imported: the suite is the CPU's, and neither asks the network nor finds what a
+# user has cached.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(VISIBLE_BEFORE=os.environ.get("CUDA_VISIBLE_DEVICES", "all"), CUDA_VISIBLE_DEVICES="",
-                  HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"), TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"),
-                  XDG_CACHE_HOME=tempfile.mkdtemp(prefix="empty-cache-"))
+                  HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="empty-hub-"),
+                  TORCH_HOME=tempfile.mkdtemp(prefix="empty-torch-"))
 
 import diffusers.utils.logging
 import numpy as np
@@ -18,7 +20,8 @@ from PIL import Image
 from evaluations.features import Extractor
 from models.vae import Codec
 
-diffusers.utils.logging.get_logger()  # it keeps the stderr of its first use: not that of a test, which is closed behind it
+# it keeps the stderr of its first use: not that of a test, which is closed behind it
+diffusers.utils.logging.get_logger()
 
 SIDE, CLASSES, IMAGES = 32, 3, 12
 
@@ -30,8 +33,8 @@ def vae_folder(tmp_path_factory):
 
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-                        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
-                        sample_size=SIDE, scaling_factor=0.5, shift_factor=0.1)
+                        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4,
+                        latent_channels=4, sample_size=SIDE, scaling_factor=0.5, shift_factor=0.1)
     folder = tmp_path_factory.mktemp("networks") / "vae"
     vae.save_pretrained(folder)
     return folder
@@ -50,7 +53,7 @@ def encoder_folder(tmp_path_factory):
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "num_features": 32, "model_args": model_args,
-              "pretrained_cfg": {"input_size": [3, SIDE, SIDE], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "num_classes": 0}}
+              "pretrained_cfg": {"input_size": [3, SIDE, SIDE], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -74,7 +77,8 @@ def data_dir(tmp_path_factory, vae_folder):
         Image.fromarray(images[i]).save(folder / "images" / names["images"])
         np.save(folder / "vae-sd" / names["vae-sd"], moments[i])
     (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels["images"]}))
-    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels["vae-sd"], "vae": codec.space.to_record()}))
+    record = {"labels": labels["vae-sd"], "vae": codec.space.to_record()}
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps(record))
     return folder
 
 
@@ -82,8 +86,8 @@ def data_dir(tmp_path_factory, vae_folder):
 def train_flags(data_dir, encoder_folder, vae_folder, tmp_path):
     """Flags of a training run that takes seconds: SiT-T/2 on 17 tokens."""
     return ["--data-dir", str(data_dir), "--enc-type", f"local-dir:{encoder_folder}", "--vae", str(vae_folder),
-            "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4",
-            "--num-workers", "0", "--sampling-steps", "0", "--logging-steps", "1"]
+            "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-T/2", "--projector-dim", "32",
+            "--batch-size", "4", "--num-workers", "0", "--sampling-steps", "0", "--logging-steps", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +102,8 @@ def trained(data_dir, encoder_folder, vae_folder, tmp_path_factory):
     return output / "run"
 
 
-# --- scoring ---------------------------------------------------------------------------------------------------------------------
+# --- scoring
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def random_images(count, height=16, width=16, seed=0):
@@ -118,7 +123,9 @@ def colours():
 
 
 def tf32_and_autocast():
-    """Switches of matrix products and convolutions under the names that this PyTorch knows, and what a product comes out as."""
+    """Switches of matrix products and convolutions under the names that this PyTorch knows, and what a product comes
+    out as.
+    """
     product = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision, product

@@ -1,4 +1,4 @@
-"""Rules of the house: who imports whom, requirements that are used, README commands that parse, files that are there."""
+"""Rules of the house: who imports whom, requirements that are used, commands of README and docs that parse, links."""
 
 import ast
 import importlib
@@ -16,28 +16,29 @@ from evaluations import evaluator, sweep
 from models import checkpoint
 from models.sit import SiT_models
 from preprocessing import dataset_tools
-from tests.stress import kills
-from toy import compare
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train", "generate"}
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "toy").glob("*.md"))]
 
-# Who imports whom: each part, or module, and what else of the project it may import.
+# Each part or module of the project, and what else of it that part may import.
+EVERYTHING = {"train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations", "runtime"}
 ALLOWED = {
     "runtime": {"runtime"},
     "models": {"models", "runtime"},
     "loss": {"models.interpolant"},
     "samplers": {"models.interpolant", "runtime"},
     "dataset": {"models.cached_features", "runtime"},
-    "generate": {"samplers", "models", "runtime", "evaluations"},
+    "generate": {"samplers", "models", "runtime"},
     "preprocessing": {"preprocessing", "dataset", "models", "runtime"},
+    "evaluations.sweep": {"evaluations", "generate", "runtime"},
     "evaluations": {"evaluations", "models.encoders", "preprocessing.crop", "runtime"},
-    "train": {"dataset", "loss", "samplers", "models", "evaluations", "preprocessing", "runtime"},
-    "benchmarks": {"benchmarks", "toy", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations",
-                   "runtime"},
-    "toy": {"toy", "benchmarks", "train", "generate", "dataset", "loss", "samplers", "models", "preprocessing", "evaluations", "runtime"},
+    "train": EVERYTHING - {"generate"},
+    "benchmarks": EVERYTHING | {"benchmarks", "toy"},
+    "toy": EVERYTHING | {"toy"},
 }
+ENGINE = {"signal", "fcntl", "subprocess", "zipfile"}             # imported by runtime/ only, and by toy/
+REGS_OWN = ("SiT", "SILoss", "cls_token", "class_token", "latents", "moments", "velocity")
 
 
 def sources() -> dict[str, Path]:
@@ -65,7 +66,8 @@ def ours(imported: str) -> str | None:
 
 
 def graph() -> dict[str, set[str]]:
-    return {name: {module for module in map(ours, imports(path)) if module} - {name} for name, path in sources().items()}
+    return {name: {module for module in map(ours, imports(path)) if module} - {name}
+            for name, path in sources().items()}
 
 
 def test_who_imports_whom():
@@ -73,11 +75,6 @@ def test_who_imports_whom():
         allowed = ALLOWED.get(name) or ALLOWED[name.partition(".")[0]]
         for module in imported:
             assert module in allowed or module.partition(".")[0] in allowed, f"{name} imports {module}"
-
-
-def test_nothing_but_benchmarks_imports_a_program():
-    for name, imported in graph().items():
-        assert name.startswith("benchmarks.") or not imported & PROGRAMS, f"{name} imports {imported & PROGRAMS}"
 
 
 def test_imports_are_acyclic():
@@ -88,8 +85,21 @@ def test_imports_are_acyclic():
         left = {name: imported for name, imported in left.items() if name not in free}
 
 
+def test_signals_locks_processes_and_zips_are_the_engines():
+    for name, path in sources().items():
+        if name.partition(".")[0] not in ("runtime", "toy"):
+            assert not imports(path) & ENGINE and not {i.partition(".")[0] for i in imports(path)} & ENGINE, name
+
+
+def test_the_engine_knows_nothing_of_reg():
+    for name, path in sources().items():
+        if name.startswith("runtime."):
+            found = [word for word in REGS_OWN if re.search(rf"\b{word}\b", path.read_text())]
+            assert not found, f"{name} names {found}"
+
+
 def test_requirements_are_imported():
-    names = {"pillow": "PIL"}
+    names = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}
     required = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
     used = {imported.partition(".")[0] for path in sources().values() for imported in imports(path)}
     assert {names.get(name, name) for name in required} <= used
@@ -97,16 +107,26 @@ def test_requirements_are_imported():
 
 @pytest.mark.parametrize("module", ["train", "generate"])
 def test_optional_libraries_are_imported_only_where_they_are_used(module):
-    """A machine may lack diffusers until a picture is decoded, and the trackers until they are asked for."""
-    program = f"import sys; sys.modules.update(diffusers=None, wandb=None, tensorboard=None); import {module}"
+    """A machine may lack diffusers until a picture is decoded, trackers and torch-fidelity until they are asked for."""
+    lacking = "diffusers=None, wandb=None, tensorboard=None, torch_fidelity=None"
+    program = f"import sys; sys.modules.update({lacking}); import {module}"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def readme_commands() -> list[list[str]]:
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    inline = [code for code in re.findall(r"`([^`\n]+)`", README) if re.match(r"([A-Z_]+=\S+ )*(bash|python) ", code)]
-    lines = [line for line in [*blocks.splitlines(), *inline] if line.strip() and not line.startswith("#") and "..." not in line]
-    return [shlex.split(line, comments=True) for line in lines]
+# ---- README and docs
+
+def commands() -> list[list[str]]:
+    """Every command in a bash block, or between backticks if it starts like one."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text()
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+        inline = [code for code in re.findall(r"`([^`\n]+)`", text)
+                  if re.match(r"([A-Z_]+=\S+ )*(bash|python|make) ", code)]
+        for line in [*blocks.splitlines(), *inline]:
+            if line.strip() and not line.lstrip().startswith("#") and "..." not in line:
+                found[line.strip()] = shlex.split(line, comments=True)
+    return list(found.values())
 
 
 def parse_eval(arguments: list[str]) -> None:
@@ -116,60 +136,79 @@ def parse_eval(arguments: list[str]) -> None:
     generate.parse_args(["--ckpt", args.experiment, *passed_on])
 
 
-@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
-def test_readme_commands_parse(command):
+def parse_module(module: str, arguments: list[str]) -> None:
+    """A `python -m module ...` line."""
+    if module == "runtime.launch":                                # takes what python takes
+        return parse(["python", *arguments])
+    if module == "preprocessing.dataset_tools":
+        return dataset_tools.build_parser().parse_args(arguments)
+    if module == "benchmarks":
+        module = "benchmarks.__main__"
+    {"evaluations.evaluator": evaluator, "models.checkpoint": checkpoint}.get(
+        module, importlib.import_module(module)).parse_args(arguments)
+
+
+def parse(command: list[str]) -> None:
+    """Parse a command as the program would; raises SystemExit or AssertionError for one that it would refuse."""
     while "=" in command[0] and not command[0].startswith("-"):
         name = command.pop(0).partition("=")[0]
-        assert any(name in (ROOT / place).read_text() for place in ("train.sh", "eval.sh", "runtime/launch.py"))
-    if command[:3] == ["python", "-m", "runtime.launch"]:
-        command[1:3] = []                                         # the launcher takes what python takes
-    if command[0] == "make":
-        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    elif command[:2] == ["bash", "train.sh"]:
-        assert re.search(rf"^    {command[2]}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
-        train.parse_args(command[3:])
-    elif command[:2] == ["bash", "eval.sh"]:
-        parse_eval(command[2:])
-    elif command[:2] == ["bash", "toy/compare.sh"]:
-        compare.parse_args([*command[2:], "--data-dir", "x", "--output", "x"])
-    elif command[:2] == ["python", "train.py"]:
-        train.parse_args(command[2:])
-    elif command[:2] == ["python", "generate.py"]:
-        generate.parse_args(command[2:])
-    elif command[1:3] == ["-m", "preprocessing.dataset_tools"] or command[2:4] == ["-m", "preprocessing.dataset_tools"]:
-        dataset_tools.build_parser().parse_args(command[command.index("preprocessing.dataset_tools") + 1:])
-    elif command[1:4] == ["-m", "models.checkpoint", "export"]:
-        checkpoint.parse_args(command[3:])
-    elif command[1:3] == ["-m", "tests.stress.kills"]:
-        kills.parse_args(command[3:])
-    elif command[1:3] == ["-m", "benchmarks"]:
-        importlib.import_module("benchmarks.__main__").parse_args(command[3:])
-    elif command[2].startswith("benchmarks."):
-        importlib.import_module(command[2]).parse_args(command[3:])
-    elif command[1:3] == ["-m", "evaluations.evaluator"]:
-        evaluator.parse_args(command[3:])
-    else:
-        assert command == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
+        places = ("train.sh", "eval.sh", "runtime/launch.py", "Makefile")
+        assert any(name in (ROOT / place).read_text() for place in places)
+    match command:
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["bash", "train.sh", recipe, *flags] | ["srun" | "sbatch", "bash", "train.sh", recipe, *flags]:
+            assert re.search(rf"^    {recipe}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
+            train.parse_args(flags)
+        case ["bash", "eval.sh", *flags]:
+            parse_eval(flags)
+        case ["bash", "toy/compare.sh", *flags]:
+            parse_module("toy.compare", flags)
+        case ["bash", script, *_]:
+            assert (ROOT / script).exists()
+        case ["python", "train.py", *flags]:
+            train.parse_args(flags)
+        case ["python", "generate.py", *flags]:
+            generate.parse_args(flags)
+        case ["python" | "accelerate", *rest] if "-m" in rest:
+            parse_module(*rest[rest.index("-m") + 1:][:1], rest[rest.index("-m") + 2:])
+        case ["pip", "install", "-r", file]:
+            assert (ROOT / file).exists()
+        case ["pip", "install", *_] | ["git", *_] | ["cd", *_]:
+            pass
+        case _:
+            raise AssertionError(f"unknown command: {' '.join(command)}")
 
 
-def test_readme_links_lead_somewhere():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_of_readme_and_docs_parse(command):
+    parse(list(command))
 
 
-@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", "toy/prepare.sh", "toy/compare.sh", ".ci/run"])
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_readme_is_short():
+    text = PAGES[0].read_text()
+    assert text.count("\n") <= 120 and len(text.split()) <= 1200
+
+
+# ---- scripts and recipes
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", "toy/prepare.sh", "toy/compare.sh", ".ci/run",
+                                    "tests/stress/slurm.sh"])
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
-
-
-def recipe_flags(script: str) -> list[str]:
-    return re.findall(r"--[a-z0-9-]+", "\n".join(line.partition("#")[0] for line in (ROOT / script).read_text().splitlines()))
 
 
 def test_recipes_use_flags_that_exist():
     known = {"train.sh": set(vars(train.parse_args([]))), "eval.sh": set(vars(generate.parse_args(["--ckpt", "x"])))}
     for script, spelled in known.items():
-        for flag in set(recipe_flags(script)) - {"--help"}:
+        code = "\n".join(line.partition("#")[0] for line in (ROOT / script).read_text().splitlines())
+        for flag in set(re.findall(r"--[a-z0-9-]+", code)) - {"--help"}:
             assert flag[2:].replace("-", "_") in spelled, f"{script}: {flag}"
 
 
