@@ -120,20 +120,23 @@ Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]  # keys (n,), n
 class Catalogue:
     """The entries of a store, from its catalogue file or listed.
 
-    Attributes: `keys` (n,) bytes, sorted; `names` (n,) bytes of their files; `labels` (n,) int64 or None; `metadata`,
-    the rest of dataset.json. Raises UserError as list_keyed and read_labels do.
+    Attributes: `keys` (n,) bytes, sorted; `names` (n,) bytes of their files; `metadata`, the content of dataset.json
+    but for `labels` (n,) int64 or None. Raises UserError as list_keyed and, at the first use of `labels`, read_labels.
     """
 
-    def __init__(self, store: Store, extensions: tuple[bytes, ...]):
+    def __init__(self, store: Store, extensions: tuple[bytes, ...], recall: bool = True):
         self.store = store
-        self.keys, self.names, self.labels, self.metadata = _recall(store, extensions) or _list(store, extensions)
+        found = _recall(store, extensions) if recall else None
+        if found is not None:
+            self.keys, self.names, self.labels, self.metadata = found
+            return
+        with _without_collector():
+            self.keys, self.names = list_keyed(store, extensions)
+            self.metadata = read_metadata(store)
 
-
-def _list(store: Store, extensions: tuple[bytes, ...]) -> Entries:
-    with _without_collector():
-        keys, names = list_keyed(store, extensions)
-        metadata = read_metadata(store)
-        return keys, names, _match(metadata.pop("labels", None), store.where(METADATA), keys), metadata
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys)
 
 
 def catalogue_file(path: str | Path) -> Path:
@@ -147,7 +150,8 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
     Raises UserError as Catalogue does.
     """
     store = open_store(path)
-    keys, names, labels, metadata = _list(store, extensions)
+    found = Catalogue(store, extensions, recall=False)
+    keys, names, labels, metadata = found.keys, found.names, found.labels, found.metadata
     # A zip's readers need all of its files that are not hidden, a folder's only those with a key.
     files = store.names() if isinstance(store, ZipStore) else np.sort(names)
     if not len(keys) or not _are_plain(files):
@@ -177,7 +181,7 @@ _notice_once = functools.cache(notice)
 
 
 def _recall(store: Store, extensions: tuple[bytes, ...]) -> Entries | None:
-    """`_list` from the store's catalogue file, which also gives a zip its directory; None without one that fits."""
+    """Read the store's catalogue file, which also gives a zip its directory; None without one that fits."""
     file = catalogue_file(store.path)
     try:
         with np.load(file, allow_pickle=False) as archive:
