@@ -63,16 +63,18 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
     return _match(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
 
 
-def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
-    """`read_labels` from the content "labels" of the file `where`."""
+def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of,
+           names: np.ndarray | None = None) -> np.ndarray | None:
+    """`read_labels` from "labels" in the file `where`; `names` (n,), the files of `keys`, save time."""
     if entries is None:
         return None
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     try:
-        named = [key(os.fsencode(name)) for name, _ in entries]
+        listed = [os.fsencode(name) for name, _ in entries]
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
+    named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
     fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
     listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # as wide as the longest
     values = np.array([label for _, label in entries], dtype=np.int64)[fitting]
@@ -136,7 +138,7 @@ class Catalogue:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys)
+        return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys, names=self.names)
 
 
 def catalogue_file(path: str | Path) -> Path:
