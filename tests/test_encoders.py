@@ -52,9 +52,10 @@ def test_preprocessing():
     # mean = std = 0.5, patch 16: no resize
     torch.testing.assert_close(encoder.preprocess(IMAGES), IMAGES / 127.5 - 1)
     encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(encoder.preprocess(IMAGES),
+                               F.interpolate((IMAGES / 255 - mean) / std, 56, mode="bicubic"))
 
 
 def test_tokens_on_the_grid_of_sit():
