@@ -1,36 +1,43 @@
-"""Preparing a data set: ADM's crop, convert, encode and check, whole, interrupted and continued, with one process and with two."""
+"""Preparing a data set: ADM's crop, convert, encode and check, begun, continued and refused, by one process and two."""
 
 import io
 import json
+import multiprocessing
 import os
+import resource
+import runpy
 import shutil
+import socket
 import struct
-import subprocess
 import sys
 import time
 import zipfile
 import zlib
 from collections import namedtuple
-from contextlib import nullcontext
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from dataset import LatentDataset
-from models.vae import Codec, LatentSpace, load_codec
-from preprocessing import convert as converting
-from preprocessing import encode as encoding
-from preprocessing.convert import convert, parse_resolution, to_png
+from models.vae import LatentSpace, load_codec
+from preprocessing.convert import image_name, parse_resolution, to_png
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.dataset_tools import main
-from preprocessing.encode import encode
+from preprocessing.destination import Destination, in_workers
+from runtime.catalogue import Catalogue, catalogue_file
+from runtime.launch import leave_processes
 from runtime.messages import UserError
+from runtime.stores import IMAGE_EXTENSIONS, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
-CROP = "center-crop-dhariwal"
+NAMES = [f"00000/img{i:08d}.png" for i in range(10)]
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -39,54 +46,55 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits may depend on the number of threads, and torchrun gives each process one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def saved(picture: Image.Image, form: str, **options) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, form, **options)
+    return data.getvalue()
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """Two class folders of pictures of several sizes."""
-    for folder, offset in (("cat", 0), ("dog", 10)):
-        (tmp_path / "photos" / folder).mkdir(parents=True)
-        for i in range(5):
-            noise(33 + 7 * i, 90 - 11 * i, offset + i).save(tmp_path / "photos" / folder / f"p{i}.png")
-    return tmp_path / "photos"
+def put(path: Path, content: bytes | Image.Image) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else saved(content, "png"))
+    return path
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> str:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.7,
-                  down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3).save_pretrained(path)
-    return str(path)
+def convert(source, dest, *flags: str) -> None:
+    main(["convert", f"--source={source}", f"--dest={dest}", "--resolution=32x32", "--workers=0", *flags])
 
 
-@pytest.fixture
-def images(photos, tmp_path) -> Path:
-    run_convert(photos, tmp_path / "data" / "images")
-    return tmp_path / "data" / "images"
+def encode(source, dest, *flags: str) -> None:
+    main(["encode", f"--source={source}", f"--dest={dest}", "--batch-size=4", "--workers=0", *flags])
 
 
-def run_convert(source, dest, resolution="32x32", transform=CROP, workers=0, max_images=None) -> None:
-    convert(str(source), str(dest), resolution, transform, workers, max_images)
+def fork(run, *args, **variables: str) -> BaseProcess:
+    """Start run(*args) as a process of its own with these environment variables, without importing torch again."""
+    def child() -> None:
+        os.environ.update(variables)
+        PartialState._reset_state()                               # this process may have joined nobody before
+        run(*args)
+        leave_processes()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
-def run_encode(source, dest, vae: str, batch_size=4, dtype="float32", workers=0, precision="fp32", compile=None) -> None:
-    encode(str(source), str(dest), vae, batch_size, dtype, workers, precision, compile)
+def refusal(capfd, run, *args) -> str:
+    """The one line with which run(*args) refuses to work."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*args)
+    error = capfd.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error and "Warning" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Everything in a folder or zip, hidden or not."""
+    """Every file of a folder or zip, hidden or not, but its catalogue."""
     if path.is_dir():
-        return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        found = [file for file in path.rglob("*") if file.is_file() and file != catalogue_file(path)]
+        return {str(file.relative_to(path)): file.read_bytes() for file in found}
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -95,22 +103,44 @@ def files(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(path).items() if name != "dataset.json"}
 
 
+def arrays(path: Path) -> np.ndarray:
+    return np.stack([np.load(io.BytesIO(data)) for _, data in sorted(files(path).items())])
+
+
 def metadata(path: Path) -> dict:
     return json.loads(contents(path)["dataset.json"])
 
 
-def run_program(arguments: list[str], cwd: Path = ROOT, expected: int = 0, **variables) -> subprocess.CompletedProcess:
-    """Run `python arguments...`, which must end with the status `expected`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expected, done.stderr
-    return done
+@pytest.fixture(scope="session")
+def source(tmp_path_factory, vae_folder, encoder_folder):
+    """Ten pictures of several sizes in two class folders, and the data set made of them. Copy it before changing it."""
+    place = tmp_path_factory.mktemp("preparation")
+    for i in range(10):
+        put(place / "photos" / ("cat", "dog")[i // 5] / f"p{i % 5}.png", noise(33 + 7 * (i % 5), 90 - 11 * (i % 5), i))
+    found = SimpleNamespace(photos=place / "photos", data=place / "data", images=place / "data/images",
+                            moments=place / "data/vae-sd", features=place / "data/features-local-dir-encoder",
+                            vae=f"--model-url={vae_folder}", encoder=["--enc-type=local-dir:encoder"])
+    convert(found.photos, found.images)
+    encode(found.images, found.moments, found.vae)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(encoder_folder.parent)
+        encode(found.images, found.features, *found.encoder)
+    return found
 
 
-# ---- crop -----------------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def copy(source, tmp_path):
+    """The same in a folder of the test's own, without features."""
+    shutil.copytree(source.photos, tmp_path / "photos")
+    shutil.copytree(source.data, tmp_path / "data", ignore=shutil.ignore_patterns("features-*"))
+    return SimpleNamespace(photos=tmp_path / "photos", data=tmp_path / "data", images=tmp_path / "data/images",
+                           moments=tmp_path / "data/vae-sd", vae=source.vae)
+
+
+# ---- crop ------------------------------------------------------------------------------------------------------------
 
 def literal_adm_crop(picture: Image.Image, target: int) -> np.ndarray:
-    """The definition in words: halve by boxes while twice the target fits, scale bicubically to the target, cut the centre, floored."""
+    """The definition in words: halve by boxes while twice the target fits, scale bicubically, cut out the centre."""
     width, height = picture.size
     while width >= 2 * target and height >= 2 * target:
         width, height = width // 2, height // 2
@@ -122,198 +152,125 @@ def literal_adm_crop(picture: Image.Image, target: int) -> np.ndarray:
     return array[top:top + target, left:left + target]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (31, 29), (63, 64), (64, 65), (131, 129), (257, 90), (7, 200), (127, 127)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (31, 29), (63, 64), (64, 65), (131, 129), (257, 90), (7, 200)])
 def test_crop_equals_adm(size):
-    picture = noise(*size)
-    ours = np.array(center_crop(picture, 32))
-    assert ours.shape == (32, 32, 3) and (ours == literal_adm_crop(picture, 32)).all()
+    ours = np.array(center_crop(noise(*size), 32))
+    assert ours.shape == (32, 32, 3) and (ours == literal_adm_crop(noise(*size), 32)).all()
 
 
-def test_crop_keeps_the_centre_and_no_more():
+def test_crop_keeps_the_centre():
     picture = np.zeros((32, 97, 3), dtype=np.uint8)
     picture[:, 32:64] = np.arange(32)[None, :, None]
     assert (np.array(center_crop(Image.fromarray(picture), 32))[5, :, 0] == np.arange(32)).all()
 
 
-def test_a_png_is_written_plainly():
-    """Neither compressed nor filtered, so that to read it costs little; wide and high are not the same."""
-    for height, width in ((5, 7), (1, 1), (200, 150)):                            # the last takes more than one block of 64 KiB
-        picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        png = to_png(picture)
-        assert len(png) < height * (1 + 3 * width) + 100
-        for row in picture[:3]:
-            assert b"\0" + row.tobytes() in png
-        with Image.open(io.BytesIO(png)) as image:
-            image.verify()                                                        # checksums
-        with Image.open(io.BytesIO(png)) as image:
-            assert image.mode == "RGB" and (np.array(image) == picture).all()
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I"])
+def test_every_mode_becomes_rgb(mode):
+    grey = noise(40, 50).convert("L")
+    picture, expected = noise(40, 50).convert(mode.partition(";")[0]), None
+    if mode.startswith("I"):                                      # 257 * 8-bit grey: the same picture in 16 bits
+        sixteen = np.array(grey).astype(np.uint16 if mode == "I;16" else np.int32) * 257
+        picture, expected = Image.fromarray(sixteen), grey.convert("RGB")
+    assert picture.mode == mode
+    with Image.open(io.BytesIO(saved(picture, "tiff" if mode in ("CMYK", "I") else "png"))) as read:
+        assert (np.array(to_rgb(read, "x")) == np.array(expected or picture.convert("RGB"))).all()
 
 
-# ---- convert --------------------------------------------------------------------------------------------------------------------------
+def test_exif_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6                                              # a quarter turn
+    assert to_rgb(Image.open(io.BytesIO(saved(noise(40, 30), "jpeg", exif=exif))), "x").size == (40, 30)
 
-def test_convert_numbers_sorted_pictures_and_labels_folders(photos, images):
-    expected = {f"00000/img{i:08d}.png" for i in range(10)}
-    assert set(contents(images)) == expected | {"dataset.json"}
-    seventh = np.array(Image.open(images / "00000/img00000007.png"))
-    assert (seventh == np.array(center_crop(Image.open(photos / "dog/p2.png"), 32))).all()
-    assert metadata(images)["labels"] == [[f"00000/img{i:08d}.png", int(i >= 5)] for i in range(10)]
-    assert metadata(images)["transform"] == {"name": CROP, "resolution": 32}
+
+@pytest.mark.parametrize("height, width", [(5, 7), (1, 1), (200, 150)])   # the last takes more than a block of 64 KiB
+def test_a_png_is_neither_compressed_nor_filtered(height, width):
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    png = to_png(picture)
+    assert len(png) < height * (1 + 3 * width) + 100 and b"\0" + picture[0].tobytes() in png
+    with Image.open(io.BytesIO(png)) as image:
+        image.verify()                                            # checksums
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.mode == "RGB" and (np.array(image) == picture).all()
+
+
+# ---- convert ---------------------------------------------------------------------------------------------------------
+
+def test_convert_numbers_sorted_pictures_and_labels_folders(source):
+    assert set(contents(source.images)) == {*NAMES, "dataset.json"}
+    seventh = np.array(Image.open(source.images / NAMES[7]))
+    assert (seventh == np.array(center_crop(Image.open(source.photos / "dog/p2.png"), 32))).all()
+    assert metadata(source.images)["labels"] == [[name, int(i >= 5)] for i, name in enumerate(NAMES)]
+    assert metadata(source.images)["transform"] == {"name": "center-crop-dhariwal", "resolution": 32}
 
 
 @pytest.mark.parametrize("dest", ["out", "out.zip"])
-def test_convert_reads_and_writes_zips_with_many_workers(photos, images, tmp_path, dest):
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(photos.rglob("*.png"), reverse=True):
-            archive.write(file, file.relative_to(photos))
-    run_convert(tmp_path / "photos.zip", tmp_path / dest, workers=2)
-    assert files(tmp_path / dest) == files(images)
-    assert metadata(tmp_path / dest)["labels"] == metadata(images)["labels"]
-    assert {path.name for path in tmp_path.iterdir()} == {"photos", "photos.zip", "data", dest}
+def test_convert_reads_and_writes_zips_with_several_workers(source, tmp_path, dest):
+    shutil.make_archive(str(tmp_path / "photos"), "zip", source.photos)
+    convert(tmp_path / "photos.zip", tmp_path / dest, "--workers=2")
+    assert files(tmp_path / dest) == files(source.images)
+    assert metadata(tmp_path / dest)["labels"] == metadata(source.images)["labels"]
+    assert {path.name for path in tmp_path.iterdir()} - {"out.zip.catalogue.npz"} == {"photos.zip", dest}
     if dest.endswith(".zip"):
         with zipfile.ZipFile(tmp_path / dest) as archive:
-            assert archive.namelist() == [*sorted(files(images)), "dataset.json"]
-            assert {(entry.compress_type, entry.date_time[0]) for entry in archive.infolist()} == {(zipfile.ZIP_STORED, 1980)}
+            assert archive.namelist() == [*NAMES, "dataset.json"]
+            assert {(entry.compress_type, entry.date_time[0]) for entry in archive.infolist()} == {(0, 1980)}
 
 
-def test_chunks_of_pictures_come_when_they_are_done(photos, tmp_path, monkeypatch):
-    """Two workers: the first is held until the second has converted all that is not its own, which it may only out of order."""
-    monkeypatch.setattr(converting, "CHUNK", 1)
-    convert_one, held = converting._Conversion._convert, tmp_path / "held"
-
-    def slow(self, name):
-        for _ in range(3000 if name == self.names[0] else 0):
-            if len(list((tmp_path / "out").rglob("*.png"))) >= 7:
-                held.touch()
-                break
-            time.sleep(0.01)
-        return convert_one(self, name)
-
-    monkeypatch.setattr(converting._Conversion, "_convert", slow)
-    run_convert(photos, tmp_path / "out", workers=2)
-    assert held.exists() and len(files(tmp_path / "out")) == 10
+def wait_for_the_others(done: Path, item: int) -> int:
+    for _ in range(3000 if item == 0 else 0):
+        if done.exists():
+            break
+        time.sleep(0.01)
+    if item == 3:
+        done.touch()
+    return item
 
 
-def test_convert_takes_labels_of_the_source(photos, tmp_path):
-    names = sorted(str(file.relative_to(photos)) for file in photos.rglob("*.png"))
-    (photos / "dataset.json").write_text(json.dumps({"labels": [[name, 9 - i] for i, name in enumerate(names)][::-1]}))
-    run_convert(photos, tmp_path / "a", max_images=3)
-    assert metadata(tmp_path / "a")["labels"] == [[f"00000/img{i:08d}.png", 9 - i] for i in range(3)]
-    (photos / "dataset.json").write_text(json.dumps({"labels": None}))
-    run_convert(photos, tmp_path / "b")
-    assert metadata(tmp_path / "b")["labels"] is None
-    (photos / "dataset.json").write_text(json.dumps({"labels": [["cat/p0.png", 0]]}))
-    with pytest.raises(UserError, match=r"no label for 9 of 10 files \(cat/p1.png"):
-        run_convert(photos, tmp_path / "c")
+def test_workers_need_not_wait_for_a_slow_picture(tmp_path):
+    work = partial(wait_for_the_others, tmp_path / "done")
+    assert list(in_workers(work, [0, 1, 2, 3], 2, in_order=False)) in ([1, 2, 3, 0], [1, 2, 0, 3], [1, 3, 2, 0],
+                                                                       [1, 3, 0, 2])
+
+
+def test_labels_of_the_source_come_first(copy, tmp_path, capfd):
+    names = sorted(str(file.relative_to(copy.photos)) for file in copy.photos.rglob("*.png"))
+    for i, labels in enumerate(([[name, 9 - i] for i, name in enumerate(names)][::-1], None)):
+        (copy.photos / "dataset.json").write_text(json.dumps({"labels": labels}))
+        convert(copy.photos, tmp_path / f"{i}", "--max-images=3")
+    assert metadata(tmp_path / "0")["labels"] == [[name, 9 - i] for i, name in enumerate(NAMES[:3])]
+    assert metadata(tmp_path / "1")["labels"] is None
+    (copy.photos / "dataset.json").write_text(json.dumps({"labels": [["cat/p0.png", 0]]}))
+    assert "no label for 9 of 10 files (cat/p1.png" in refusal(capfd, convert, copy.photos, tmp_path / "c")
+
+
+def test_a_flat_folder_has_no_labels_and_a_mixed_one_is_refused(copy, tmp_path, capfd):
+    convert(copy.photos / "cat", tmp_path / "flat")
+    assert metadata(tmp_path / "flat")["labels"] is None
+    put(copy.photos / "loose.png", noise(40, 40))
+    assert "1 pictures lie beside" in refusal(capfd, convert, copy.photos, tmp_path / "mixed")
 
 
 def test_a_thousand_images_to_a_folder():
-    assert [converting.image_name(i) for i in (0, 999, 1000, 1234567)] == [
+    assert [image_name(i) for i in (0, 999, 1000, 1234567)] == [
         "00000/img00000000.png", "00000/img00000999.png", "00001/img00001000.png", "01234/img01234567.png"]
 
 
-def test_flat_folder_has_no_labels_and_a_mixed_one_is_refused(photos, tmp_path):
-    run_convert(photos / "cat", tmp_path / "flat")
-    assert metadata(tmp_path / "flat")["labels"] is None
-    noise(40, 40).save(photos / "loose.png")
-    with pytest.raises(UserError, match=r"1 pictures beside its class folders \(loose.png\)"):
-        run_convert(photos, tmp_path / "mixed")
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    grey = noise(40, 50).convert("L")
-    if mode.startswith("I"):  # 257 * 8-bit grey: the same picture in 16 bits
-        dtype = np.uint16 if mode == "I;16" else np.int32
-        picture = Image.fromarray(np.array(grey).astype(dtype) * 257)
-    else:
-        picture = noise(40, 50).convert(mode)
-    assert picture.mode == mode
-    extension = "tif" if mode in ("CMYK", "I") else "png"
-    (tmp_path / "a").mkdir()
-    picture.save(tmp_path / "a" / f"x.{extension}")
-    expected = np.array(center_crop(grey.convert("RGB") if mode.startswith("I") else picture.convert("RGB"), 32))
-    run_convert(tmp_path / "a", tmp_path / "b")
-    with Image.open(tmp_path / "b/00000/img00000000.png") as image:
-        assert image.mode == "RGB" and (np.array(image) == expected).all()
-
-
-def test_exif_orientation_is_not_applied():
-    data, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6                                                              # a quarter turn
-    noise(40, 30).save(data, "jpeg", exif=exif)
-    assert to_rgb(Image.open(data), "x").size == (40, 30)
-
-
-def test_floating_point_picture_is_refused():
-    with pytest.raises(UserError, match="x.tif is a floating-point picture"):
-        to_rgb(Image.new("F", (4, 4)), "x.tif")
-
-
-def animation(extension: str) -> bytes:
-    """Three frames, each of another picture."""
-    data = io.BytesIO()
-    first, *others = (noise(40, 50, seed) for seed in range(3))
-    first.save(data, extension, save_all=True, append_images=others, **({"lossless": True} if extension == "webp" else {}))
-    return data.getvalue()
-
-
 @pytest.mark.parametrize("extension", ["png", "gif", "webp"])
-def test_an_animation_is_its_first_frame(tmp_path, extension):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / f"x.{extension}").write_bytes(animation(extension))
-    alone = io.BytesIO()
-    noise(40, 50, 0).save(alone, extension, **({"lossless": True} if extension == "webp" else {}))
-    run_convert(tmp_path / "a", tmp_path / "b")
-    expected = np.array(center_crop(Image.open(alone).convert("RGB"), 32))
+def test_the_first_frame_of_an_animation_is_taken(tmp_path, extension):
+    options = {"lossless": True} if extension == "webp" else {}
+    frames = [noise(40, 50, seed) for seed in range(3)]
+    put(tmp_path / f"a/x.{extension}", saved(frames[0], extension, save_all=True, append_images=frames[1:], **options))
+    convert(tmp_path / "a", tmp_path / "b")
+    alone = Image.open(io.BytesIO(saved(frames[0], extension, **options))).convert("RGB")
     with Image.open(tmp_path / "b/00000/img00000000.png") as image:
-        assert (np.array(image) == expected).all()
+        assert (np.array(image) == np.array(center_crop(alone, 32))).all()
 
 
-def claiming(width: int, height: int) -> bytes:
-    """A png whose header says so and that holds no pixel."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def saved(picture: Image.Image, form: str) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, form)
-    return data.getvalue()
-
-
-REFUSED = {
-    "empty.png": (b"", "is not a readable image .none of BMP, GIF"), "text.png": (b"no picture", "is not a readable image .none of"),
-    "cut.png": (saved(noise(40, 50), "png")[:500], "is not a readable image"),
-    "cut.jpg": (saved(noise(40, 50), "jpeg")[:500], "is not a readable image"),
-    "eps.png": (saved(noise(8, 8), "eps"), "is not a readable image .none of"),   # for which Pillow would call Ghostscript
-    "float.tif": (saved(Image.new("F", (8, 8)), "tiff"), "is a floating-point picture"),
-    "strip.png": (saved(Image.new("L", (200_000, 1)), "png"), "is 200000x1 px and would be enlarged to 6400000x32"),
-    "bomb.png": (claiming(40_000, 40_000), "has more than 134217728 pixels"), "large.png": (claiming(12_000, 12_000), "has more than 134"),
-}
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")           # pytest sets aside the filters of others
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_picture_that_cannot_be_converted_is_named(tmp_path, name, zipped):
-    content, sentence = REFUSED[name]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / name).write_bytes(content)
-    if zipped:
-        shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
-    with pytest.raises(UserError, match=f"a.*{name} {sentence}") as caught:
-        run_convert(tmp_path / ("a.zip" if zipped else "a"), tmp_path / "b")
-    assert "\n" not in str(caught.value) and not list((tmp_path / "b").rglob("*.png"))
-
-
-def test_transform_none_wants_fitting_pictures(photos, images, tmp_path):
-    run_convert(images, tmp_path / "again", transform="none")
-    assert files(tmp_path / "again") == files(images)
-    with pytest.raises(UserError, match="p0.png is 33x90 px, expected 32x32"):
-        run_convert(photos, tmp_path / "b", transform="none")
+def test_transform_none_copies_fitting_pictures(source, tmp_path, capfd):
+    convert(source.images, tmp_path / "again", "--transform=none")
+    assert files(tmp_path / "again") == files(source.images)
+    assert "p0.png: 33x90 px, expected 32x32" in refusal(capfd, convert, source.photos, tmp_path / "b",
+                                                         "--transform=none")
 
 
 @pytest.mark.parametrize("text, value", [("256x256", 256), ("64", 64), ("32X32", 32)])
@@ -321,489 +278,385 @@ def test_resolution(text, value):
     assert parse_resolution(text) == value
 
 
-@pytest.mark.parametrize("text", ["256x128", "x256", "256x", "0x0", "-1", "a", "", "256x256x256", "1.5", "²", "9" * 5000, "99999x99999"])
-def test_wrong_resolution(text):
-    with pytest.raises(UserError, match="expected a square like 256x256"):
-        parse_resolution(text)
+def claiming(width: int, height: int) -> bytes:
+    """A png that holds no pixel, with a header of this size."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-# ---- what can go wrong ----------------------------------------------------------------------------------------------------------------
-
-def test_wrong_paths(photos, images, vae, tmp_path):
-    for run in (run_convert, lambda source, dest: run_encode(source, dest, vae)):
-        with pytest.raises(UserError, match="nowhere does not exist"):
-            run(tmp_path / "nowhere", tmp_path / "x")
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="empty holds no"):
-            run(tmp_path / "empty", tmp_path / "x")
-        with pytest.raises(UserError, match="lies in the source"):
-            run(images, images / "x")
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="file is a file: give a folder"):
-            run(images, tmp_path / "file")
-        with pytest.raises(UserError, match="cannot create"):
-            run(images, tmp_path / "file" / "x")
-        with pytest.raises(UserError, match="other files"):
-            run(images, photos)
-    with pytest.raises(UserError, match="--max-images 0"):
-        run_convert(photos, tmp_path / "x", max_images=0)
-    with pytest.raises(UserError, match="--batch-size 0"):
-        run_encode(images, tmp_path / "x", vae, batch_size=0)
-    with pytest.raises(UserError, match="no readable AutoencoderKL"):
-        run_encode(images, tmp_path / "x", str(tmp_path / "empty"))
-    assert not (tmp_path / "x").exists()
+UNREADABLE = {
+    "empty.png": (b"", "readable"), "text.png": (b"no picture", "readable"),
+    "cut.png": (saved(noise(40, 50), "png")[:500], "readable"),
+    "cut.jpg": (saved(noise(40, 50), "jpeg")[:500], "readable"),
+    "eps.png": (saved(noise(8, 8), "eps"), "readable"),           # for which Pillow would call Ghostscript
+    "float.tif": (saved(Image.new("F", (8, 8)), "tiff"), "floating-point"),
+    "strip.png": (saved(Image.new("L", (200_000, 1)), "png"), "enlarged to 6400000x32"),
+    "bomb.png": (claiming(40_000, 40_000), "134217728 pixels"), "large.png": (claiming(12_000, 12_000), "134217728"),
+}
 
 
-def test_corrupt_picture_is_named_in_one_line(photos, tmp_path):
-    """Although a worker meets it, whose error arrives as a traceback."""
-    (photos / "dog/p1.png").write_bytes((photos / "dog/p1.png").read_bytes()[:90])
-    done = run_program(["-m", "preprocessing.dataset_tools", "convert", f"--source={photos}", f"--dest={tmp_path / 'x'}",
-                        "--resolution=32x32", "--workers=1"], expected=2)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "dog/p1.png is not a readable image" in last and "Traceback" not in done.stderr
-    (photos / "dog/p1.png").write_bytes(claiming(12_000, 12_000))                 # of which Pillow would warn in two lines
-    done = run_program(["-m", "preprocessing.dataset_tools", "convert", f"--source={photos / 'dog'}", f"--dest={tmp_path / 'y'}",
-                        "--resolution=32x32", "--workers=0"], expected=2)
-    assert "dog/p1.png has more than 134217728 pixels" in done.stderr and "Warning" not in done.stderr
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")   # pytest overrides the filter of the stores
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_picture_that_cannot_be_converted_is_named(tmp_path, capfd, name, zipped):
+    content, word = UNREADABLE[name]
+    put(tmp_path / "a" / name, content)
+    if zipped:
+        shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
+    said = refusal(capfd, convert, tmp_path / ("a.zip" if zipped else "a"), tmp_path / "b")
+    assert name in said and word in said and not list((tmp_path / "b").rglob("*.png"))
+
+
+def test_an_error_in_a_worker_is_one_line(copy, tmp_path, capfd):
+    (copy.photos / "dog/p1.png").write_bytes(b"")
+    assert "dog/p1.png: not a readable image" in refusal(capfd, convert, copy.photos, tmp_path / "x", "--workers=1")
     assert not (tmp_path / "x/dataset.json").exists()
 
 
-# Names of a class folder that a file system takes.
-ODD = ["!ü", "a b", "ünï-日本", "line\nbreak", "quote\"'`$(x)", "--help", "\udcff\udc80", "n" * 200, "{0}%s", "a\\b", "c:", " ", "*"]
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("convert --source nowhere --dest x", "nowhere: does not exist"),
+    ("convert --source empty --dest x", "holds no pictures"),
+    ("convert --source images --dest images/x", "lies in the source"),
+    ("convert --source images --dest file", "is a file"),
+    ("convert --source images --dest folder.zip", "is a folder"),
+    ("convert --source images --dest file/x", "cannot be created"),
+    ("convert --source images --dest photos", "holds other files"),
+    ("convert --source images --dest of-others", "did not write"),
+    ("convert --source images --dest x --max-images 0", "--max-images 0"),
+    ("convert --source images --dest x --workers -1", "--workers -1"),
+    *((f"convert --source images --dest x --resolution {text}", "like 256x256") for text in (
+        "256x128", "x256", "256x", "0x0", "a", "256x256x256", "1.5", "²", "9" * 5000, "99999x99999")),
+    ("encode --source nowhere --dest x", "nowhere: does not exist"),
+    ("encode --source empty --dest x", "holds no images"),
+    ("encode --source images --dest images/x", "lies in the source"),
+    ("encode --source photos --dest x", "expected RGB of"),
+    ("encode --source images --dest x --batch-size 0", "--batch-size 0"),
+    ("encode --source images --dest x --model-url empty", "no readable AutoencoderKL"),
+    ("encode --source images --dest x --precision tf32", "--precision tf32"),
+    ("encode --source images --dest x --dtype int8", "--dtype int8"),
+    ("encode --source images --dest x --encoder-weights file", "--encoder-weights file"),
+    ("encode --source images --dest x --enc-type dinov2-vit-b", "DATA/features-dinov2-vit-b"),
+    *((f"encode --source images --dest features-dinov2-vit-b --enc-type dinov2-vit-b {flags}", flags) for flags in (
+        "--model-url mse", "--precision fp32", "--compile", "--encoder-weights nowhere", "--dtype float32")),
+    ("encode --source images --dest features-dinov2-vit-b --enc-type dinov2-vit-b --no-compile", "--compile"),
+    ("encode --source images --dest x --enc-type dinov2-vit-b,clip-vit-b", "one encoder at a time"),
+    ("check --source empty", "vae-sd"), ("check --source . --output x/look.png", "--output x/look.png"),
+    ("check --source . --output look.jpg", "--output look.jpg"),
+    ("check --source . --model-url empty", "no readable AutoencoderKL"),
+]
 
 
-def test_class_names_with_odd_characters(tmp_path, vae, monkeypatch):
+@pytest.fixture(scope="module")
+def places(source, tmp_path_factory):
+    """What REFUSED names."""
+    place = tmp_path_factory.mktemp("places")
+    for name in ("images", "photos"):
+        shutil.copytree(getattr(source, name), place / name)
+    shutil.copytree(source.moments, place / "vae-sd")
+    put(place / "file", b"")
+    put(place / "of-others/dataset.json", b'{"labels": null}')
+    (place / "empty").mkdir()
+    (place / "folder.zip").mkdir()
+    return place
+
+
+@pytest.mark.parametrize("line, word", REFUSED, ids=[line[:60] for line, _ in REFUSED])
+def test_refused_before_anything_is_written(places, monkeypatch, capfd, line, word):
+    monkeypatch.chdir(places)
+    before = {path for path in places.rglob("*") if path.name != "catalogue.npz"}
+    said = refusal(capfd, main, line.split())
+    assert word.removesuffix(" nowhere").strip() in said.replace("--compile True", "--compile")
+    assert {path for path in places.rglob("*") if path.name != "catalogue.npz"} == before
+
+
+@pytest.mark.parametrize("name, dest, word", [
+    ("\udcff.png", "x.zip", r"\udcff.npy cannot be in a zip"), ("a\\b.png", "x.zip", "cannot be in a zip"),
+    ("c:/x.png", "x.zip", "cannot be in a zip"), ("n" * 245 + ".png", "x", "longer than 255 bytes"),
+])
+def test_names_that_the_destination_cannot_hold(tmp_path, capfd, name, dest, word):
+    put(tmp_path / "images" / name, noise(32, 32))
+    assert word in refusal(capfd, encode, tmp_path / "images", tmp_path / dest)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("name", ["../../outside.png", "/outside.png", "a\\..\\outside.png"])
+@pytest.mark.parametrize("command", [convert, encode])
+def test_a_zip_cannot_write_outside_of_the_destination(tmp_path, capfd, name, command):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, saved(noise(32, 32), "png"))
+    assert "outside.png" in refusal(capfd, command, tmp_path / "a.zip", tmp_path / "deep/er/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_images_must_have_one_size_that_the_vae_can_halve(copy, tmp_path, capfd):
+    put(copy.images / NAMES[6], noise(64, 64))
+    assert f"{NAMES[6]}: RGB of 64x64" in refusal(capfd, encode, copy.images, tmp_path / "x", copy.vae)
+    convert(copy.photos, tmp_path / "odd", "--resolution=30x30")
+    assert "a multiple of 4 px" in refusal(capfd, encode, tmp_path / "odd", tmp_path / "y", copy.vae)
+    assert not (tmp_path / "y").exists()
+
+
+def test_moments_that_are_not_finite(source, vae_folder, tmp_path, capfd):
+    codec = load_codec(str(vae_folder))
+    codec.vae.quant_conv.weight.mul_(1e6)
+    codec.vae.save_pretrained(tmp_path / "vae")
+    assert f"{NAMES[0]}: its moments are not finite in float16" in refusal(
+        capfd, encode, source.images, tmp_path / "x", f"--model-url={tmp_path / 'vae'}", "--dtype=float16")
+
+
+# ---- interrupted and continued ---------------------------------------------------------------------------------------
+
+def begun(whole: Path, dest: Path, kept: int) -> Path:
+    """What a killed run that should have made `whole` leaves of `dest`: its record and the first `kept` files."""
+    folder = dest.with_name(f"{dest.name}.partial") if dest.suffix == ".zip" else dest
+    for name, data in sorted(files(whole).items())[:kept]:
+        put(folder / name, data)
+    put(folder / ".unfinished.json", json.dumps(metadata(whole)["made_with"]).encode())
+    put(folder / ".tmp/123", b"half of a file")
+    return folder
+
+
+@pytest.mark.parametrize("kept", [0, 6, 10])
+@pytest.mark.parametrize("zipped", ["", ".zip"])
+@pytest.mark.parametrize("kind", ["images", "moments", "features"])
+def test_interrupted_work_continues(source, encoder_folder, tmp_path, monkeypatch, capfd, kind, zipped, kept):
+    """Bit for bit: a batch of which a file is missing is encoded again as a whole."""
+    monkeypatch.chdir(encoder_folder.parent)
+    whole = getattr(source, kind)
+    dest = tmp_path / f"{whole.name}{zipped}"
+    work = {"images": partial(convert, source.photos, dest),
+            "moments": partial(encode, source.images, dest, source.vae),
+            "features": partial(encode, source.images, dest, *source.encoder)}[kind]
+    folder = begun(whole, dest, kept)
+    assert ("not exist" if zipped else "not finished") in refusal(capfd, convert, dest, tmp_path / "x")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.png")}
+    work()
+    assert contents(dest) == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} - {f"{dest.name}.catalogue.npz"} == {dest.name}
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items() if not zipped)
+    capfd.readouterr()
+    finished = dest.stat().st_mtime_ns
+    work()
+    assert "finished already (10 images): nothing to do" in capfd.readouterr().out
+    assert dest.stat().st_mtime_ns == finished
+
+
+def test_a_file_that_cannot_be_written_is_absent(source, tmp_path, capfd):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # less than an image
+    try:
+        assert f"{NAMES[0]}: cannot be written" in refusal(capfd, convert, source.photos, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "a").rglob("*.png")) == []
+    convert(source.photos, tmp_path / "a")
+    assert files(tmp_path / "a") == files(source.images)
+
+
+@pytest.mark.parametrize("dest, need", [("a", 10 * 4096), ("a.zip", 20 * 4096)])  # a zip's files are collected first
+def test_a_full_disk_is_noticed_first(source, tmp_path, monkeypatch, capfd, dest, need):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
+    assert "make room" in refusal(capfd, convert, source.photos, tmp_path / dest)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need))
+    convert(source.photos, tmp_path / dest)
+
+
+def test_work_with_a_gap_is_not_closed(tmp_path):
+    """As when one of several processes has died."""
+    dest = Destination(str(tmp_path / "a.zip"), np.array([b"a.npy", b"b.npy"]), (b".npy",), {}, "source")
+    dest.begin()
+    dest.write(b"a.npy", b"1")
+    with pytest.raises(UserError, match=r"lacks 1 of 2 files \(b.npy\)"):
+        dest.finish({})
+    assert not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize("kind", ["images", "moments"])
+def test_a_damaged_file_that_was_removed_is_made_again(source, tmp_path, capfd, kind):
+    """As `check` asks for, after the work was finished once."""
+    whole, dest = getattr(source, kind), tmp_path / "x"
+    shutil.copytree(whole, dest)
+    next(dest.rglob("*0003.*")).unlink()
+    convert(source.photos, dest) if kind == "images" else encode(source.images, dest, source.vae)
+    assert contents(dest) == contents(whole) and "nothing to do" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content, word", [(b"", "damaged"), (b"[" * 100_000, "damaged"), (b"[]", "did not write")])
+def test_an_unreadable_record_of_settings(source, tmp_path, capfd, content, word):
+    put(tmp_path / "x/.unfinished.json", content)
+    assert word in refusal(capfd, convert, source.photos, tmp_path / "x")
+
+
+def test_a_source_that_changed_needs_another_destination(copy, tmp_path, capfd):
+    convert(copy.photos, tmp_path / "images")
+    (copy.photos / "cat/p0.png").rename(copy.photos / "cat/p9.png")           # as many pictures, in another order
+    assert "source_contents" in refusal(capfd, convert, copy.photos, tmp_path / "images")
+    (copy.images / "dataset.json").write_text('{"labels": null}')
+    assert "source_contents" in refusal(capfd, encode, copy.images, copy.moments, copy.vae)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("zipped", ["", ".zip"])
+def test_other_settings_need_another_destination(source, tmp_path, capfd, finished, zipped):
+    images, moments = tmp_path / f"images{zipped}", tmp_path / f"vae-sd{zipped}"
+    if finished:
+        convert(source.photos, images)
+        encode(source.images, moments, source.vae)
+    else:
+        begun(source.images, images, 3)
+        begun(source.moments, moments, 3)
+    for words, work, *args in (
+            ("made with resolution 32, now resolution 16", convert, source.photos, images, "--resolution=16"),
+            ("images 3", convert, source.photos, images, "--max-images=3"),
+            ("now transform none", convert, source.photos, images, "--transform=none"),
+            ("made with source ", convert, source.photos / "cat", images),
+            ("made with command convert", encode, source.images, images, source.vae),
+            ("dtype float32, now dtype float16", encode, source.images, moments, source.vae, "--dtype=float16"),
+            ("precision fp32, now precision bf16", encode, source.images, moments, source.vae, "--precision=bf16"),
+            ("now vae stabilityai/sd-vae-ft-ema", encode, source.images, moments, "--model-url=ema")):
+        assert words in refusal(capfd, work, *args)
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+def test_moments_are_the_codecs_under_the_same_keys(source, vae_folder):
+    codec, entries = load_codec(str(vae_folder)), LatentDataset(source.data)
+    assert len(entries) == 10 and entries.num_classes == 2 and entries.resolution == 32
+    assert LatentSpace.from_record(entries.vae_record) == codec.space and entries.moments_shape == (8, 8, 8)
+    for i in (0, 3, 9):
+        image, moments, label = entries[i]
+        assert torch.allclose(moments, codec.encode(image[None])[0], atol=1e-5) and label == int(i >= 5)
+        assert (moments[4:] > 0).all()                            # the second half is a standard deviation
+    assert metadata(source.moments)["labels"][7] == ["00000/img-mean-std-00000007.npy", 1]
+
+
+def test_encode_zip_to_zip_in_half_precision(source, tmp_path):
+    convert(source.images, tmp_path / "images.zip", "--transform=none")
+    encode(tmp_path / "images.zip", tmp_path / "vae-sd.zip", source.vae, "--dtype=float16", "--workers=1")
+    half, full = arrays(tmp_path / "vae-sd.zip"), arrays(source.moments)
+    assert half.dtype == np.float16 and (half == full.astype(np.float16)).all()
+    assert len(LatentDataset(tmp_path)) == 10
+
+
+def test_bf16_moves_moments_by_its_rounding(source, tmp_path):
+    """Each rounding is up to 2^-9 of a value; some thirty layers of sums add up to less than ten times that."""
+    encode(source.images, tmp_path / "bf16", source.vae, "--precision=bf16")
+    exact, coarse = arrays(source.moments), arrays(tmp_path / "bf16")
+    assert coarse.dtype == np.float32 and 2e-4 < np.abs(coarse - exact).mean() / np.abs(exact).mean() < 0.02
+    assert metadata(tmp_path / "bf16")["made_with"]["precision"] == "bf16"
+
+
+def test_images_under_any_name_keep_their_keys(source, tmp_path):
+    for name in ("n02/b.png", "n01/img-x.png"):
+        put(tmp_path / "images" / name, noise(32, 32))
+    encode(tmp_path / "images", tmp_path / "vae-sd", source.vae)
+    assert set(files(tmp_path / "vae-sd")) == {"n02/img-mean-std-b.npy", "n01/img-mean-std--x.npy"}
+    assert len(LatentDataset(tmp_path)) == 2
+
+
+def test_two_processes_write_what_one_writes(source, tmp_path, capfd):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [fork(encode, source.images, tmp_path / "two.zip", source.vae, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true") for rank in "01"]
+    assert [rank.join() or rank.exitcode for rank in ranks] == [0, 0]
+    assert capfd.readouterr().out.count("moments of 10 images") == 1
+    assert metadata(tmp_path / "two.zip") == metadata(source.moments)
+    assert (arrays(tmp_path / "two.zip") == arrays(source.moments)).all()
+
+
+# ---- names of others -------------------------------------------------------------------------------------------------
+
+ODD = ["!ü", "a b", "ünï-日本", "line\nbreak", "quote\"'`$(x)", "--help", "\udcff\udc80", "n" * 200, "{0}%s", "a\\b",
+       "c:", " ", "*"]                                            # names of a class folder that a file system takes
+
+
+def test_class_names_with_odd_characters(source, tmp_path, monkeypatch):
     for i, name in enumerate(ODD):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        noise(32, 32, i).save(tmp_path / "photos" / name / f"img {name[:100]}.png")
+        put(tmp_path / "photos" / name / f"img {name[:100]}.png", noise(32, 32, i))
     printed = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii", errors="strict"))       # a terminal that knows little
-    main(["convert", f"--source={tmp_path / 'photos'}", f"--dest={tmp_path / 'a/images'}", "--resolution=32x32", "--workers=0"])
-    main(["encode", f"--source={tmp_path / 'a/images'}", f"--dest={tmp_path / 'a/vae-sd'}", f"--model-url={vae}", "--workers=0"])
-    (tmp_path / "b").mkdir()
-    shutil.copytree(tmp_path / "photos", tmp_path / "b/images")                    # and under their own names, as keys of moments
-    run_encode(tmp_path / "b/images", tmp_path / "b/vae-sd", vae)
-    sys.stdout.flush()
-    assert printed.getvalue().count(b"\n") == 3
-    numbered, named = LatentDataset(tmp_path / "a"), LatentDataset(tmp_path / "b")
+    terminal = io.TextIOWrapper(printed, encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)                  # of few letters
+    convert(tmp_path / "photos", tmp_path / "a\udcff\n/images")
+    encode(tmp_path / "a\udcff\n/images", tmp_path / "a\udcff\n/vae-sd", source.vae)
+    shutil.copytree(tmp_path / "photos", tmp_path / "b/images")   # and under their own names, as keys of moments
+    encode(tmp_path / "b/images", tmp_path / "b/vae-sd", source.vae)
+    terminal.flush()
+    assert printed.getvalue().count(b"\n") == 5 and b"a\\udcff\\n/images: 13 images" in printed.getvalue()
+    numbered, named = LatentDataset(tmp_path / "a\udcff\n"), LatentDataset(tmp_path / "b")
     assert numbered.labels.tolist() == list(range(len(ODD))) and len(named) == len(ODD)
     order = sorted(range(len(ODD)), key=lambda i: os.fsencode(f"{ODD[i]}/{ODD[i][:100]}"))
     for k, i in enumerate(order):
         assert (named[k][0].permute(1, 2, 0).numpy() == np.array(noise(32, 32, i))).all()
 
 
-def test_a_printed_class_name_is_one_line_in_any_encoding(tmp_path, monkeypatch):
-    """Also where `convert` is called by another program, whose stdout is strict."""
-    for name in ("line\nbreak", "\udcff"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        noise(32, 32).save(tmp_path / "photos" / name / "x.png")
-    printed = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8", errors="strict"))
-    run_convert(tmp_path / "photos", tmp_path / "out\udcff\n")
-    sys.stdout.flush()
-    assert printed.getvalue().endswith(b"out\\udcff\\n: 2 images of 32x32, labels from 2 sorted folders (line\\nbreak, \\udcff)\n")
+# ---- check, catalogues and the command line --------------------------------------------------------------------------
 
+def check(data: Path, picture: Path, *flags: str) -> None:
+    main(["check", f"--source={data}", f"--output={picture}", "--workers=0", *flags])
 
-@pytest.mark.parametrize("name, dest, sentence", [
-    ("\udcff.png", "x.zip", r"\\udcff.npy cannot be named in the zip"), ("a\\b.png", "x.zip", "cannot be named in the zip"),
-    ("c:/x.png", "x.zip", "cannot be named in the zip"), ("n" * 245 + ".png", "x", "is longer than 255 bytes"),
-])
-def test_keys_that_no_destination_takes_are_refused_at_once(tmp_path, vae, name, dest, sentence):
-    (tmp_path / "images" / name).parent.mkdir(parents=True)
-    noise(32, 32).save(tmp_path / "images" / name)
-    with pytest.raises(UserError, match=sentence):
-        run_encode(tmp_path / "images", tmp_path / dest, vae)
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
-
-@pytest.mark.parametrize("name", ["../../outside.png", "/outside.png", "a\\..\\outside.png"])
-def test_a_zip_writes_nothing_outside_of_the_destination(tmp_path, vae, name):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr(name, saved(noise(32, 32), "png"))
-    for run in (run_convert, lambda source, dest: run_encode(source, dest, vae)):
-        with pytest.raises(UserError, match="a.zip holds .*outside.png: expected relative names"):
-            run(tmp_path / "a.zip", tmp_path / "deep/er/out")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
-
-
-def test_images_of_another_size_are_named(images, vae, tmp_path):
-    noise(64, 64).save(images / "00000/img00000006.png")
-    with pytest.raises(UserError, match="img00000006.png is RGB of 64x64 px, expected RGB of 32x32"):
-        run_encode(images, tmp_path / "x", vae)
-
-
-def test_images_that_the_vae_cannot_halve(photos, vae, tmp_path):
-    run_convert(photos, tmp_path / "odd", resolution="30x30")
-    with pytest.raises(UserError, match="images of 30 px cannot be encoded .* multiple of 4"):
-        run_encode(tmp_path / "odd", tmp_path / "x", vae)
-    assert not (tmp_path / "x").exists()
-
-
-def test_moments_that_are_not_finite(images, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "load_codec", lambda *args: broken)
-    broken = load_codec(vae)
-    broken.encode = lambda images: torch.full((len(images), 8, 8, 8), 1e9)
-    with pytest.raises(UserError, match="img00000000.png are not finite in float16"):
-        run_encode(images, tmp_path / "x", vae, dtype="float16")
-
-
-def test_launcher_whose_processes_do_not_meet(images, vae, tmp_path, monkeypatch):
-    assert encoding.join_processes().num_processes == 1
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="started 2 processes, but accelerate sees 1"):
-        run_encode(images, tmp_path / "x", vae)
-
-
-# ---- interrupted work -----------------------------------------------------------------------------------------------------------------
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(monkeypatch, count: int) -> None:
-    """Every command stops before it writes file number `count` (the record of settings is number 0)."""
-    from preprocessing.work import Destination
-
-    write, written = Destination.write, []
-
-    def limited(self, name, data):
-        if len(written) == count:
-            raise Interrupted
-        written.append(name)
-        write(self, name, data)
-
-    monkeypatch.setattr(Destination, "write", limited)
-
-
-@pytest.mark.parametrize("command", ["convert", "encode"])
-@pytest.mark.parametrize("dest", ["out", "out.zip"])
-@pytest.mark.parametrize("count", [1, 7, 11])                                     # no image, some images, all but dataset.json
-def test_interrupted_work_continues(photos, images, vae, tmp_path, capsys, command, dest, count):
-    def run(dest):
-        run_convert(photos, tmp_path / dest) if command == "convert" else run_encode(images, tmp_path / dest, vae)
-
-    run("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, count)
-        with pytest.raises(Interrupted):
-            run(dest)
-    begun = tmp_path / f"{dest}.partial" if dest.endswith(".zip") else tmp_path / dest
-    assert len(list(begun.rglob("*.*g")) + list(begun.rglob("*.npy"))) == count - 1 and not (begun / "dataset.json").exists()
-    with pytest.raises(UserError, match="not finished" if begun == tmp_path / dest else "does not exist"):
-        run_convert(tmp_path / dest, tmp_path / "x")
-
-    kept = {file: file.stat().st_mtime_ns for file in begun.rglob("*.png")}
-    run(dest)
-    assert contents(tmp_path / dest) == contents(tmp_path / "whole")
-    if begun == tmp_path / dest:
-        assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
-    assert {path.name for path in tmp_path.iterdir()} == {"photos", "data", "whole", dest}
-
-    capsys.readouterr()
-    before = (tmp_path / dest).stat().st_mtime_ns
-    run(dest)
-    assert "finished already (10 images): nothing to do" in capsys.readouterr().out
-    assert (tmp_path / dest).stat().st_mtime_ns == before
-
-
-def test_killed_between_the_last_file_and_the_cleaning(photos, tmp_path):
-    run_convert(photos, tmp_path / "a")
-    run_convert(photos, tmp_path / "a.zip")
-    whole = contents(tmp_path / "a")
-    settings = json.dumps(metadata(tmp_path / "a")["made_with"])
-    (tmp_path / "a/.unfinished.json").write_text(settings)
-    shutil.copytree(tmp_path / "a", tmp_path / "a.zip.partial")
-    run_convert(tmp_path / "a", tmp_path / "readable")
-    run_convert(photos, tmp_path / "a")
-    run_convert(photos, tmp_path / "a.zip")
-    assert contents(tmp_path / "a") == whole and not (tmp_path / "a.zip.partial").exists()
-
-
-def test_a_file_appears_whole_or_not_at_all(photos, tmp_path):
-    def full(source, target):
-        if Path(target).suffix == ".png":
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    rename = os.replace
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(UserError, match="cannot write .*img00000000.png: No space left"):
-            run_convert(photos, tmp_path / "a")
-    assert list((tmp_path / "a").rglob("*.png")) == []
-    run_convert(photos, tmp_path / "a")
-    assert len(contents(tmp_path / "a")) == 11
-
-
-def test_work_with_a_gap_is_not_closed(images, vae, tmp_path):
-    """As when one of several processes died: the next run fills the gap."""
-    from preprocessing.work import Destination
-
-    write = Destination.write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Destination, "write", lambda self, name, data: None if b"0007" in os.fsencode(name) else write(self, name, data))
-        with pytest.raises(UserError, match=r"lacks 1 of 10 files \(00000/img-mean-std-00000007.npy\): give the same command again"):
-            run_encode(images, tmp_path / "a.zip", vae)
-    assert not (tmp_path / "a.zip").exists()
-    run_encode(images, tmp_path / "a.zip", vae)
-    assert len(files(tmp_path / "a.zip")) == 10
-
-
-def test_a_damaged_file_that_was_removed_is_made_again(photos, images, vae, tmp_path, capsys):
-    """As `check` asks for, after the work was finished once."""
-    run_encode(images, tmp_path / "moments", vae)
-    for folder, name in ((images, "00000/img00000003.png"), (tmp_path / "moments", "00000/img-mean-std-00000003.npy")):
-        whole = contents(folder)
-        (folder / name).unlink()
-        run_convert(photos, images) if folder == images else run_encode(images, tmp_path / "moments", vae)
-        assert contents(folder) == whole
-    assert "finished already" not in capsys.readouterr().out
-
-
-def test_a_record_of_settings_that_cannot_be_read_is_said(photos, tmp_path):
-    for content, sentence in ((b"", "unfinished.json is damaged: remove .*x and begin again"), (b"[" * 100_000, "is damaged"),
-                              (b"[]", "did not write")):
-        (tmp_path / "x").mkdir(exist_ok=True)
-        (tmp_path / "x/.unfinished.json").write_bytes(content)
-        with pytest.raises(UserError, match=sentence):
-            run_convert(photos, tmp_path / "x")
-    (tmp_path / "x/dataset.json").write_text('{"made_with": [1]}')
-    with pytest.raises(UserError, match="did not write"):
-        run_convert(photos, tmp_path / "x")
-
-
-def test_a_source_that_changed_needs_another_destination(photos, images, vae, tmp_path):
-    run_encode(images, tmp_path / "moments", vae)
-    (photos / "cat/p0.png").rename(photos / "cat/p9.png")                         # as many pictures, in another order
-    with pytest.raises(UserError, match="was begun from other files or labels"):
-        run_convert(photos, images)
-    (images / "dataset.json").write_text('{"labels": null}')
-    with pytest.raises(UserError, match="was begun from other files or labels"):
-        run_encode(images, tmp_path / "moments", vae)
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("dest", ["out", "out.zip"])
-def test_other_settings_need_another_destination(photos, images, vae, tmp_path, finished, dest):
-    for work in (lambda: run_convert(photos, tmp_path / dest), lambda: run_encode(images, tmp_path / f"m-{dest}", vae)):
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_after(patch, 100 if finished else 3)
-            with nullcontext() if finished else pytest.raises(Interrupted):
-                work()
-    for wrong, settings in (("was made with resolution 32, now resolution 16", {"resolution": "16x16"}),
-                            (r"other files or labels \(10 images, now 3", {"max_images": 3}),
-                            ("was made with .*transform", {"transform": "none"})):
-        with pytest.raises(UserError, match=wrong):
-            run_convert(photos, tmp_path / dest, **settings)
-    with pytest.raises(UserError, match="was made with source"):
-        run_convert(photos / "cat", tmp_path / dest)
-    with pytest.raises(UserError, match="was made with command convert"):
-        run_encode(images, tmp_path / dest, vae)
-    with pytest.raises(UserError, match="was made with dtype float32, now dtype float16"):
-        run_encode(images, tmp_path / f"m-{dest}", vae, dtype="float16")
-
-
-def test_a_data_set_of_others_is_not_overwritten(photos, images, tmp_path):
-    (images / "dataset.json").write_text('{"labels": null}')
-    with pytest.raises(UserError, match="did not write: choose another --dest"):
-        run_convert(photos, images)
-
-
-def test_a_full_disk_is_seen_before_the_zip_is_begun(photos, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 5000))
-        with pytest.raises(UserError, match="make room and give the same command again"):
-            run_convert(photos, tmp_path / "a.zip")
-    assert [path.name for path in tmp_path.iterdir() if path.name != "photos"] == ["a.zip.partial"]
-    monkeypatch.setattr(converting, "center_crop", None)  # nothing is left to crop
-    run_convert(photos, tmp_path / "a.zip")
-    assert len(files(tmp_path / "a.zip")) == 10
-
-
-# ---- encode ---------------------------------------------------------------------------------------------------------------------------
-
-def test_encode_writes_the_codec_s_moments_under_the_same_keys(images, vae, tmp_path):
-    run_encode(images, tmp_path / "data/vae-sd", vae)
-    codec = load_codec(vae)
-    entries = LatentDataset(tmp_path / "data")
-    assert len(entries) == 10 and entries.num_classes == 2 and entries.resolution == 32 and entries.moments_shape == (8, 8, 8)
-    assert LatentSpace.from_record(entries.vae_record) == codec.space and codec.space.scale == 0.7
-    for i in (0, 3, 9):
-        image, moments, label = entries[i]
-        assert torch.allclose(moments, codec.encode(image[None])[0], atol=1e-5) and label == int(i >= 5)
-        assert (moments[4:] > 0).all()                                            # the second half is a standard deviation
-    assert metadata(tmp_path / "data/vae-sd")["labels"][7] == ["00000/img-mean-std-00000007.npy", 1]
-
-
-def test_encode_zip_to_zip_in_half_precision(images, vae, tmp_path):
-    run_convert(images, tmp_path / "data2" / "images.zip", transform="none")
-    run_encode(tmp_path / "data2/images.zip", tmp_path / "data2/vae-sd.zip", vae, dtype="float16", workers=1)
-    run_encode(images, tmp_path / "data/vae-sd", vae)
-    half, full = LatentDataset(tmp_path / "data2"), LatentDataset(tmp_path / "data")
-    assert np.load(io.BytesIO(contents(tmp_path / "data2/vae-sd.zip")["00000/img-mean-std-00000004.npy"])).dtype == np.float16
-    assert torch.allclose(half[4][1], full[4][1], atol=2e-3) and not torch.equal(half[4][1], full[4][1])
-
-
-def test_bf16_moves_moments_by_its_rounding(images, vae, tmp_path):
-    """Eight bits are 2^-9 of a value each time it is rounded; some thirty layers of sums add up to less than ten times that."""
-    run_encode(images, tmp_path / "fp32", vae)
-    run_encode(images, tmp_path / "bf16", vae, precision="bf16")
-    exact, coarse = (np.stack([np.load(io.BytesIO(data)) for _, data in sorted(files(tmp_path / name).items())])
-                     for name in ("fp32", "bf16"))
-    assert coarse.dtype == np.float32 and 2e-4 < np.abs(coarse - exact).mean() / np.abs(exact).mean() < 0.02
-    assert metadata(tmp_path / "bf16")["made_with"]["precision"] == "bf16"
-
-
-def test_a_compiled_vae_sees_batches_of_one_size(images, vae, tmp_path, monkeypatch):
-    """Of ten images the last two are filled up to four; what was compiled is said in the record, and does not mix with what was not."""
-    monkeypatch.setattr(encoding, "choose_same_kernels", lambda: None)
-    monkeypatch.setattr(encoding, "compiler_works", lambda _: True)
-    asked, sizes, plainly = [], [], Codec.encode
-    monkeypatch.setattr(encoding, "compile_parts", lambda network: asked.append(type(network).__name__))
-    monkeypatch.setattr(Codec, "encode", lambda self, batch: sizes.append(len(batch)) or plainly(self, batch))
-    run_encode(images, tmp_path / "compiled", vae, compile=True)
-    assert asked == ["AutoencoderKL"] and sizes == [4, 4, 4]
-    assert metadata(tmp_path / "compiled")["made_with"]["compiled"] is True
-    run_encode(images, tmp_path / "plain", vae)
-    assert asked == ["AutoencoderKL"] and sizes[3:] == [4, 4, 2] and metadata(tmp_path / "plain")["made_with"]["compiled"] is False
-    found = [files(tmp_path / name) for name in ("compiled", "plain")]
-    assert found[0].keys() == found[1].keys() and len(found[0]) == 10
-    for name in found[0]:
-        a, b = (np.load(io.BytesIO(some[name])) for some in found)
-        assert np.allclose(a, b, atol=1e-5)
-    with pytest.raises(UserError, match="was made with compiled True, now compiled False is asked for"):
-        run_encode(images, tmp_path / "compiled", vae)
-
-
-def test_a_machine_that_cannot_compile_says_what_it_did(images, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "compiler_works", lambda _: False)
-    run_encode(images, tmp_path / "moments", vae, compile=True)
-    assert metadata(tmp_path / "moments")["made_with"]["compiled"] is False
-
-
-def test_processes_that_cannot_all_compile(images, vae, tmp_path, monkeypatch):
-    from accelerate import utils
-
-    monkeypatch.setattr(utils, "gather_object", lambda mine: [*mine, not mine[0]])
-    with pytest.raises(UserError, match="add --no-compile"):
-        run_encode(images, tmp_path / "moments", vae)
-    assert not (tmp_path / "moments").exists()
-
-
-def test_tf32_is_refused_on_a_cpu(images, vae, tmp_path):
-    with pytest.raises(UserError, match="--precision is tf32, which is a GPU's"):
-        run_encode(images, tmp_path / "x", vae, precision="tf32")
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_precisions_do_not_mix_and_a_record_without_one_is_fp32s(images, vae, tmp_path, finished):
-    dest = tmp_path / "moments"
-    run_encode(images, dest, vae)
-    whole = contents(dest)
-    record = dest / "dataset.json"
-    made = json.loads(record.read_text())
-    del made["made_with"]["precision"]                                            # as it was written before there was a choice
-    record.write_text(json.dumps(made))
-    if not finished:
-        (dest / ".unfinished.json").write_text(json.dumps(made["made_with"]))
-        record.unlink()
-        (dest / "00000/img-mean-std-00000003.npy").unlink()
-    with pytest.raises(UserError, match="was made with precision fp32, now precision bf16 is asked for"):
-        run_encode(images, dest, vae, precision="bf16")
-    run_encode(images, dest, vae)
-    assert files(dest) == {name: data for name, data in whole.items() if name != "dataset.json"}
-    run_encode(images, tmp_path / "coarse", vae, precision="bf16")
-    with pytest.raises(UserError, match="was made with precision bf16, now precision fp32 is asked for"):
-        run_encode(images, tmp_path / "coarse", vae)
-
-
-def test_images_under_any_name_keep_their_keys(tmp_path, vae):
-    for name in ("n02/b.png", "n01/img-x.png"):
-        (tmp_path / "images" / name).parent.mkdir(parents=True)
-        noise(32, 32).save(tmp_path / "images" / name)
-    run_encode(tmp_path / "images", tmp_path / "vae-sd", vae)
-    assert set(files(tmp_path / "vae-sd")) == {"n02/img-mean-std-b.npy", "n01/img-mean-std--x.npy"}
-    assert len(LatentDataset(tmp_path)) == 2
-
-
-def test_a_batch_with_a_missing_file_is_redone_whole(images, vae, tmp_path):
-    """The last batch is odd in size, so that redoing a single file would use another batch size, and the bits might differ."""
-    run_encode(images, tmp_path / "whole", vae)
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, 10)
-        with pytest.raises(Interrupted):
-            run_encode(images, tmp_path / "out", vae)
-    sizes = []
-    with pytest.MonkeyPatch.context() as patch:
-        codec = load_codec(vae)
-        encode_batch = codec.encode
-        codec.encode = lambda batch: (sizes.append(len(batch)), encode_batch(batch))[1]
-        patch.setattr(encoding, "load_codec", lambda *args: codec)
-        run_encode(images, tmp_path / "out", vae)
-    assert sizes == [2] and contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_two_processes_write_what_one_writes(images, vae, tmp_path):
-    run_encode(images, tmp_path / "one.zip", vae, batch_size=3)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_program([*torchrun, "-m", "preprocessing.dataset_tools", "encode", f"--source={images}", f"--dest={tmp_path / 'two.zip'}",
-                        f"--model-url={vae}", "--batch-size=3", "--workers=0"], ACCELERATE_USE_CPU="true")
-    assert done.stdout.count("moments of 10 images") == 1
-    one, two = files(tmp_path / "one.zip"), files(tmp_path / "two.zip")
-    assert one.keys() == two.keys() and metadata(tmp_path / "one.zip") == metadata(tmp_path / "two.zip")
-    for name in one:
-        assert np.allclose(np.load(io.BytesIO(one[name])), np.load(io.BytesIO(two[name])), atol=1e-6)
-
-
-# ---- check and the command line -------------------------------------------------------------------------------------------------------
-
-def test_check_draws_images_above_decoded_latents(images, vae, tmp_path, capsys):
-    run_encode(images, tmp_path / "data/vae-sd", vae)
-    main(["check", f"--source={tmp_path / 'data'}", f"--output={tmp_path / 'look.png'}", "--workers=1"])
-    summary = capsys.readouterr().out.strip().splitlines()[-1]
-    assert "10 images of 32 px, moments (8, 8, 8), 2 classes, all readable" in summary and "PSNR" in summary
+def test_check_draws_images_above_decoded_latents(source, vae_folder, tmp_path, capfd):
+    check(source.data, tmp_path / "look.png", "--workers=1")
+    summary = capfd.readouterr().out.strip().splitlines()[-1]
+    for words in ("10 images of 32 px, moments (8, 8, 8), 2 classes", "features of local-dir:encoder", "PSNR"):
+        assert words in summary
     picture = np.array(Image.open(tmp_path / "look.png"))
     assert picture.shape == (64, 8 * 32, 3)
-    assert (picture[:32, :32] == np.array(Image.open(images / "00000/img00000000.png"))).all()
-    codec, moments = load_codec(vae), torch.from_numpy(np.load(tmp_path / "data/vae-sd/00000/img-mean-std-00000000.npy"))[None]
+    assert (picture[:32, :32] == np.array(Image.open(source.images / NAMES[0]))).all()
+    codec, moments = load_codec(str(vae_folder)), torch.from_numpy(arrays(source.moments)[:1])
     decoded = codec.decode(codec.space.latents(moments, torch.zeros(1, 4, 8, 8)))[0].permute(1, 2, 0).numpy()
     assert (abs(picture[32:, :32].astype(int) - decoded) <= 1).all()
 
 
-def test_check_says_what_is_wrong(images, vae, tmp_path, capsys):
-    data = tmp_path / "data"
-
-    def fail(match: str, *flags: str) -> None:
-        with pytest.raises(SystemExit):
-            main(["check", f"--source={data}", f"--output={tmp_path / 'look.png'}", "--workers=0", *flags])
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said.startswith("error: ") and match in said
-
-    fail("looked for vae-sd")
-    run_encode(images, data / "vae-sd", vae)
-    fail("expected the name of a .png", f"--output={tmp_path / 'none/look.png'}")
-    fail("no readable AutoencoderKL", f"--model-url={images}")
-    whole = (data / "vae-sd/dataset.json").read_text()
-    (data / "vae-sd/dataset.json").write_text('{"labels": null}')
-    fail("moments of shape (8, 8, 8) and images of 32 px do not fit LatentSpace(")
-    (data / "vae-sd/dataset.json").write_text(whole)
-    (images / "00000/img00000002.png").write_bytes(b"")
-    moments = np.load(data / "vae-sd/00000/img-mean-std-00000005.npy")
+def test_check_counts_and_names_what_is_wrong(copy, tmp_path, capfd):
+    put(copy.images / NAMES[2], b"")
+    moments = arrays(copy.moments)[5]
     moments[0, 0, 0] = np.nan
-    np.save(data / "vae-sd/00000/img-mean-std-00000005.npy", moments)
-    fail("2 of 10 entries are at fault")
-    fail("img00000002.png is not a readable image")
-    fail("the moments of 00000/00000005 are not finite")
-    (data / "vae-sd/00000/img-mean-std-00000009.npy").unlink()
-    fail("1 of 10 images have no partner")
+    np.save(copy.moments / "00000/img-mean-std-00000005.npy", moments)
+    said = refusal(capfd, check, copy.data, tmp_path / "look.png")
+    for words in ("2 of 10", f"{NAMES[2]}: not a readable image", "00000/00000005: its moments are not finite"):
+        assert words in said
+    (copy.moments / "00000/img-mean-std-00000009.npy").unlink()
+    assert "1 of 10 images have no partner" in refusal(capfd, check, copy.data, tmp_path / "look.png")
 
 
-@pytest.mark.parametrize("spelling", [["-m", "preprocessing.dataset_tools"], [str(ROOT / "preprocessing/dataset_tools.py")]])
-def test_both_spellings_of_the_command(photos, images, tmp_path, spelling):
-    """From the repository as a module, from anywhere as a script."""
-    done = run_program([*spelling, "convert", f"--source={photos}", f"--dest={tmp_path / 'x'}", "--resolution=32x32",
-                        "--transform=center-crop-dhariwal", "--max-images=7", "--workers=2"], ROOT if "-m" in spelling else tmp_path)
-    assert files(tmp_path / "x") == {name: data for name, data in files(images).items() if name < "00000/img00000007"}
-    assert "7 images of 32x32, labels from 2 sorted folders (cat, dog)" in done.stdout
+def test_check_compares_moments_with_the_images_size(copy, tmp_path, capfd):
+    record = json.loads((copy.moments / "dataset.json").read_text())
+    record["vae"]["downsampling"] = 8
+    (copy.moments / "dataset.json").write_text(json.dumps(record))
+    assert "(8, 8, 8)" in refusal(capfd, check, copy.data, tmp_path / "look.png")
+
+
+def listed(path: Path, extensions: tuple[bytes, ...]) -> tuple[list, list, list | None]:
+    found = Catalogue(open_store(path), extensions)
+    return found.keys.tolist(), found.names.tolist(), None if found.labels is None else found.labels.tolist()
+
+
+def test_finished_work_has_a_catalogue_and_check_renews_it(copy, tmp_path):
+    convert(copy.images, tmp_path / "images.zip", "--transform=none")
+    for path in (copy.images, tmp_path / "images.zip"):
+        catalogued = listed(path, IMAGE_EXTENSIONS)
+        catalogue_file(path).unlink()
+        assert listed(path, IMAGE_EXTENSIONS) == catalogued and len(catalogued[0]) == 10
+    check(copy.data, tmp_path / "look.png")
+    (copy.images / NAMES[4]).unlink()
+    (copy.moments / "00000/img-mean-std-00000004.npy").unlink()
+    check(copy.data, tmp_path / "look.png")
+    assert len(LatentDataset(copy.data)) == 9
+
+
+def test_a_script_called_from_elsewhere(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["the script's folder", *sys.path])
+    monkeypatch.setattr(sys, "argv", ["", "convert", f"--source={source.photos}", "--dest=x", "--resolution=32"])
+    runpy.run_path(str(ROOT / "preprocessing/dataset_tools.py"), run_name="__main__")
+    assert sys.path[0] == str(ROOT) and files(tmp_path / "x") == files(source.images)
