@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -307,13 +308,15 @@ def test_features_are_the_encoders(mine, encoder_folder, dtype, zipped):
 
 
 def test_two_processes_write_what_one_writes(prepared, vae_folder, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = [f"--source={prepared / 'data/images'}", f"--dest={tmp_path / 'two.zip'}", f"--model-url={vae_folder}",
-             "--batch-size=4", "--workers=0"]
-    done = subprocess.run([*torchrun, str(ROOT / "preprocessing/dataset_tools.py"), "encode", *flags], cwd=tmp_path,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "preprocessing/dataset_tools.py"), "encode", f"--model-url={vae_folder}",
+               f"--source={prepared / 'data/images'}", f"--dest={tmp_path / 'two.zip'}", "--batch-size=4", "--workers=0"]
+    joined = {**os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [subprocess.Popen(command, cwd=tmp_path, env={**joined, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
     assert data_files(tmp_path / "two.zip") == data_files(prepared / "data/vae-sd")
     assert record(tmp_path / "two.zip") == record(prepared / "data/vae-sd")
 
