@@ -82,7 +82,8 @@ def test_compiled_in_bf16_is_no_further_from_float32():
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    smallest = AutoencoderKL(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
+    smallest = AutoencoderKL(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+                             mid_block_add_attention=False)
     exact, plain, compiled = (Codec(copy.deepcopy(smallest).eval(), "the smallest") for _ in range(3))
     plain.in_bf16()
     assert compile_parts(compiled.in_bf16().vae)
@@ -102,7 +103,8 @@ def test_bf16_decodes_nearly_the_same():
     exact, fast = load_codec(folder), load_codec(folder).in_bf16()
     latents = draw(8, 4, 8, 8)
     a, b = exact.decode(latents), fast.decode(latents)
-    layers = sum(isinstance(m, torch.nn.Conv2d | torch.nn.Linear | torch.nn.GroupNorm) for m in exact.vae.decoder.modules())
+    rounding_layers = torch.nn.Conv2d | torch.nn.Linear | torch.nn.GroupNorm
+    layers = sum(isinstance(module, rounding_layers) for module in exact.vae.decoder.modules())
     difference, rounding = (a.float() - b.float()).abs(), 2**-9 * 127.5
     assert b.dtype == torch.uint8 and (a != b).any()
     assert difference.mean() < rounding * layers**0.5 and difference.max() <= rounding * layers + 1
@@ -146,19 +148,24 @@ def test_without_a_record_the_space_is_the_default_with_a_notice(capsys):
 RECORD = LatentSpace().to_record()
 
 
-@pytest.mark.parametrize("record, shape, side, word", [
-    ([], (8, 32, 32), 256, "vae"), ({**RECORD, "vae": 3}, (8, 32, 32), 256, "vae"),
-    ({name: RECORD[name] for name in RECORD if name != "shift"}, (8, 32, 32), 256, "shift"),
-    ({**RECORD, "scale": "1"}, (8, 32, 32), 256, "scale"), ({**RECORD, "scale": float("nan")}, (8, 32, 32), 256, "scale"),
-    ({**RECORD, "scale": 0}, (8, 32, 32), 256, "scale"), ({**RECORD, "shift": 10**400}, (8, 32, 32), 256, "shift"),
-    ({**RECORD, "channels": True}, (8, 32, 32), 256, "channels"), ({**RECORD, "channels": 0}, (8, 32, 32), 256, "channels"),
-    ({**RECORD, "downsampling": -8}, (8, 32, 32), 256, "downsampling"),
-    ({**RECORD, "downsampling": 8.0}, (8, 32, 32), 256, "downsampling"),
-    (RECORD, (16, 32, 32), 256, "moments"), (RECORD, (8, 32, 32), 128, "moments"), (RECORD, (8, 32, 32), 257, "moments"),
-])
-def test_records_that_do_not_fit_are_refused(record, shape, side, word):
-    with pytest.raises(UserError, match=f"DATA.*{word}"):
-        read_space(record, shape, side, "DATA")
+@pytest.mark.parametrize("field, value", [
+    ("vae", 3), ("scale", "1"), ("scale", float("nan")), ("scale", None), ("shift", 10**400), ("channels", True),
+    ("channels", 0), ("downsampling", -8), ("downsampling", 8.0)])
+def test_a_record_with_a_wrong_number_is_refused(field, value):
+    with pytest.raises(UserError, match=f"DATA.*{field}"):
+        read_space({**RECORD, field: value}, (8, 32, 32), 256, "DATA")
+
+
+@pytest.mark.parametrize("record", [{}, [], "ema", {name: RECORD[name] for name in RECORD if name != "shift"}])
+def test_an_incomplete_record_is_refused(record):
+    with pytest.raises(UserError, match="DATA"):
+        read_space(record, (8, 32, 32), 256, "DATA")
+
+
+@pytest.mark.parametrize("shape, side", [((16, 32, 32), 256), ((8, 32, 32), 128), ((8, 32, 32), 257)])
+def test_moments_that_do_not_fit_the_images_are_refused(shape, side):
+    with pytest.raises(UserError, match="DATA.*moments"):
+        read_space(RECORD, shape, side, "DATA")
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
