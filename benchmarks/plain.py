@@ -1,17 +1,16 @@
-"""The plain way to train, for comparison: eager float32, a loop over samples in the alignment, one parameter at a time in AdamW and EMA."""
+"""The plain way to train, for comparison: eager float32, loops over samples in the alignment and over parameters."""
 
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
-from loss import SILoss
+from loss import SILoss, weighted
 from models.sit import SiT
-from train import total_loss
 
 
 def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
-    """As `loss.alignment_loss`: tokens (B, T, E), one sample after the other."""
+    """`loss.alignment_loss` of tokens (B, T, E), one sample after the other."""
     total = 0.0
     for tokens, features in zip(projected, targets, strict=True):
         for token, feature in zip(tokens, features, strict=True):                         # (T, E) each
@@ -27,9 +26,10 @@ def objective(**settings) -> SILoss:
 
 
 def adamw(model: SiT, args) -> torch.optim.AdamW:
-    """As `train.open_optimizer`, in a dozen kernels for each parameter."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, eps=args.adam_epsilon,
-                             betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, foreach=False, fused=False)
+    """AdamW with the settings of train.py, one parameter at a time."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate,
+                             betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                             weight_decay=args.adam_weight_decay, foreach=False, fused=False)
 
 
 @torch.no_grad()
@@ -38,17 +38,17 @@ def update_ema(ema: SiT, model: SiT, decay: float) -> None:
         average.mul_(decay).add_(parameter, alpha=1 - decay)
 
 
-def step(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, loss: SILoss, batches: Iterable[dict], args) -> torch.Tensor:
-    """One update from the mean over `batches` (arguments of SILoss, of equal size); returns the mean of their losses."""
+def step(model: SiT, ema: SiT, optimizer: torch.optim.AdamW, loss: SILoss, batches: Iterable[dict],
+         args) -> torch.Tensor:
+    """One update from the mean over `batches` (arguments of SILoss, of equal size); returns their mean loss."""
     totals = []
     for batch in batches:
-        totals.append(total_loss(loss(model, **batch), args))
-        totals[-1].backward()
-        totals[-1] = totals[-1].detach()
-    if len(totals) > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= len(totals)
+        total = weighted(loss(model, **batch), beta=args.cls, lam=args.proj_coeff)
+        total.backward()
+        totals.append(total.detach())
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= len(totals)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, foreach=False)
     optimizer.step()
     optimizer.zero_grad()

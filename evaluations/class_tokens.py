@@ -1,4 +1,4 @@
-"""Scores of the class token, the half of REG's output that no other model has. Letters: N images, E encoder width, K classes."""
+"""Scores of REG's class tokens. Letters: N, M images, E encoder width, K classes."""
 
 from pathlib import Path
 
@@ -10,13 +10,14 @@ from torch import nn
 from evaluations.extraction import measure, place
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
-from models.encoders import LOCAL, load_encoders, require_class_tokens, sha256_of_parameters
-from preprocessing.crop import UNREADABLE
+from models.encoders import load_encoders, require_class_tokens, sha256_of_parameters
 from runtime.messages import UserError, notice
+from runtime.npz import load_npz
+from runtime.stores import shown
 
 
 class ClassToken(nn.Module):
-    """uint8 images (B, 3, R, R) -> the encoder's class token (B, E), as training takes it."""
+    """uint8 images (B, 3, R, R) -> the encoder's class token (B, E), as in training."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -26,40 +27,40 @@ class ClassToken(nn.Module):
         return self.encoder(images)[0]
 
 
-def load_class_token_extractor(enc_type: str, device: torch.device, resolution: int, weights: str | None, width: int) -> Extractor:
-    """The encoder `enc_type` that REG was trained with, for images of `resolution` px and class tokens of `width` numbers.
+def load_class_token_extractor(enc_type: str, device: torch.device, resolution: int, weights: str | None,
+                               width: int) -> Extractor:
+    """The encoder `enc_type` of the training, for images of `resolution` px and class tokens of `width` numbers.
 
     Raises UserError as `load_encoders` does, and for an encoder of another width.
     """
     (encoder,) = encoders = load_encoders(enc_type, "cpu", resolution, weights=weights)
     require_class_tokens(encoders)
     if encoder.embed_dim != width:
-        raise UserError(f"the class tokens have {width} numbers and {enc_type}'s {encoder.embed_dim}: "
-                        "name the encoder of the training with --enc-type")
-    config = (Path(enc_type.removeprefix(LOCAL)) / "config.json").read_text(encoding="utf-8") if enc_type.startswith(LOCAL) else ""
-    return Extractor(ClassToken(encoder).to(device), device, enc_type, sha256_of_parameters(encoder), None, f"{resolution} px {config}")
+        raise UserError(f"--enc-type {enc_type}: has width {encoder.embed_dim}, the class tokens have {width} numbers; "
+                        "name the encoder of the training")
+    return Extractor(ClassToken(encoder).to(device), device, enc_type, sha256_of_parameters(encoder), None)
 
 
 def read_class_tokens(path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generated class tokens (N, E) and their labels (N,), as generate.py writes them; raises UserError unless N is `count`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            tokens, labels = file["class_tokens"], file["labels"]
-        if tokens.dtype.kind != "f" or labels.dtype.kind not in "iuf" or not np.isfinite(tokens).all():
-            raise ValueError(f"tokens of {tokens.dtype} and labels of {labels.dtype}, or not finite")
-    except (*UNREADABLE, AttributeError) as error:                # the last: of an npy, in `with`, before Python 3.11
-        raise UserError(f"{path} is not readable as class tokens ({error}): expected class_tokens and labels, "
-                        "as generate.py --save-cls-tokens writes them") from error
+    """Generated class tokens (N, E) and labels (N,) of generate.py. Raises UserError unless N is `count`."""
+    found = load_npz(path, ("class_tokens", "labels"))
+    if len(found) < 2:
+        raise UserError(f"{shown(path)}: has no class_tokens and labels; name a file of generate.py --save-cls-tokens")
+    tokens, labels = found["class_tokens"], found["labels"]
+    if tokens.dtype.kind != "f" or labels.dtype.kind not in "iuf" or not np.isfinite(tokens).all():
+        raise UserError(f"{shown(path)}: class tokens of {tokens.dtype} and labels of {labels.dtype}, or not finite; "
+                        "write the file again with generate.py --save-cls-tokens")
     if tokens.ndim != 2 or len(tokens) != count or labels.shape != (count,):
-        raise UserError(f"{path} holds class tokens {tokens.shape} and labels {labels.shape} for {count} images: "
+        raise UserError(f"{shown(path)}: class tokens {tokens.shape} and labels {labels.shape} for {count} images; "
                         "name the file of the same run")
     return torch.from_numpy(tokens).float(), torch.from_numpy(labels).long()
 
 
-def nearest_mean_accuracy(tokens: torch.Tensor, labels: torch.Tensor, known: torch.Tensor, known_labels: torch.Tensor) -> tuple[float, int]:
-    """Share of tokens (N, E) whose nearest class mean (Euclidean, float64) is their label's, and the number of classes K with a mean.
+def nearest_mean_accuracy(tokens: torch.Tensor, labels: torch.Tensor, known: torch.Tensor,
+                          known_labels: torch.Tensor) -> tuple[float, int]:
+    """Share of tokens (N, E) whose nearest class mean (Euclidean, float64) is that of their label, and K.
 
-    Means are of known (M, E) with their labels; tokens of classes without one do not count.
+    The K means are of known (M, E) with their labels; tokens of classes without a mean are left out.
     """
     classes, index = known_labels.unique(return_inverse=True)                     # (K,), (M,)
     means = torch.zeros(len(classes), known.shape[1], dtype=torch.float64).index_add_(0, index, known.double())
@@ -69,16 +70,16 @@ def nearest_mean_accuracy(tokens: torch.Tensor, labels: torch.Tensor, known: tor
     return float((nearest == labels[counted]).double().mean()), len(classes)
 
 
-def class_token_scores(tokens: torch.Tensor, labels: torch.Tensor, ref: ImageSet, sample: ImageSet, extractor: Extractor,
-                       batch_size: int, cache: Path | None = None) -> dict | None:
-    """How well the generated class tokens (N, E) fit the images generated with them, and the labels (N,) they were asked for.
+def class_token_scores(tokens: torch.Tensor, labels: torch.Tensor, extractor: Extractor, ref: ImageSet,
+                       sample: ImageSet, batch_size: int) -> dict | None:
+    """Compare generated class tokens (N, E) with the encoder's tokens of the sample's images, and with the labels (N,).
 
-    `class_token_cosine`: mean cosine to the encoder's token of the decoded image. `class_token_accuracy`: nearest class mean among
-    the encoder's tokens of the reference images, where these have labels. On the first process; None on others.
+    `class_token_cosine`: mean cosine similarity. `class_token_accuracy`: nearest class mean of the encoder's tokens of
+    the reference, if it has labels. Returns them on the first process; None on others.
     """
     seen = measure(sample, extractor, batch_size, {"pooled"}).pooled              # (N, E)
     labelled = ref.labels is not None and ref.blocks is not None
-    known = measure(ref, extractor, batch_size, {"pooled"}, cache).pooled if labelled else None
+    known = measure(ref, extractor, batch_size, {"pooled"}).pooled if labelled else None
     if place()[0] != 0:
         return None
     scores = {"class_token_cosine": float(F.cosine_similarity(tokens.double(), seen.cpu().double()).mean())}

@@ -1,104 +1,98 @@
-"""Score generated images against a reference: Inception Score, FID, sFID, precision and recall, equal to ADM's evaluator.
+"""Score generated images against a reference: Inception Score, FID, sFID, precision and recall, equal to ADM's.
 
-    python -m evaluations.evaluator --ref-batch VIRTUAL_imagenet256_labeled.npz --sample-batch samples.npz --output metrics.json
+    python -m evaluations.evaluator --ref-batch VIRTUAL_imagenet256_labeled.npz --sample-batch samples.npz
     python -m evaluations.evaluator stats FOLDER_OR_NPZ OUT.npz         # a reference from your own images
-    python -m evaluations.evaluator selftest FOLDER                     # against ADM's published batches, if you have them
+    python -m evaluations.evaluator selftest FOLDER                     # compare with ADM's published batches
 
-Images come as npz in ADM's form (`arr_0`, uint8, NHWC, RGB; streamed, never loaded whole) or as a folder. On several GPUs:
-python -m runtime.launch -m evaluations.evaluator ...
+Images come as npz in ADM's form (`arr_0`, uint8, NHWC, RGB; streamed, never loaded whole) or as a folder. On several
+GPUs: python -m runtime.launch -m evaluations.evaluator ...
 """
 
 import argparse
 import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from evaluations.acceptance import PUBLISHED, compare
+from evaluations import acceptance
 from evaluations.class_tokens import class_token_scores, load_class_token_extractor, read_class_tokens
-from evaluations.extraction import measure, place, reference_cache
+from evaluations.extraction import measure, place
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images, pick
 from evaluations.metrics import NEIGHBOURS
-from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
-from runtime.files import write_npz, write_whole
+from evaluations.scoring import INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
+from runtime.arguments import Parser, at_least
+from runtime.files import write_json
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, say, without_traceback
+from runtime.npz import write_npz
 
-COMMANDS = ("score", "stats", "selftest")
 KEPT = 10_000  # images that `stats` keeps for precision and recall, as many as ADM's reference files hold
-# Names and order of ADM's evaluator, whose output others parse.
-PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
+# Names and order of ADM's evaluator, whose output other programs parse.
+PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
+           "recall": "Recall",
            "class_token_cosine": "Class token cosine", "class_token_accuracy": "Class token accuracy"}
 ASKED = ("features", "metrics", "precision_recall")  # flags that decide which scores there are, repeated in the output
 FOUR_DECIMALS = ("precision", "recall", "class_token_cosine", "class_token_accuracy")
-TO_BE_MADE = ImageSet("the samples", 50_000, None, lambda ranges: iter(()))        # what a dry run takes the samples for
+UNKNOWN_SAMPLES = ImageSet("the samples", 50_000, None, lambda ranges: iter(()))      # in a dry run
 
 
-# ------------------------------------------------------------------------------------------------------------------ arguments
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags of `score`, the default command, or of `stats` or `selftest`; `.command` says which."""
+    """Flags of `score`, the default command, of `stats` or of `selftest`; `.command` is its name."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "score"
-    parser = argparse.ArgumentParser(prog="python -m evaluations.evaluator" + ("" if command == "score" else f" {command}"),
-                                     description=__doc__ if command == "score" else DESCRIPTIONS[command],
-                                     formatter_class=Formatter, allow_abbrev=False)
-    {"score": _score_flags, "stats": _stats_flags, "selftest": _selftest_flags}[command](parser)
+    add_flags, run = COMMANDS[command]
+    parser = Parser(prog="python -m evaluations.evaluator" + ("" if command == "score" else f" {command}"),
+                    description=inspect.getdoc(run), formatter_class=Formatter)
+    add_flags(parser)
     network = parser.add_argument_group("network")
     if command != "selftest":
         network.add_argument("--features", default="inception", metavar="inception|dinov2|local-dir:FOLDER",
-                             help="feature network; a folder holds a timm model. A distance in other features than Inception's is not "
-                                  "called FID")
-        network.add_argument("--dinov2-weights", type=Path, metavar="FILE", help="weights of dinov2 (None: timm's hub or its cache)")
+                             help="feature network; a folder holds a timm model. Only a distance in Inception's "
+                                  "features is called FID")
+        network.add_argument("--dinov2-weights", type=Path, metavar="FILE",
+                             help="weights of dinov2 (None: timm's hub or its cache)")
     network.add_argument("--inception-weights", type=Path, metavar="FILE",
                          help="weights of the Inception of 2015-12-05 (None: torch hub cache, else download)")
-    network.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of network and algebra")
-    network.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
+    network.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+                         help="torch device of network and algebra")
+    network.add_argument("--batch-size", type=at_least(1), default=64, help="images per forward pass")
     args = parser.parse_args(argv)
     if command == "score" and args.sample_batch is None and not args.dry_run:
         parser.error("--sample-batch is missing: name an npz file or a folder of generated images")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size is {args.batch_size}: expected at least 1")
     args.command = command
     return args
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and every default."""
-
-
-DESCRIPTIONS = {
-    "stats": "Write mu, sigma, mu_s, sigma_s of a set of images, and some of the images for precision and recall, as one npz that serves "
-             "as --ref-batch.\nFor data sets without a published reference; the numbers compare only with others against the same file.",
-    "selftest": "Score ADM's published sample batches and compare with the published numbers. FOLDER holds, from ADM's evaluation suite,\n"
-                + "\n".join(f"  {row.ref} and {row.sample}" for row in PUBLISHED) + "\nor one of these pairs.",
-}
+    """Keep the description's line breaks, and show every default."""
 
 
 def _score_flags(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images: an npz file (arr_0, uint8, NHWC) or a folder")
-    images.add_argument("--ref-batch", "--ref_batch", type=Path, required=True, default=argparse.SUPPRESS, metavar="REF",
-                        help="reference; its own mu, sigma, mu_s and sigma_s are used when an npz has them")
-    images.add_argument("--sample-batch", "--sample_batch", type=Path, default=None, metavar="SAMPLE",
-                        help="generated images; the settings.json beside the npz (or in the folder) goes into the output")
+    images.add_argument("--ref-batch", "--ref_batch", type=Path, required=True, default=argparse.SUPPRESS,
+                        metavar="REF", help="reference; mu, sigma, mu_s and sigma_s of an npz are used if it has them")
+    images.add_argument("--sample-batch", "--sample_batch", type=Path, metavar="SAMPLE",
+                        help="generated images; settings.json beside the npz (or in the folder) goes into the output")
     scores = parser.add_argument_group("scores")
-    scores.add_argument("--metrics", default=None, metavar="LIST",
-                        help=f"comma-separated: {', '.join(INCEPTION_METRICS)}; in other features {', '.join(OTHER_METRICS)} "
-                             "(None: ADM's five, or fd)")
+    scores.add_argument("--metrics", metavar="LIST",
+                        help=f"comma-separated: {', '.join(INCEPTION_METRICS)}; in other features "
+                             f"{', '.join(OTHER_METRICS)} (None: ADM's five, or fd)")
     scores.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
                         help="distances in float16 as ADM's, which papers report; in float32; or neither score")
-    scores.add_argument("--class-tokens", type=Path, metavar="FILE", help="class_tokens.npz of the same samples: scores REG's tokens too")
-    scores.add_argument("--enc-type", metavar="NAME", help="encoder of the class tokens (None: from the sample's settings.json)")
+    scores.add_argument("--class-tokens", type=Path, metavar="FILE",
+                        help="class_tokens.npz of the same samples: scores REG's class tokens too")
+    scores.add_argument("--enc-type", metavar="NAME", help="their encoder (None: from the sample's settings.json)")
     scores.add_argument("--encoder-weights", metavar="FILE", help="its weights (None: as in training)")
-    scores.add_argument("--cache", type=Path, default=reference_cache(), metavar="DIR",
-                        help="keeps the reference's features, by content; may be deleted at any time")
     scores.add_argument("--output", "--save_path", type=Path, metavar="OUT.json",
                         help="result; an existing folder gets metrics.json (None: print only)")
     scores.add_argument("--dry-run", action="store_true", help="check reference and feature network, and stop")
@@ -106,130 +100,171 @@ def _score_flags(parser: argparse.ArgumentParser) -> None:
 
 def _stats_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="FOLDER_OR_NPZ", help="images")
-    parser.add_argument("output", type=Path, metavar="OUT.npz", help="file to write")
-    parser.add_argument("--adm-crop", type=int, metavar="PIXELS",
-                        help="cut and resize every image as ADM did, to this size (None: images are used as they are, and have one size)")
-    parser.add_argument("--keep", type=int, default=KEPT, metavar="N", help="images kept for precision and recall, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("output", type=npz_file, metavar="OUT.npz", help="file to write")
+    parser.add_argument("--adm-crop", type=at_least(1), metavar="PIXELS",
+                        help="cut and resize every image as ADM did, to this size (None: all images have one size)")
+    parser.add_argument("--keep", type=kept, default=KEPT, metavar="N",
+                        help="images kept for precision and recall, drawn at random")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of that draw")
 
 
 def _selftest_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where ADM's files are")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="ADM's files")
 
 
-# ------------------------------------------------------------------------------------------------------------------- commands
+def device(text: str) -> torch.device:
+    """A type for devices that torch has."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: torch finds {torch.cuda.device_count()} GPUs; use cpu or another")
+    return found
+
+
+def kept(text: str) -> int:
+    """A type for 0, or enough images for precision and recall."""
+    return 0 if text == "0" else at_least(NEIGHBOURS + 1)(text)
+
+
+def npz_file(text: str) -> Path:
+    """A type for names that end in .npz."""
+    if not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .npz")
+    return Path(text)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    {"score": score, "stats": make_statistics, "selftest": selftest}[args.command](args)
+    COMMANDS[args.command][1](args)
 
 
 def score(args: argparse.Namespace) -> None:
-    # Everything that can be wrong with the arguments is said before weights are downloaded or images read.
-    output = _output(args.output, args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights, args.dinov2_weights)
+    """Score generated images against a reference; `stats` and `selftest` in front of the flags have flags of their own.
+
+    Images are an npz file in ADM's form (arr_0, uint8, NHWC, RGB) or a folder.
+    """
+    # All arguments are checked before weights are downloaded or images read.
+    output = _output(args.output, args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights,
+                     args.dinov2_weights)
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     if args.precision_recall == "exact" and args.features != "inception":
-        raise UserError(f"--precision-recall exact came with --features {args.features}, in which there are neither: leave it out")
+        raise UserError(f"--precision-recall exact: not a score of --features {args.features}; leave it out")
     for flag, value in (("--enc-type", args.enc_type), ("--encoder-weights", args.encoder_weights)):
         if value is not None and args.class_tokens is None:
-            raise UserError(f"{flag} {value} came without --class-tokens, and would be ignored: name the class tokens too, or leave it out")
-    ref = open_images(args.ref_batch, "--ref-batch")
+            raise UserError(f"{flag} {value}: needs --class-tokens; add it, or leave it out")
+    ref, device = open_images(args.ref_batch, "--ref-batch"), join(args.device)
+    load = functools.partial(open_extractor, args.features, device, args.inception_weights, args.dinov2_weights)
     if args.dry_run:
-        choose(metrics, ref, TO_BE_MADE, open_extractor(args, args.features, args.dinov2_weights), args.precision_recall)
+        choose(metrics, ref, UNKNOWN_SAMPLES, load(), args.precision_recall)
         return
     sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
-    tokens = None if args.class_tokens is None else open_class_tokens(args, sample, settings)
-    extractor = open_extractor(args, args.features, args.dinov2_weights)
-    encoder = tokens and load_class_token_extractor(tokens.enc_type, extractor.device, sample.size[0], tokens.weights,
-                                                    width=tokens.tokens.shape[1])
-    result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size, args.cache)
-    token_scores = tokens and class_token_scores(tokens.tokens, tokens.labels, ref, sample, encoder, args.batch_size, args.cache)
+    tokens = args.class_tokens and open_class_tokens(args.class_tokens, sample, (settings or {}).get("training") or {},
+                                                     args.enc_type, args.encoder_weights, device)
+    extractor = load()
+    result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size)
+    token_scores = class_token_scores(*tokens, ref, sample, args.batch_size) if tokens else {}
     if result is None:                                            # the first process writes
         return
-    result = (token_scores or {}) | result
+    result = token_scores | result
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch),
                "asked": {name: getattr(args, name) for name in ASKED}}
     if settings is not None:
         result["settings"] = settings
     say("\n".join(lines(result, extractor)))
     if output is not None:
-        write_whole(output, lambda partial: partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+        write_json(output, result)
 
 
 def lines(result: dict, extractor: Extractor) -> list[str]:
-    """What is printed: ADM's five lines, more where more was asked for, and one that says of what."""
+    """ADM's five lines, more for other scores, and one on what was compared."""
     names = PRINTED | {extractor.key: extractor.label}
-    shown = [f"{names[key]}: {f'{result[key]:.4f}' if key in FOUR_DECIMALS else result[key]}" for key in names if key in result]
+    scores = [f"{names[key]}: {f'{result[key]:.4f}' if key in FOUR_DECIMALS else result[key]}"
+              for key in names if key in result]
     kid = extractor.kid_key
     if kid in result:
-        shown.append(f"KID{'' if extractor.is_inception else f' ({extractor.name})'}: {result[kid]} +- {result[f'{kid}_std']}")
-    counts = [counted(result["num_samples"], "samples", result["sample_statistics_from_file"], None),
-              counted(result["num_reference"], "reference images", result["reference_statistics_from_file"], result.get("reference_about"))]
+        of_features = "" if extractor.is_inception else f" ({extractor.name})"
+        scores.append(f"KID{of_features}: {result[kid]} +- {result[f'{kid}_std']}")
+    counts = []
+    for count, what, side in (("num_samples", "samples", "sample"), ("num_reference", "reference images", "reference")):
+        read = result[f"{side}_statistics_from_file"]
+        counts.append(f"{result[count] or 'no'} {what}{' and statistics from the file' if read else ''}")
     known = {True: ", the published file", False: ", NOT the published file", None: ""}[extractor.weights_verified]
+    network = f"{extractor.name} with sha256 {extractor.weights_sha256}{known}"
     modes = [f"{name.replace('_', ' ')}: {mode}" for name, mode in result["modes"].items()]
-    return [*shown, "; ".join([*counts, f"{extractor.name} with sha256 {extractor.weights_sha256}{known}", *modes])]
-
-
-def counted(images: int | None, what: str, from_file: bool, about: dict | None) -> str:
-    """How many images stand for one side, and whether its mean and covariance came from the file instead."""
-    statistics = f"{what}' statistics from the file" + (f" (of {about['images']})" if about else "")
-    return f"{images} {what}" if not from_file else statistics if images is None else f"{images} {what} and {statistics}"
+    return [*scores, "; ".join([*counts, network, *modes])]
 
 
 def make_statistics(args: argparse.Namespace) -> None:
-    if args.keep != 0 and args.keep <= NEIGHBOURS:
-        raise UserError(f"--keep is {args.keep}: give 0, or at least {NEIGHBOURS + 1}, which precision and recall need")
-    if args.adm_crop is not None and args.adm_crop < 1:
-        raise UserError(f"--adm-crop is {args.adm_crop}: give the side in pixels")
-    if args.output.suffix != ".npz":
-        raise UserError(f"the output is {args.output}: give it a name that ends in .npz")
+    """Write mu, sigma, mu_s, sigma_s of a set of images, and some images for precision and recall, as a reference npz.
+
+    For data sets without a published reference; the scores compare only with others against the same file.
+    """
     output = _output(args.output, args.source, args.inception_weights, args.dinov2_weights)
-    images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None)   # a file's own are not of its images
+    images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None)   # measured, not copied
     if images.blocks is None:
-        raise UserError(f"{args.source} holds statistics and no images: name images")
-    extractor = open_extractor(args, args.features, args.dinov2_weights)
-    found = measure(images, extractor, args.batch_size, {"gaussian", "spatial"} if extractor.is_inception else {"gaussian"})
+        raise UserError(f"{args.source}: holds statistics and no images; name images")
+    extractor = open_extractor(args.features, join(args.device), args.inception_weights, args.dinov2_weights)
+    about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop}
+    write_reference(output, images, extractor, args.batch_size, args.keep, args.seed, about)
+
+
+def write_reference(path: Path, images: ImageSet, extractor: Extractor, batch_size: int, keep: int, seed: int,
+                    about: dict) -> None:
+    """Measure images, and write statistics and up to `keep` of the images, drawn with `seed`, on the first process."""
+    need = {"gaussian", "spatial"} if extractor.is_inception else {"gaussian"}
+    found = measure(images, extractor, batch_size, need)
     if found.gaussian is None:
         return
     warn_of_few([(images.count, "images")], len(found.gaussian[0]), extractor)
-    arrays = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), (*found.gaussian, *(found.spatial or ())), strict=False))
-    about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop, "kept": min(args.keep, images.count),
-             "seed": args.seed, "features": extractor.name, "distance": extractor.key, "weights_sha256": extractor.weights_sha256,
-             "weights_verified": extractor.weights_verified,
-             "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}}
-    arrays = {name: value.cpu().numpy() for name, value in arrays.items()} | {"about": np.array(json.dumps(about))}
-    rows = np.sort(np.random.default_rng(args.seed).choice(images.count, min(args.keep, images.count), replace=False))
+    rng, count = np.random.default_rng(seed), min(keep, images.count)
+    rows = np.sort(rng.choice(images.count, count, replace=False))                # (count,)
+    pairs = zip(("mu", "sigma", "mu_s", "sigma_s"), (*found.gaussian, *(found.spatial or ())), strict=False)
+    about = about | {"kept": count, "seed": seed, "features": extractor.name, "distance": extractor.key,
+                     "weights_sha256": extractor.weights_sha256, "weights_verified": extractor.weights_verified,
+                     "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}}
+    arrays = {name: value.cpu().numpy() for name, value in pairs} | {"about": np.array(json.dumps(about))}
     if images.labels is not None:
         arrays["arr_1"] = images.labels[rows]
-    write_npz(output, pick(images, rows.tolist()), len(rows), images.size, **arrays)
-    say(f"{output}: statistics of {images.count} images, {len(rows)} of them kept")
+    write_npz(path, pick(images, rows.tolist()), count, images.size, **arrays)
+    say(f"{path}: statistics of {images.count} images, {count} of them kept")
 
 
 def selftest(args: argparse.Namespace) -> None:
-    pairs = [row for row in PUBLISHED if (args.folder / row.ref).is_file() and (args.folder / row.sample).is_file()]
-    if not pairs:
-        names = "; or ".join(f"{row.ref} and {row.sample}" for row in PUBLISHED)
-        raise UserError(f"{args.folder} holds none of ADM's published pairs: download {names}, from ADM's evaluation suite")
-    extractor, passed = open_extractor(args, "inception"), True
-    for row in pairs:
-        result = evaluate(args.folder / row.ref, args.folder / row.sample, extractor, ADM_METRICS, "adm", args.batch_size)
-        if result is None:
-            continue
-        say(f"{row.sample}\n{'':16} {'published':>12} {'here':>12}")
-        for name, published, measured, close in compare(row.scores, result):
-            say(f"{PRINTED[name]:16} {published:12.6g} {measured:12.6g}   {'equal' if close else 'DIFFERENT'}")
-            passed &= close
-    if not passed:
-        raise UserError("the scores differ from the published ones by more than two implementations should: "
-                        f"check the files and the Inception weights (sha256 {extractor.weights_sha256})")
+    """Score ADM's published sample batches and compare with the published numbers. FOLDER holds, from ADM's evaluation
+    suite, VIRTUAL_imagenet256_labeled.npz and admnet_guided_upsampled_imagenet256.npz, or the same for 128 px.
+    """
+    rows = acceptance.present(args.folder)
+    extractor = open_extractor("inception", join(args.device), args.inception_weights)
+    acceptance.check(args.folder, rows, extractor, args.batch_size, PRINTED)
 
 
-# --------------------------------------------------------------------------------------------------------------------- set-up
+COMMANDS = {"score": (_score_flags, score), "stats": (_stats_flags, make_statistics),
+            "selftest": (_selftest_flags, selftest)}
 
-def open_extractor(args: argparse.Namespace, features: str, dinov2_weights: Path | None = None) -> Extractor:
-    """The feature network on every process: one of them downloads, the others find the cache."""
-    load = functools.partial(load_extractor, features, _join(args.device), args.inception_weights, dinov2_weights)
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+def join(device: torch.device) -> torch.device:
+    """This process's device, after joining the other processes if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.index is not None:
+        raise UserError(f"--device {device}: cannot serve several processes; give cuda (one each) or cpu")
+    joined = join_processes(cpu=device.type == "cpu").device
+    return device if device.type == "cpu" else joined
+
+
+def open_extractor(features: str, device: torch.device, inception_weights: Path | None,
+                   dinov2_weights: Path | None = None) -> Extractor:
+    """The feature network on every process; the first downloads, the others then find the cache."""
+    load = functools.partial(load_extractor, features, device, inception_weights, dinov2_weights)
     first = place()[0] == 0
     if first:
         extractor = load()
@@ -238,72 +273,47 @@ def open_extractor(args: argparse.Namespace, features: str, dinov2_weights: Path
     return extractor if first else load()
 
 
-def _join(name: str) -> torch.device:
-    """This process's device, once it has joined the others if there are any."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device is {name!r}: expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {name!r}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is {name!r} and torch sees {torch.cuda.device_count()} GPUs: use another, or cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.index is not None:
-        raise UserError(f"--device is {name!r}, but several processes were started: give cuda, and each takes its own, or cpu")
-    joined = join_processes(cpu=device.type == "cpu").device
-    return device if device.type == "cpu" else joined
-
-
-@dataclass(frozen=True)
-class ClassTokens:
-    """Generated class tokens (N, E) with their labels (N,), and the encoder they are compared with."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    enc_type: str
-    weights: str | None
-
-
-def open_class_tokens(args: argparse.Namespace, sample: ImageSet, settings: dict | None) -> ClassTokens:
-    training = (settings or {}).get("training") or {}
-    enc_type = args.enc_type or (training.get("enc_type") or "").split(",")[0]
-    if not enc_type:
-        raise UserError(f"--class-tokens came, but no settings.json beside {args.sample_batch} names the encoder of the training: "
-                        "name it with --enc-type")
+def open_class_tokens(file: Path, sample: ImageSet, training: dict, enc_type: str | None, weights: str | None,
+                      device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Extractor]:
+    """Class tokens (N, E) of `sample`, their labels (N,), and their encoder: `enc_type` with `weights`, else the first
+    one in the flags `training` of their model.
+    """
+    name = enc_type or (training.get("enc_type") or "").split(",")[0]
+    if not name:
+        raise UserError(f"--class-tokens {file}: settings.json of the samples names no encoder; give --enc-type")
     if sample.blocks is None:
-        raise UserError(f"--class-tokens came, but {sample.name} holds no images to compare with")
-    recorded = (training.get("encoder_weights") or "").split(",")[0] if args.enc_type is None else ""
-    return ClassTokens(*read_class_tokens(args.class_tokens, sample.count), enc_type, args.encoder_weights or recorded or None)
+        raise UserError(f"--class-tokens {file}: {sample.name} holds no images to compare with; leave it out")
+    recorded = (training.get("encoder_weights") or "").split(",")[0] if enc_type is None else ""
+    tokens, labels = read_class_tokens(file, sample.count)
+    encoder = load_class_token_extractor(name, device, sample.size[0], weights or recorded or None, tokens.shape[1])
+    return tokens, labels, encoder
 
 
 def read_settings(sample: Path) -> dict | None:
-    """The `settings.json` that generate.py leaves beside the npz (for a folder: in it), so that a score says how its images were made."""
+    """The settings.json that generate.py leaves beside the npz (for a folder: in it), or None."""
     path = (sample if sample.is_dir() else sample.parent) / "settings.json"
     if not path.is_file():
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): sample again, or move the file away") from error
+        raise UserError(f"{path}: not JSON ({error}); sample again, or move the file away") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("training") or {}, dict):
-        raise UserError(f"{path} is no object as generate.py writes it: sample again, or move the file away")
+        raise UserError(f"{path}: not an object of generate.py; sample again, or move the file away")
     return settings
 
 
 def _output(path: Path | None, *inputs: Path | None) -> Path | None:
-    """The file to write, whose folder is made when it is written. Raises UserError where it cannot be, or is one of the inputs."""
+    """The file to write. Raises UserError if it is one of the inputs, or its folder cannot be written."""
     if path is None:
         return None
     path = path / "metrics.json" if path.is_dir() else path
     for given in inputs:
         if given is not None and os.path.exists(given) and os.path.exists(path) and given.samefile(path):
-            raise UserError(f"the output {path} is the input {given}, which would be lost: name another file")
+            raise UserError(f"{path}: output and input at once; name another output")
     home = next(folder for folder in path.parents if os.path.exists(folder))
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written ({home} is {'closed to you' if home.is_dir() else 'no folder'}): "
-                        "name a file in a folder of yours")
+        raise UserError(f"{path}: cannot be written ({home} is not a folder of yours); name another output")
     return path
 
 

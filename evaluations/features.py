@@ -1,10 +1,12 @@
-"""Feature extractors behind one interface: uint8 images (B, 3, H, W) -> pooled features (B, F) and spatial ones (B, S).
+"""Feature networks behind one interface: uint8 images (B, 3, H, W) -> pooled features (B, F) and spatial ones (B, S).
 
 Letters: B batch, H W image size, F feature width, S spatial width (0 but for Inception).
 """
 
 import functools
 import http.client
+import io
+import threading
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluations.inception import Inception
 from models.encoders import LOCAL, cannot_build, load_encoder, sha256_of_parameters, timm_weights
 from runtime.files import sha256
 from runtime.messages import UserError, notice
@@ -29,24 +30,25 @@ DINOV2 = "dinov2-vit-l"  # of FD-DINOv2 (Stein et al. 2023), at 224 px
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network with its identity. Call it with uint8 images (B, 3, H, W) on any device."""
+    """A frozen feature network with its identity. One with a `classifier` is Inception: its distance is called FID."""
 
     network: nn.Module
     device: torch.device
-    name: str                      # 'inception', 'dinov2', or the base name of the folder
+    name: str                                # 'inception', 'dinov2', or the base name of the folder
     weights_sha256: str
-    weights_verified: bool | None  # is it the published file? None where there is none to compare with
-    config: str = ""               # what else decides its features: a timm folder's config.json
+    weights_verified: bool | None            # whether it is the published file; None: there is none to compare with
+    classifier: torch.Tensor | None = None   # (1008, F), which the Inception Score uses without a bias
 
     @property
     def is_inception(self) -> bool:
-        """A Frechet distance is called FID in Inception's features only, whatever name a folder has."""
-        return isinstance(self.network, Inception)
+        """Whether the Frechet distance is called FID."""
+        return self.classifier is not None
 
     @functools.cached_property
-    def width(self) -> int:
-        """F, as a black image shows it."""
-        return self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
+    def widths(self) -> tuple[int, int]:
+        """F and S, measured on a black image."""
+        pooled, spatial = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        return pooled.shape[1], spatial.shape[1]
 
     @property
     def key(self) -> str:
@@ -60,7 +62,7 @@ class Extractor:
 
     @property
     def label(self) -> str:
-        """What the distance is called in print."""
+        """The Frechet distance's name in print."""
         return "FID" if self.is_inception else f"Frechet distance ({self.name})"
 
     @torch.inference_mode()
@@ -68,46 +70,88 @@ class Extractor:
         """Pooled (B, F) and spatial (B, S) features, float32, on `device`."""
         assert images.dtype == torch.uint8 and images.shape[1] == 3, f"{images.dtype} {tuple(images.shape)}"
         with full_precision(self.device):
-            out = self.network(images.to(self.device).contiguous())               # NCHW, whatever layout the caller had
+            out = self.network(images.to(self.device).contiguous())               # NCHW, whatever layout it came in
         pooled, spatial = out if isinstance(out, tuple) else (out, out[:, :0])
         return pooled.float(), spatial.float()
 
 
 def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None,
                    dinov2_weights: str | Path | None = None) -> Extractor:
-    """The extractor that `spec` names: `inception`, `dinov2`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
+    """The extractor `inception`, `dinov2`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
 
-    Without a file Inception comes from torch hub's cache or the published file is downloaded into it, DINOv2 from timm's hub or
-    its cache. Raises UserError for an unknown spec, unreadable or damaged weights, those of another network, or when they cannot be had.
+    Without a file, Inception's weights are read from torch hub's cache or downloaded into it, DINOv2's from timm's hub
+    or its cache. Raises UserError for an unknown spec and for weights that are missing, damaged or another network's.
     """
     for name, file in (("inception", inception_weights), ("dinov2", dinov2_weights)):
         if file is not None and spec != name:
-            raise UserError(f"--{name}-weights came with --features {spec}, which does not read them: leave it out")
-    device, config = torch.device(device), ""
+            raise UserError(f"--{name}-weights {file}: not read with --features {spec}; leave it out")
+    device, classifier, verified = torch.device(device), None, None
     if spec == "inception":
         path, digest = _inception_file(inception_weights)
         network, name, verified = _load_inception(path), "inception", digest == INCEPTION_SHA256
+        classifier = network.network.fc.weight.detach().to(device)
         if device.type == "cpu":
-            network = network.to(memory_format=torch.channels_last)               # half as fast again there
+            network = network.to(memory_format=torch.channels_last)               # 1.5 times as fast on a CPU
     elif spec == "dinov2":
-        network, name, verified = DinoFeatures(dinov2_weights), "dinov2", None
+        try:
+            encoder = load_encoder(DINOV2, "cpu", resolution=256, weights=dinov2_weights)     # resizes 256 px to 224
+        except UserError as error:                                # train.py's flag has another name
+            raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
+        network, name = DinoFeatures(encoder), "dinov2"
         digest = sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
     elif spec.startswith(LOCAL):
         folder = Path(spec.removeprefix(LOCAL))
-        network, name, verified = TimmFeatures.load(folder), folder.resolve().name, None
-        digest, config = sha256(timm_weights(folder)), (folder / "config.json").read_text(encoding="utf-8")
+        network, name, digest = TimmFeatures.load(folder), folder.resolve().name, sha256(timm_weights(folder))
     else:
-        raise UserError(f"--features is {spec!r}: expected 'inception', 'dinov2' or '{LOCAL}FOLDER' with a timm model")
+        raise UserError(f"--features {spec}: expected 'inception', 'dinov2' or '{LOCAL}FOLDER' with a timm model")
     network = network.to(device).eval().requires_grad_(False)
-    return Extractor(network, device, name, digest, verified, config)
+    return Extractor(network, device, name, digest, verified, classifier)
+
+
+# ---- Inception -------------------------------------------------------------------------------------------------------
+
+class Inception(nn.Module):
+    """uint8 images (B, 3, H, W) of any size -> ADM's two features of the Inception-v3 of 2015-12-05, float32.
+
+    The network is torch-fidelity's, with TensorFlow 1's resize to 299 px. Pooled (B, 2048): `pool_3:0`. Spatial
+    (B, 2023): `mixed_6/conv:0`, seven channels of Mixed_6d's first branch after its ReLU, flattened row by row with the
+    channel last, as TensorFlow does. Weights are random until `network.load_state_dict`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        try:                                                      # slow to import, and needed only for this network
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UserError(f"--features inception: needs torch-fidelity ({error}); install it") from error
+
+        class Unloaded(FeatureExtractorInceptionV3):
+            """Its constructor downloads weights or unpickles a file; here it gets a file without weights."""
+
+            def load_state_dict(self, state: dict | None, *args, **kwargs):
+                return None if state is None else super().load_state_dict(state, *args, **kwargs)
+
+        nothing = io.BytesIO()
+        torch.save(None, nothing)
+        nothing.seek(0)
+        self.network = Unloaded("inception", ["2048"], feature_extractor_weights_path=nothing)
+        self.seen = threading.local()                             # on a CPU several threads share the network
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, unit: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.seen.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)          # (B, 17 * 17 * 7)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (pooled,) = self.network(images)                                          # (B, 2048)
+        return pooled, self.seen.spatial                                          # (B, 2023)
 
 
 def _inception_file(given: str | Path | None) -> tuple[Path, str]:
-    """Where the weights are, and their sha256. Only a file given by the user may differ from the published one."""
+    """Path and sha256 of the weights. Only a file given by the user may differ from the published one."""
     if given is not None:
         path = Path(given)
         if not path.is_file():
-            raise UserError(f"Inception weights {path} not found: expected the file {INCEPTION_FILE} from {INCEPTION_URL}")
+            raise UserError(f"--inception-weights {path}: not found; expected {INCEPTION_FILE} from {INCEPTION_URL}")
         digest = sha256(path)
         if digest != INCEPTION_SHA256:
             notice(f"warning: {path} is not the published Inception (sha256 {digest}, published {INCEPTION_SHA256}): "
@@ -115,68 +159,54 @@ def _inception_file(given: str | Path | None) -> tuple[Path, str]:
         return path, digest
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     path = next((cache / name for name in INCEPTION_FILES if (cache / name).is_file()), cache / INCEPTION_FILE)
-    remedy = (f"download {INCEPTION_URL} (sha256 {INCEPTION_SHA256}) elsewhere and place it at {path}, or name it with "
+    remedy = (f"download {INCEPTION_URL} (sha256 {INCEPTION_SHA256}) and place it at {path}, or name it with "
               "--inception-weights (INCEPTION_WEIGHTS=FILE for eval.sh)")
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
-        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:  # the last: another hash
-            raise UserError(f"the Inception weights {INCEPTION_FILE} are not at hand and did not arrive ({error}): {remedy}") from error
+        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:  # last: another hash
+            raise UserError(f"{INCEPTION_FILE}: not found and not downloaded ({error}); {remedy}") from error
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
-        raise UserError(f"{path} is damaged (its sha256 is {digest}): delete it, then {remedy}")
+        raise UserError(f"{path}: damaged (sha256 {digest}); delete it, then {remedy}")
     return path, digest
 
 
 def _load_inception(path: Path) -> Inception:
-    network = Inception()
+    """Raises UserError unless the file is a state dict of exactly this network's entries and shapes."""
+    inception = Inception()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        inception.network.load_state_dict(dict(state))            # batch counters may be missing: converters omit them
     except Exception as error:                                    # garbage can make the unpickler raise anything
-        raise UserError(f"{path} is no state dict that torch.load(weights_only=True) reads: expected {INCEPTION_FILE}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}: expected the state dict {INCEPTION_FILE}")
-    # Converters leave the batch counters out; they mean nothing in inference.
-    shapes, expected = ({str(k): _form(v) for k, v in d.items() if not str(k).endswith("num_batches_tracked")}
-                        for d in (state, network.state_dict()))
-    wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
-    if wrong:
-        raise UserError(f"{path} is not the Inception of 2015-12-05: {len(wrong)} entries differ, for example {wrong[0]} is "
-                        f"{shapes.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}")
-    network.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
-    return network
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: not the Inception of 2015-12-05 ({lines[min(1, len(lines) - 1)].strip()}); "
+                        f"expected {INCEPTION_FILE}") from error
+    return inception
 
 
-def _form(value) -> tuple[int, ...] | str:
-    """The shape of a tensor of floats; of all else, its kind."""
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return tuple(value.shape) if value.is_floating_point() and value.layout == torch.strided else f"{value.dtype}, {value.layout}"
-
+# ---- other networks --------------------------------------------------------------------------------------------------
 
 class DinoFeatures(nn.Module):
     """The class token (B, 1024) of DINOv2 ViT-L/14 at 224 px, for FD-DINOv2 (Stein et al. 2023).
 
-    The resize is bicubic with antialiasing, as PIL's is, and never rounded; then ImageNet's mean and std.
+    The resize is bicubic with antialiasing, as PIL's, without rounding; the encoder applies ImageNet's mean and std.
     """
 
-    def __init__(self, weights: str | Path | None):
+    def __init__(self, encoder: nn.Module):
         super().__init__()
-        try:
-            self.encoder = load_encoder(DINOV2, "cpu", resolution=256, weights=weights)   # which looks at 256 px images at 224
-        except UserError as error:                                # train.py calls the flag otherwise
-            raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
+        self.encoder = encoder
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()                                                        # (B, 3, H, W)
         if tuple(x.shape[2:]) != 2 * (self.encoder.input_size,):
             x = F.interpolate(x, self.encoder.input_size, mode="bicubic", antialias=True)
-        return self.encoder(x)[0]
+        return self.encoder(x)[0]                                                 # (B, 1024)
 
 
 class TimmFeatures(nn.Module):
-    """A timm model's features before its classifier: bilinear resize to its input size, its mean and std, then the network."""
+    """A timm model's features before its classifier: bilinear resize to its input size, its mean and std, network."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -188,7 +218,7 @@ class TimmFeatures(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "TimmFeatures":
-        """Read timm's own folder form. The classifier is loaded as it is, so `num_classes` stays what the file says."""
+        """Read timm's own folder form. The classifier is loaded with it, so `num_classes` stays what the file says."""
         import timm  # slow to import, and Inception does not need it
 
         timm_weights(folder)

@@ -1,6 +1,6 @@
 """Scores as pure functions of features, equal to ADM's evaluator (arXiv 2105.05233, released code) where it has them.
 
-Features are tensors or numpy arrays; the work is done where a tensor lies, CPU or GPU.
+Features are tensors or numpy arrays; a tensor is processed on its device, CPU or GPU.
 Letters: N samples, M reference images, F features.
 """
 
@@ -24,7 +24,7 @@ SUBSETS, SUBSET = 100, 1000  # of the kernel distance
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch with one thread inside: how many a CPU has would show in the last bits."""
+    """Let PyTorch use one thread inside: the number of threads of a CPU would change the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -34,26 +34,26 @@ def one_thread() -> Iterator[None]:
 
 
 def side_by_side(function: Callable, pieces: Iterable, device: torch.device) -> list:
-    """`function` of each piece, in order; on a CPU several at a time, each with one thread, so that their number does not change a bit."""
+    """`function` of each piece, in order; on a CPU in threads of one core each, whose number does not change a bit."""
     if device.type != "cpu":
         return [function(piece) for piece in pieces]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, one_thread():
         return list(pool.map(function, pieces))
 
 
-# ---------------------------------------------------------------------------------------------------------- Frechet distance
+# ---- Frechet distance ------------------------------------------------------------------------------------------------
 
 class Gaussian:
-    """Mean and covariance of rows that come in pieces, float64. How the rows are cut into pieces does not change a bit."""
+    """Mean and covariance of rows added in pieces, float64. The cut into pieces does not change a bit."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         self.count, self.filled = 0, 0
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.waiting = torch.empty(CHUNK, width, dtype=torch.float64, device=device)      # rows, of which `filled` are there
+        self.waiting = torch.empty(CHUNK, width, dtype=torch.float64, device=device)      # the first `filled` are used
 
     def add(self, rows: torch.Tensor) -> None:
-        """Take rows (n, F)."""
+        """Add rows (n, F)."""
         while len(rows):
             taken = rows[:CHUNK - self.filled]
             self.waiting[self.filled:self.filled + len(taken)] = taken
@@ -74,7 +74,7 @@ class Gaussian:
         self.count, self.filled = total, 0
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (F,) and covariance (F, F), divided by N - 1, of all rows taken; at least 2."""
+        """Mean (F,) and covariance (F, F), divided by N - 1, of all rows added; at least 2."""
         if self.filled:
             self._merge()
         assert self.count >= 2, f"a covariance needs at least 2 rows, not {self.count}"
@@ -92,11 +92,12 @@ def gaussian_statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor) -> float:
     """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2) of two Gaussians (Heusel et al. 2017, eq. 6), float64.
 
-    With S1 = R R^T, tr sqrt(S1 S2) is the sum of the roots of the eigenvalues of R^T S2 R, which is symmetric: no complex
-    numbers, and singular covariances are fine. Rounding leaves about 1e-12 of the traces (1e-8 when both covariances are
-    singular), so that of a set with itself it can be slightly negative; it is not clipped.
+    With S1 = R R^T, tr sqrt(S1 S2) is the sum of the roots of the eigenvalues of R^T S2 R, which is symmetric: no
+    complex numbers, and singular covariances are allowed. Rounding errors are about 1e-12 of the traces (1e-8 if both
+    covariances are singular), so the distance of a set to itself can be slightly negative; it is not clipped.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))  # LAPACK's eigenvalues, anywhere
+    # On the CPU also for a GPU's tensors: LAPACK's eigenvalues.
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))
     with one_thread():
         values, vectors = torch.linalg.eigh(sigma1)
         root = vectors * values.clamp(min=0).sqrt()                               # (F, F), R
@@ -104,12 +105,13 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
         return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap)
 
 
-# ----------------------------------------------------------------------------------------------------------- Inception Score
+# ---- Inception Score -------------------------------------------------------------------------------------------------
 
 def inception_score(logits: torch.Tensor) -> float:
-    """exp E_x KL(p(y|x) || p(y)) (Salimans et al. 2016) of logits (N, 1008), which ADM takes without the classifier's bias.
+    """exp E_x KL(p(y|x) || p(y)) (Salimans et al. 2016) of logits (N, 1008), ADM's without the classifier's bias.
 
-    The mean over slices of 5000 images in the order given, a shorter last one counting fully: sorted classes collapse it.
+    The mean over slices of 5000 images in the given order; a shorter last slice counts fully. Images sorted by class
+    collapse it.
     """
     scores = []
     with one_thread():
@@ -120,14 +122,14 @@ def inception_score(logits: torch.Tensor) -> float:
         return float(torch.stack(scores).mean())
 
 
-# ------------------------------------------------------------------------------------------------------ precision and recall
+# ---- precision and recall --------------------------------------------------------------------------------------------
 
 def precision_recall(reference: torch.Tensor, samples: torch.Tensor, mode: str = "adm") -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of reference (M, F) and samples (N, F), with 3 neighbours.
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of reference (M, F) and samples (N, F), 3 neighbours.
 
-    Precision: share of samples that lie within the third-neighbour distance of a reference image. Recall: the same with the
-    roles exchanged. `mode` "adm" computes distances in float16 as ADM does, coarse enough that ties raise both in the third
-    decimal; "exact" in float32. Needs more than 3 rows each.
+    Precision: share of samples within the third-neighbour distance of a reference image. Recall: the same with the
+    roles exchanged. `mode` "adm" computes distances in float16 as ADM does, coarse enough that ties raise both in the
+    third decimal; "exact" in float32. Needs more than 3 rows each.
     """
     assert mode in ("adm", "exact") and min(len(reference), len(samples)) > NEIGHBOURS
     reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
@@ -154,7 +156,7 @@ def _blocks_bar(m: int, n: int) -> tqdm:
 
 
 def _radii(features: torch.Tensor, mode: str, bar: tqdm) -> torch.Tensor:
-    """Squared distance (N,) of each row to its third neighbour: the fourth smallest of its row, since the row itself is the first."""
+    """Squared distance (N,) of each row to its third neighbour: the fourth smallest, as the row itself is the first."""
     radii = []
     for rows in _blocks(features):
         nearest = features.new_empty(len(features[rows]), 0)                      # (m, up to 4)
@@ -170,7 +172,8 @@ def _radii(features: torch.Tensor, mode: str, bar: tqdm) -> torch.Tensor:
 def _distances(u: torch.Tensor, v: torch.Tensor, mode: str) -> torch.Tensor:
     """max(|u|^2 - 2 u.v + |v|^2, 0) of u (m, F) and v (n, F) -> (m, n), float32.
 
-    In mode "adm" each of its quantities is rounded to float16 (products are summed in float32), unless one in the block overflows.
+    In mode "adm" each quantity is rounded to float16 (products are summed in float32), unless one in the block
+    overflows.
     """
     if mode == "adm":
         distances, finite = _expansion(u.half(), v.half())
@@ -180,9 +183,9 @@ def _distances(u: torch.Tensor, v: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def _expansion(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The expansion with every result rounded to the dtype of u and v, a few rows at a time to bound what lies between; is it finite?"""
-    with one_thread():
-        uu, vv = (x.square().sum(dim=1, dtype=torch.float32).to(x.dtype) for x in (u, v))         # (m,), (n,)
+    """The expansion, every result rounded to the dtype of u and v, a few rows at a time; and whether it is finite."""
+    with one_thread():                                                            # (m,), (n,)
+        uu, vv = (x.square().sum(dim=1, dtype=torch.float32).to(x.dtype) for x in (u, v))
     out, columns = torch.empty(len(u), len(v), device=u.device), v.float().T      # (m, n), (F, n)
 
     def fill(here: slice) -> torch.Tensor:
@@ -194,19 +197,21 @@ def _expansion(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return out, bool(torch.stack(finite).all())
 
 
-# ----------------------------------------------------------------------------------------------------------- kernel distance
+# ---- kernel distance -------------------------------------------------------------------------------------------------
 
 def kernel_distance(reference: torch.Tensor, samples: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / F + 1)^3 of reference (M, F) and samples (N, F).
+    """KID (Binkowski et al. 2018): unbiased squared MMD, kernel (x.y / F + 1)^3, of reference (M, F), samples (N, F).
 
-    Mean and standard deviation over 100 subsets of 1000 rows (of all rows where there are fewer), drawn with `seed`; float64.
+    Mean and standard deviation over 100 subsets of 1000 rows (all rows if there are fewer), drawn with `seed`; float64.
     """
     reference, samples, rng = torch.as_tensor(reference), torch.as_tensor(samples), np.random.default_rng(seed)
     size = min(SUBSET, len(reference), len(samples))
-    subsets = [[torch.from_numpy(rng.choice(len(rows), size, replace=False)) for rows in (samples, reference)] for _ in range(SUBSETS)]
+    subsets = [[torch.from_numpy(rng.choice(len(rows), size, replace=False)) for rows in (samples, reference)]
+               for _ in range(SUBSETS)]
 
     def estimate(subset: list[torch.Tensor]) -> torch.Tensor:
-        x, y = (rows[chosen.to(rows.device)].double() for rows, chosen in zip((samples, reference), subset, strict=True))  # (size, F)
+        x, y = (rows[chosen.to(rows.device)].double()                             # (size, F)
+                for rows, chosen in zip((samples, reference), subset, strict=True))
         xx, yy, xy = (((a @ b.T) / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))     # (size, size) each
         within = sum((k.sum() - k.trace()) / (size * (size - 1)) for k in (xx, yy))
         return within - 2 * xy.mean()

@@ -1,73 +1,57 @@
-"""Sample and score every combination of settings; then one table, one plot, the best marked. The program behind eval.sh.
+"""Sample and score every combination of settings; then print one table, draw one plot, and mark the best.
 
-    python -m evaluations.sweep EXP_DIR --cfg-scale 1,1.8,2.3 --guidance-high 0.75,0.85 --steps 200000,400000 [flags of generate.py]
+    python -m evaluations.sweep EXP_DIR --cfg-scale 1,1.8,2.3 --guidance-high 0.75,0.85 --steps 200000,400000 [flags]
 
-What is there is neither sampled nor scored again, so the same command goes on after an interruption. The table has a row for
-everything that was ever scored in the samples folder. Relative paths start where the programs do.
+The program behind eval.sh. Existing samples and scores are not made again, so the same command continues after an
+interruption. The table has a row for everything that was ever scored in the samples folder.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
-import math
 import os
 import sys
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from evaluations.report import (
-    GUIDANCE,
-    METRICS,
-    as_text,
-    distance_of,
-    draw,
-    protocol,
-    read_result,
-    read_rows,
-    write_table,
-)
-from runtime import run as runs
-from runtime.files import sha256
-from runtime.launch import is_first_node, supervise
-from runtime.messages import UserError, notice, say, without_traceback
+import torch
 
-# Flags of generate.py that take several values here: type, test, what to give. It tests them too, but each when its turn has come.
-SWEPT = {
-    "weights": (str, ("ema", "model").__contains__, "ema or model"),
-    "mode": (str, ("sde", "ode").__contains__, "sde or ode"),
-    "num_steps": (int, lambda n: n >= 1, "whole numbers from 1 on"),
-    "cfg_scale": (float, lambda s: 1 <= s < math.inf, "numbers from 1 on; 1: unguided"),
-    "cls_cfg_scale": (float, math.isfinite, "numbers"),
-    "guidance_low": (float, lambda t: 0 <= t <= 1, "numbers in [0, 1]"),
-    "guidance_high": (float, lambda t: 0 <= t <= 1, "numbers in [0, 1]"),
-    "labels": (str, ("random", "balanced").__contains__, "random or balanced"),
-    "num_fid_samples": (int, lambda n: n >= 1, "whole numbers from 1 on"),
-    "global_seed": (int, lambda n: n >= 0, "whole numbers from 0 on"),
-}
-SCORING = ("ref_batch", "features", "inception_weights", "dinov2_weights", "metrics", "precision_recall", "cache")
+import generate
+from evaluations import evaluator
+from evaluations.report import GUIDANCE, read_result, write_report
+from runtime.arguments import Parser
+from runtime.files import sha256
+from runtime.launch import is_first_node, launch
+from runtime.messages import UserError, notice, say, without_traceback
+from runtime.run import find, saved
+from runtime.samples import METRICS, read_settings
+
+# Flags of generate.py that take several values here.
+SWEPT = ("weights", "mode", "num_steps", "cfg_scale", *GUIDANCE, "labels", "num_fid_samples", "global_seed")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """This program's arguments, and those that go to generate.py as they are."""
-    parser = argparse.ArgumentParser(prog="python -m evaluations.sweep", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     epilog="Every other flag goes to generate.py as it is: see python generate.py --help.")
+    """This program's arguments, and the others, which go to generate.py unchanged."""
+    parser = Parser(prog="python -m evaluations.sweep", description=__doc__.split("\n\n")[0],
+                    formatter_class=argparse.HelpFormatter,
+                    epilog="Every other flag goes to generate.py: see python generate.py --help.")
     parser.add_argument("experiment", metavar="EXP_DIR", help="experiment folder, or a checkpoint file")
-    swept = parser.add_argument_group("one value, or several with commas, of which every combination is made (default: generate.py's)")
+    swept = parser.add_argument_group("one value, or several with commas (default: generate.py's)")
     swept.add_argument("--steps", metavar="LIST", help="training steps of checkpoints in EXP_DIR (default: the newest)")
-    for name, (_, _, wanted) in SWEPT.items():
-        swept.add_argument(flag(name), metavar="LIST", help=wanted)
+    for name in SWEPT:
+        swept.add_argument(flag(name), metavar="LIST")
     scoring = parser.add_argument_group("scoring (default: the evaluator's)")
     scoring.add_argument("--ref-batch", type=Path, default=os.environ.get("REF_BATCH") or None, metavar="REF",
                          help="reference npz or image folder (default: $REF_BATCH)")
     scoring.add_argument("--features", default=os.environ.get("FEATURES") or "inception", metavar="NAME",
                          help="feature network (default: $FEATURES, or inception)")
-    scoring.add_argument("--inception-weights", type=Path, default=os.environ.get("INCEPTION_WEIGHTS") or None, metavar="FILE",
-                         help="weights of the Inception of 2015-12-05 (default: $INCEPTION_WEIGHTS, or cache and download)")
+    scoring.add_argument("--inception-weights", type=Path, default=os.environ.get("INCEPTION_WEIGHTS") or None,
+                         metavar="FILE", help="the 2015 Inception (default: $INCEPTION_WEIGHTS, or cache and download)")
     scoring.add_argument("--dinov2-weights", type=Path, metavar="FILE", help="weights of --features dinov2")
-    scoring.add_argument("--metrics", metavar="LIST", help="scores to compute (python -m evaluations.evaluator --help names them)")
+    scoring.add_argument("--metrics", metavar="LIST", help="scores (python -m evaluations.evaluator --help names them)")
     scoring.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
-                         help="distances in float16 as papers, in float32, or neither score")
-    scoring.add_argument("--cache", metavar="DIR", help="keeps the reference's features")
+                         help="distances in float16 as in papers, in float32, or neither score")
     return parser.parse_known_args(argv)
 
 
@@ -76,133 +60,138 @@ def flag(name: str) -> str:
 
 
 def flags(setting: dict) -> list[str]:
-    """As a command line; what is None is left out."""
+    """As a command line; None is left out."""
     return [part for name, value in setting.items() if value is not None for part in (flag(name), str(value))]
 
 
-# ------------------------------------------------------------------------------------------------------------- what is to be made
+# --------------------------------------------------------------------------------------------------- what is to be made
 
 def values(name: str, text: str) -> list:
-    """The values of a swept flag, each once; raises UserError for one that generate.py would refuse."""
-    kind, accepts, wanted = SWEPT[name]
-    try:
-        found = [kind(part.strip()) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(map(accepts, found)):
-        raise UserError(f"{flag(name)} is {text!r}: give {wanted}, with commas between several")
-    return list(dict.fromkeys(found))
+    """The values of a swept flag, each once, as generate.py reads them. One that it refuses ends the program."""
+    given = (generate.parse_args(["--ckpt", "", "--guidance-high", "1", f"{flag(name)}={part.strip()}"])
+             for part in text.split(","))
+    return list(dict.fromkeys(getattr(args, name) for args in given))
 
 
 def expand(lists: dict[str, list]) -> list[dict]:
-    """The product of the lists. With scale 1 nothing is guided: interval and class scale fall away, and what is then equal is one."""
+    """The product of the lists. Unguided settings (scale 1) lose interval and class scale; equal ones become one."""
     settings = []
     for combination in itertools.product(*lists.values()):
         setting = dict(zip(lists, combination, strict=True))
-        if setting.get("guidance_low", 0) > setting.get("guidance_high", 1):
-            raise UserError(f"--guidance-low {setting['guidance_low']} would be combined with --guidance-high {setting['guidance_high']}, "
-                            "an empty interval: leave one of them out")
-        if setting.get("cfg_scale") == 1:
-            fallen = GUIDANCE if len(lists["cfg_scale"]) > 1 else GUIDANCE[1:]    # a class scale without any guidance: generate.py refuses
-            setting = {name: value for name, value in setting.items() if name not in fallen}
+        if setting.get("cfg_scale") == 1:                         # if all are, generate.py refuses a class scale
+            lost = GUIDANCE if len(lists["cfg_scale"]) > 1 else GUIDANCE[1:]
+            setting = {name: value for name, value in setting.items() if name not in lost}
         if setting not in settings:
             settings.append(setting)
     return settings
 
 
 def checkpoints(experiment: str, steps: str | None) -> list[Path]:
-    """The checkpoints of the steps in a list with commas, or the newest; raises UserError for one that is not there."""
+    """The checkpoints of a list of steps, or the newest. Raises UserError for a missing one."""
     if steps is None:
-        return [runs.find(experiment)]
-    saved = {str(step): path for step, path in runs.saved(Path(experiment)).items()}
+        return [find(experiment)]
+    there = {str(step): path for step, path in saved(Path(experiment)).items()}
     wanted = list(dict.fromkeys(step.strip() for step in steps.split(",")))
     for step in wanted:
-        if step not in saved:
-            raise UserError(f"--steps names {step!r}, and {experiment} has checkpoints of training steps {', '.join(saved) or '(none)'}: "
-                            "choose among these; the solver's steps are --num-steps")
-    return [saved[step] for step in wanted]
+        if step not in there:
+            raise UserError(f"--steps {step}: {experiment} has checkpoints of steps {', '.join(there) or '(none)'}; "
+                            "the solver's steps are --num-steps")
+    return [there[step] for step in wanted]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- making it
-
-def run(*command: str) -> str:
-    """Run a program and return what it printed; stderr is shared. Its failure, which it has explained, ends this one with its status."""
-    with tempfile.TemporaryFile("w+") as printed:
-        status, signals = supervise([sys.executable, "-m", *command], [{}], printed)
-        if status != 0 or signals:
-            sys.exit(status or 128 + signals[0])
-        printed.seek(0)
-        return printed.read()
-
-
-def scored(folder: Path, args: argparse.Namespace, tokens: bool) -> Path | None:
-    """The folder's file that answers this call, if there is one: same reference and network, and the same scores were asked for."""
-    weights = args.inception_weights or args.dinov2_weights
-    asked = {"features": args.features, "metrics": args.metrics, "precision_recall": args.precision_recall}
-    for path in sorted(folder.glob(METRICS)):
-        result = read_result(path)
-        if (result is not None and result["asked"] == asked and Path(result["ref_batch"]) == args.ref_batch
-                and args.ref_batch.stat().st_mtime <= path.stat().st_mtime        # a reference made anew under the same name
-                and (result["weights_sha256"] == sha256(weights) if weights else result["weights_verified"] is not False)
-                and (not tokens or "class_token_cosine" in result)):
-            return path
-    return None
+def samples_of(args: argparse.Namespace, path: Path, state: dict, digest: str) -> Path:
+    """The folder that generate.py has filled with these flags. Only that process knows whether the compiler worked."""
+    asked = torch.cuda.is_available() if args.compile is None else args.compile
+    for compiled in (asked, not asked):
+        settings = generate.settings_of(args, path, state, digest, compiled)
+        folder = generate.folder_of(args.sample_dir, settings)
+        if generate.is_same(read_settings(folder), settings):
+            return folder
+    raise AssertionError(f"no samples of {path} with {args}")
 
 
-def score(folder: Path, args: argparse.Namespace, scoring: list[str], tokens: bool) -> Path:
-    """Score the folder's samples to its metrics.json; an earlier one, of other features, scores or reference, is kept beside it."""
-    metrics = folder / "metrics.json"
-    before = read_result(metrics) if metrics.is_file() else None
-    if before is not None:
-        identity = repr([before[name] for name in ("asked", "ref_batch", "weights_sha256")])
-        metrics.rename(folder / f"metrics-{before['features']}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}.json")
-    more = flags({"class_tokens": folder / "class_tokens.npz" if tokens else None})
-    say(run("runtime.launch", "-m", *scoring, *more, "--sample-batch", str(folder / "samples.npz"), "--output", str(metrics)).rstrip())
-    return metrics
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+@dataclass(frozen=True)
+class Scoring:
+    """The evaluator's flags."""
+
+    ref_batch: Path
+    features: str
+    inception_weights: Path | None
+    dinov2_weights: Path | None
+    metrics: str | None
+    precision_recall: str
+
+    def scored(self, folder: Path, tokens: bool) -> Path | None:
+        """The file in the folder with these scores by this network against this reference, or None."""
+        weights = self.inception_weights or self.dinov2_weights
+        asked = {name: getattr(self, name) for name in ("features", "metrics", "precision_recall")}
+        for path in sorted(folder.glob(METRICS)):
+            result = read_result(path)
+            if (result is not None and result["asked"] == asked and Path(result["ref_batch"]) == self.ref_batch
+                    and self.ref_batch.stat().st_mtime <= path.stat().st_mtime            # else the reference is newer
+                    and (result["weights_sha256"] == sha256(weights) if weights
+                         else result["weights_verified"] is not False)
+                    and (not tokens or "class_token_cosine" in result)):
+                return path
+        return None
+
+    def score(self, folder: Path, tokens: bool) -> Path:
+        """Score the samples to metrics.json; an earlier one with other scores is kept under another name."""
+        metrics = folder / "metrics.json"
+        before = read_result(metrics) if metrics.is_file() and is_first_node(os.environ) else None
+        if before is not None:
+            identity = repr([before[name] for name in ("asked", "ref_batch", "weights_sha256")])
+            digest = hashlib.sha256(identity.encode()).hexdigest()[:6]
+            metrics.rename(folder / f"metrics-{before['features']}-{digest}.json")
+        more = {"class_tokens": folder / "class_tokens.npz" if tokens else None, "sample_batch": folder / "samples.npz",
+                "output": metrics}
+        run("-m", "evaluations.evaluator", *flags({**vars(self), **more}))
+        return metrics
 
 
-def write_report(folders: list[Path]) -> list[str]:
-    """Write table and plot beside the folders of this call; returns what to print."""
-    samples = folders[0].parent
-    rows = read_rows(samples)
-    write_table(samples, rows)
-    called = [row for row in rows if row["folder"] in [folder.name for folder in folders] and distance_of(row)]
-    if called:
-        draw(samples / "sweep.png", rows, list(dict.fromkeys(map(protocol, called))))
-    return [as_text(rows), f"table: {samples / 'sweep.csv'}", *([f"plot: {samples / 'sweep.png'}"] if called else [])]
+def run(*program: str) -> None:
+    """Run a program on all GPUs. If it fails, which it has explained, end with its status."""
+    status = launch(list(program))
+    if status != 0:
+        sys.exit(status)
 
 
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     args, passed_on = parse_args(argv)
     settings = expand({name: values(name, text) for name in SWEPT if (text := getattr(args, name)) is not None})
-    work = list(itertools.product(checkpoints(args.experiment, args.steps), settings))
-    scoring = ["evaluations.evaluator", *flags({name: getattr(args, name) for name in SCORING})]
-    if args.ref_batch is not None:                                # what scoring lacks is said before the images are made
-        run(*scoring, "--dry-run")
-    else:
+    work = [(path, setting, ["--ckpt", str(path), *flags(setting), *passed_on])
+            for path, setting in itertools.product(checkpoints(args.experiment, args.steps), settings)]
+    parsed = [generate.parse_args(command) for *_, command in work]                       # ends here if one is wrong
+    scoring = None
+    if args.ref_batch is None:
         notice("REF_BATCH is not set: samples are made and not scored")
+    else:
+        scoring = Scoring(**{name: getattr(args, name) for name in Scoring.__dataclass_fields__})
+        evaluator.main([*flags(vars(scoring)), "--device", "cpu", "--dry-run"])           # likewise, before sampling
+    read = functools.cache(generate.read_checkpoint)
 
-    tokens = "--save-cls-tokens" in passed_on
-    folders, said = [], []
-    for number, (path, setting) in enumerate(work, 1):
+    folders, report = [], []
+    for number, ((path, setting, command), sampling) in enumerate(zip(work, parsed, strict=True), 1):
         if len(work) > 1:
             notice(f"{number} of {len(work)}: {path.stem} {' '.join(flags(setting))}")
-        printed = run("runtime.launch", "generate.py", "--ckpt", str(path), *flags(setting), *passed_on)
-        folder = Path(printed.splitlines()[-1]).parent
+        run("generate.py", *command)
+        folder = samples_of(sampling, path, *read(path))
         folders.append(folder)
-        if args.ref_batch is None:
+        if scoring is None:
             continue
-        metrics = scored(folder, args, tokens) or score(folder, args, scoring, tokens)
+        metrics = scoring.scored(folder, sampling.save_cls_tokens) or scoring.score(folder, sampling.save_cls_tokens)
         if is_first_node(os.environ):                             # after every setting: an interruption loses nothing
-            said = write_report(folders)
+            report = write_report(folders)
 
-    if args.ref_batch is None:
-        raise UserError(f"the samples are in {', '.join(map(str, folders))}, but cannot be scored without a reference: set REF_BATCH to an "
-                        ".npz or an image folder and give the same command; it does not sample again")
+    if scoring is None:
+        raise UserError(f"samples are in {', '.join(map(str, folders))}: to score them, set REF_BATCH to an npz or an "
+                        "image folder and give the same command")
     if len(folders) == 1:
-        said += [f"grid: {folder / 'grid.png'}", f"metrics: {metrics}"]
-    say("\n".join(said))
+        report += [f"grid: {folder / 'grid.png'}", f"metrics: {metrics}"]
+    say("\n".join(report))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Frozen image encoders from timm: uint8 images -> class token and patch tokens on SiT's token grid.
 
-Shape letters: B batch, R image size, E encoder width, N = grid^2 patch tokens.
+Shape letters: B batch, R image size, S the network's input size, E encoder width, N = grid^2 patch tokens.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-from models.cached_features import FeaturesRecord, UnfitFeatures, unpack
+from models.cached_features import FeaturesRecord, unpack
 from runtime.files import sha256
 from runtime.messages import UserError
+from runtime.stores import shown
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -28,10 +29,10 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Spec:
-    """How one encoder is built and read."""
+    """How to build one encoder and which of its tokens to read."""
 
     timm_name: str
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET    # mean, std of pixels in [0, 1]
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET         # mean, std of pixels in [0, 1]
     patches_before_norm: bool = False         # REPA takes CLIP's and MAE's patch tokens before the last norm
     on_hub: bool = True
     model_args: tuple[tuple[str, int], ...] = ()
@@ -47,14 +48,15 @@ ENCODERS = {
     **_family("dinov2reg", {s: f"vit_{LONG[s]}_patch14_reg4_dinov2.lvd142m" for s in "sblg"}),
     **_family("dinov3", {s: f"vit_{LONG[s]}_patch16_dinov3.lvd1689m" for s in "sbl"}),
     **_family("dinov1", {"b": "vit_base_patch16_224.dino"}),
-    **_family("mae", {"b": "vit_base_patch16_224.mae", "l": "vit_large_patch16_224.mae", "h": "vit_huge_patch14_224.mae"},
-              patches_before_norm=True),
+    **_family("mae", {"b": "vit_base_patch16_224.mae", "l": "vit_large_patch16_224.mae",
+                      "h": "vit_huge_patch14_224.mae"}, patches_before_norm=True),
     # timm's names without `quickgelu` load the same weights with the wrong activation.
-    **_family("clip", {"b": "vit_base_patch16_clip_quickgelu_224.openai", "L": "vit_large_patch14_clip_quickgelu_224.openai"},
+    **_family("clip", {"b": "vit_base_patch16_clip_quickgelu_224.openai",
+                       "L": "vit_large_patch14_clip_quickgelu_224.openai"},
               normalisation=CLIP, patches_before_norm=True),
     **_family("jepa", {"h": "vit_huge_patch14_gap_224.in1k_ijepa"}),
     **_family("siglip2", {"b": "vit_base_patch16_siglip_256.v2_webli"}, normalisation=HALF),
-    # MoCo v3's small model has 12 heads, timm's 6: the shapes would load all the same.
+    # MoCo v3's small model has 12 heads, timm's 6; the weights' shapes do not show it.
     "mocov3-vit-s": Spec("vit_small_patch16_224", on_hub=False, model_args=(("num_heads", 12),)),
     "mocov3-vit-b": Spec("vit_base_patch16_224", on_hub=False),
     "mocov3-vit-l": Spec("vit_large_patch16_224", on_hub=False),
@@ -63,7 +65,7 @@ LOCAL = "local-dir:"
 
 
 class Preprocess(nn.Module):
-    """uint8 images (B, 3, R, R) -> the network's input (B, 3, input_size, input_size), float32: normalised, then resized."""
+    """uint8 images (B, 3, R, R) -> the network's input (B, 3, S, S), float32: normalised, then resized."""
 
     def __init__(self, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -77,10 +79,10 @@ class Preprocess(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A frozen timm vision transformer behind one interface.
+    """A frozen timm vision transformer: uint8 images -> class token and patch tokens.
 
-    `embed_dim` is E; `has_class_token` says whether the class token exists. The pixels' route: / 255, normalise, bicubic
-    resize to the encoder's input, tokens, then (where the grids differ) pooling or upsampling to `grid` x `grid`.
+    `embed_dim` is E. Pixels are divided by 255, normalised and resized (bicubic) to the encoder's input; patch tokens
+    are pooled or upsampled to `grid` x `grid`.
     """
 
     def __init__(self, name: str, model: nn.Module, spec: Spec, input_size: int, grid: int):
@@ -96,13 +98,13 @@ class Encoder(nn.Module):
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
-        """The network's blocks; a network of another build has none."""
+        """The transformer's blocks, for compilation."""
         return getattr(self.model, "blocks", ())
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """uint8 images (B, 3, R, R) -> class token (B, E), raw after the final norm, or None; patch tokens (B, N', E); float32."""
-        x = self.preprocess(images)
+        """uint8 images (B, 3, R, R) -> normed class token (B, E) or None, patch tokens (B, N', E); float32."""
+        x = self.preprocess(images)                               # (B, 3, S, S)
         if self.patches_before_norm:
             tokens, ((patches, _),) = self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC",
                                                                        return_prefix_tokens=True)
@@ -118,18 +120,20 @@ class Encoder(nn.Module):
         return class_token, to_grid(patches, self.grid)
 
     def features(self, images: torch.Tensor, with_class_token: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """uint8 images (B, 3, R, R) -> class token or None, and the alignment target: (B, 1+N, E) with it in front, or (B, N, E)."""
+        """uint8 images (B, 3, R, R) -> class token or None, and targets: (B, 1+N, E) with it in front, or (B, N, E)."""
         return _with_target(*self(images), with_class_token)
 
 
 class CachedEncoder:
-    """In the place of the encoder whose features were stored (models/cached_features.py): no network, the same answers."""
+    """Replaces an encoder whose features are stored (models/cached_features.py); has no network."""
 
     def __init__(self, record: FeaturesRecord, grid: int):
-        self.name, self.embed_dim, self.has_class_token, self.grid = record.enc_type, record.width, record.class_token, grid
+        self.name, self.embed_dim, self.grid = record.enc_type, record.width, grid
+        self.has_class_token = record.class_token
 
-    def features(self, stored: dict[str, torch.Tensor], with_class_token: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """As `Encoder.features`, from the stored features of B images instead of their pixels."""
+    def features(self, stored: dict[str, torch.Tensor],
+                 with_class_token: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """As `Encoder.features`, from the stored features of B images."""
         class_token, patches = unpack(stored)
         return _with_target(class_token, to_grid(patches, self.grid), with_class_token)
 
@@ -149,36 +153,39 @@ def to_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)                        # (B, N, E)
 
 
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
 def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights from a file of timm or of the encoder's original program, under timm's names, resampled to the model's input."""
-    state = timm.models.load_state_dict(str(file))
-    momentum_contrast = "base_encoder."                           # MoCo v3 keeps the encoder under this name (timm drops "module.")
+    """Weights from timm's or the encoder's original release, under timm's names, resampled to the model's input."""
+    state = timm.models.load_state_dict(str(file), weights_only=True)
+    momentum_contrast = "base_encoder."                           # MoCo v3's prefix (timm drops "module.")
     if any(name.startswith(momentum_contrast) for name in state):
-        state = {name.removeprefix(momentum_contrast): value for name, value in state.items() if name.startswith(momentum_contrast)}
+        state = {name.removeprefix(momentum_contrast): value for name, value in state.items()
+                 if name.startswith(momentum_contrast)}
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     state = filter_fn(state, model) if filter_fn else state
     return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
 
 
+def timm_weights(folder: Path) -> Path:
+    """The weights file in a folder of timm's form, in timm's order of preference. Raises UserError without one."""
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    found = [path for path in files if path.is_file()]
+    if not found or not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no timm model; expected config.json and model.safetensors (or pytorch_model.bin)")
+    return found[0]
+
+
 def sha256_of_parameters(network: nn.Module) -> str:
-    """For weights that a library fetched and whose file it does not name."""
+    """SHA-256 of a state dict, for weights that a library fetched from a file it does not name."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def timm_weights(folder: Path) -> Path:
-    """The file that timm reads the weights from, in timm's order of preference; raises UserError when a file is missing."""
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    found = [path for path in files if path.is_file()]
-    if not found or not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no timm model: expected a folder with config.json and model.safetensors (or pytorch_model.bin)")
-    return found[0]
-
-
 def sha256_of_named(name: str, weights: str | Path | None) -> str | None:
-    """What identifies weights that the user has named, a file or a local folder with its settings; None for those of the hub."""
+    """SHA-256 of a weights file, or of a local folder's weights and settings; None for weights from the hub."""
     if not name.startswith(LOCAL):
         return None if weights is None else sha256(_weights_file(weights))
     folder = Path(name.removeprefix(LOCAL))
@@ -188,55 +195,93 @@ def sha256_of_named(name: str, weights: str | Path | None) -> str | None:
 
 def _weights_file(weights: str | Path) -> Path:
     if not Path(weights).is_file():
-        raise UserError(f"no encoder weights at {weights}: --encoder-weights takes one file per encoder, in the order of --enc-type")
+        raise UserError(f"--encoder-weights {weights}: no such file; give one per encoder, in the order of --enc-type")
     return Path(weights)
 
 
 def require_made_by(record: FeaturesRecord, path: Path, name: str, weights: str | Path | None) -> None:
-    """Raise UnfitFeatures where the features at `path` are not those of `name`, or were made with other weights than the named ones.
+    """Raise UserError unless the features at `path` were made by the encoder `name` with the weights in use.
 
-    Weights from the hub count as the same, and are not fetched to look at them. A network is built only where the file is another one
-    but may hold the same.
+    Compares names and files; no network is built. A local folder may have moved: its files identify it.
     """
-    if record.enc_type != name and not name.startswith(LOCAL):    # a folder may have moved, and is known by its files
-        raise UnfitFeatures(f"{path} holds the features of {record.enc_type}, and those of {name} are asked for: encode them, or give "
-                            "--cached-features off")
-    named = sha256_of_named(name, weights)
-    if named == record.weights_file:
-        return
-    if named is None:
-        raise UnfitFeatures(f"{path} was made with a file of weights, and none was named: name it with --encoder-weights, or give "
-                            "--cached-features off")
-    local = name.startswith(LOCAL)
-    if local or sha256_of_parameters(load_encoder(name, "cpu", record.resolution, weights=weights).model) != record.weights:
-        raise UnfitFeatures(f"{path} was made with other weights than {weights or f'the files of {name}'}: name the same, encode again, or "
-                            "give --cached-features off")
+    remedy = "encode again, or give --cached-features off"
+    if record.enc_type != name and not (record.enc_type.startswith(LOCAL) and name.startswith(LOCAL)):
+        raise UserError(f"{path}: features of {shown(record.enc_type)}, not of {name}; {remedy}")
+    if record.weights_file != sha256_of_named(name, weights):
+        raise UserError(f"{path}: made with other weights than {weights or name}; name theirs, {remedy}")
+
+
+# ---- building an encoder ---------------------------------------------------------------------------------------------
+
+def load_encoder(name: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True,
+                 grid: int | None = None, weights: str | Path | None = None) -> Encoder:
+    """Build one frozen encoder; see `load_encoders`."""
+    if name.startswith(LOCAL):
+        spec, patch, native = _local_spec(name)
+    elif name in ENCODERS:
+        spec, native = ENCODERS[name], None
+        patch = _patch_size(spec.timm_name)
+    else:
+        raise UserError(f"--enc-type {name}: unknown encoder; use {', '.join(ENCODERS)} or {LOCAL}FOLDER")
+    if pretrained and weights is None and not spec.on_hub:
+        raise UserError(f"--enc-type {name}: no weights on the hub; give its file with --encoder-weights")
+    file = None if weights is None else _weights_file(weights)
+
+    # Patches of 14 and 16 see 16 image pixels each (224 px for a 256 px image and patch 14); others keep their input.
+    input_size = patch * (resolution // 16) if native is None or patch in (14, 16) else native
+    model = _create(name, spec, input_size, pretrained and file is None)
+    if file is not None:
+        try:
+            model.load_state_dict(read_weights(file, model))
+        except Exception as error:                                # the readers can raise anything for a foreign file
+            raise UserError(f"--encoder-weights {file}: not the weights of {name} ({_first_words(error)}); "
+                            "give files in the order of --enc-type") from error
+    encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def _create(name: str, spec: Spec, input_size: int, pretrained: bool) -> nn.Module:
+    """timm's model without a head. Raises UserError if it cannot be built, or its weights do not load."""
+    try:
+        return timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, img_size=input_size,
+                                 **dict(spec.model_args))
+    except (OSError, RuntimeError, SafetensorError) as error:     # not on the hub or in its cache; damaged
+        raise UserError(f"--enc-type {name}: weights of {spec.timm_name} missing, damaged or unfit "
+                        f"({_first_words(error)}); download its model.safetensors, name it with --encoder-weights"
+                        ) from error
+    except Exception as error:                                    # timm can raise anything for an edited config.json
+        if isinstance(error, TypeError) and "img_size" in str(error):
+            raise UserError(f"--enc-type {name}: no vision transformer of variable input size; use another") from error
+        if not name.startswith(LOCAL):
+            raise
+        raise cannot_build(Path(name.removeprefix(LOCAL)), error) from error
 
 
 def _local_spec(name: str) -> tuple[Spec, int, int | None]:
-    """Spec, patch size and configured input size of `local-dir:FOLDER`, from the folder's config.json (timm's form)."""
+    """Spec, patch size and configured input size of `local-dir:FOLDER`, from the config.json that timm writes."""
     config_file = Path(name.removeprefix(LOCAL)) / "config.json"
     try:
         config = json.loads(config_file.read_text())
-        architecture, cfg, model_args = str(config["architecture"]), config["pretrained_cfg"], config.get("model_args", {})
+        architecture, cfg = str(config["architecture"]), config["pretrained_cfg"]
+        model_args = config.get("model_args", {})
         native = model_args.get("img_size") or (cfg["input_size"][-1] if "input_size" in cfg else None)
         patch = model_args.get("patch_size")
         if not isinstance(patch, int | None) or (patch is not None and patch < 1):
             raise ValueError(f"patch_size {patch!r}")
-        normalisation = tuple(tuple(map(float, cfg.get(key, usual))) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
+        normalisation = tuple(tuple(map(float, cfg.get(key, usual)))
+                              for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
         if any(len(values) != 3 for values in normalisation):
             raise ValueError(f"mean and std {normalisation}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the encoder {name!r} needs a folder in timm's form, but {config_file} is missing or lacks a usable "
-                        f"'architecture', 'pretrained_cfg' or 'model_args' ({_first_words(error)}): "
-                        "name a folder with config.json and model.safetensors") from error
+        raise UserError(f"{config_file}: missing, or no usable architecture, pretrained_cfg or model_args "
+                        f"({_first_words(error)}); expected what timm's save_for_hf writes") from error
     return Spec(name, normalisation=normalisation), patch or _patch_size(architecture), native
 
 
 def _patch_size(timm_name: str) -> int:
     found = re.search(r"patch(\d+)", timm_name)
     if not found:
-        raise UserError(f"{timm_name!r} is no vision transformer with a patch size: an encoder needs patch tokens")
+        raise UserError(f"{timm_name}: no vision transformer with a patch size; an encoder needs patch tokens")
     return int(found.group(1))
 
 
@@ -245,77 +290,38 @@ def _first_words(error: Exception) -> str:
 
 
 def cannot_build(folder: Path, error: Exception) -> UserError:
-    """What to say when timm fails on a folder in its own form."""
-    return UserError(f"timm cannot build the model in {folder} ({_first_words(error)}): "
-                     "expected the folder as timm's save_for_hf writes it")
+    """The error for a folder in timm's form that timm fails on."""
+    return UserError(f"{folder}: timm cannot build the model ({_first_words(error)}); expected save_for_hf's files")
 
 
-def load_encoder(name: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True, grid: int | None = None,
-                 weights: str | Path | None = None) -> Encoder:
-    """Build one frozen encoder; see `load_encoders`."""
-    if name.startswith(LOCAL):
-        spec, patch, native = _local_spec(name)
-    elif name in ENCODERS:
-        spec, native = ENCODERS[name], None
-        patch = _patch_size(spec.timm_name)
-    else:
-        raise UserError(f"unknown encoder {name!r}: use {', '.join(ENCODERS)} or {LOCAL}FOLDER")
-    if pretrained and weights is None and not spec.on_hub:
-        raise UserError(f"{name} has no weights on the hub: give its file with --encoder-weights")
-    if weights is not None:
-        _weights_file(weights)
-
-    # Patches of 14 and 16 see 16 pixels of the image each (224 px for a 256 px image and patch 14); others keep their own input size.
-    input_size = patch * (resolution // 16) if native is None or patch in (14, 16) else native
-    try:
-        model = timm.create_model(spec.timm_name, pretrained=pretrained and weights is None, num_classes=0, img_size=input_size,
-                                  **dict(spec.model_args))
-    except OSError as error:                                      # hub and cache both without it
-        raise UserError(f"the weights of {name} ({spec.timm_name}) could not be fetched ({type(error).__name__}): download the file "
-                        "model.safetensors of that timm model and name it with --encoder-weights FILE") from error
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights of {name} ({spec.timm_name}) do not fit or are damaged ({_first_words(error)}): "
-                        "place the file again, or name another with --encoder-weights FILE") from error
-    except Exception as error:                                    # an edited config.json can make timm raise anything
-        if isinstance(error, TypeError) and "img_size" in str(error):
-            raise UserError(f"{name!r} is no vision transformer whose input size can be set: an encoder needs patch tokens") from error
-        if not name.startswith(LOCAL):
-            raise
-        raise cannot_build(Path(name.removeprefix(LOCAL)), error) from error
-    if weights is not None:
-        try:
-            model.load_state_dict(read_weights(Path(weights), model))
-        except Exception as error:                                # a file of something else can make the readers raise anything
-            raise UserError(f"{weights} does not hold the weights of {name} ({_first_words(error)}): "
-                            "give files in the order of --enc-type") from error
-    encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
-    return encoder.to(device).eval().requires_grad_(False)
-
-
-def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True, grid: int | None = None,
-                  weights: str | list[str | Path] | None = None) -> list[Encoder]:
+def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True,
+                  grid: int | None = None, weights: str | list[str | Path] | None = None) -> list[Encoder]:
     """Build the frozen encoders of a comma-separated list.
 
     Args:
-        enc_type: names of `ENCODERS` or `local-dir:FOLDER` (timm's own form).
-        resolution: side of the images, pixels.         grid: side of SiT's token grid; default resolution // 16.
-        pretrained: load weights, from `weights` (one file per encoder), or else from the hub, its cache, or the local folder.
-    Raises UserError for an unknown name, weights that are missing, unreachable or do not fit, or a list of another length.
+        enc_type: names of `ENCODERS` or `local-dir:FOLDER` (timm's form)
+        resolution: side of the images in pixels
+        pretrained: load weights, from `weights` (one file per encoder), else the hub, its cache or the local folder
+        grid: side of SiT's token grid; default resolution // 16
+
+    Raises UserError for an unknown name, missing or unfit weights, or a list of another length.
     """
-    return [load_encoder(name, device, resolution, pretrained, grid, file) for name, file in with_weights(enc_type, weights)]
+    return [load_encoder(name, device, resolution, pretrained, grid, file)
+            for name, file in with_weights(enc_type, weights)]
 
 
 def with_weights(enc_type: str, weights: str | list[str | Path] | None) -> list[tuple[str, str | Path | None]]:
-    """The names of a comma-separated list, each with its file of weights or None; raises UserError for a list of another length."""
+    """Pair the names of a comma-separated list with their weights files or None. Raises UserError for other lengths."""
     names = [name.strip() for name in enc_type.split(",")]
     files = weights.split(",") if isinstance(weights, str) else list(weights or [None] * len(names))
     if len(files) != len(names):
-        raise UserError(f"{len(files)} files of encoder weights came for {len(names)} encoders: give one per encoder, in the same order")
+        raise UserError(f"--encoder-weights: {len(files)} files for {len(names)} encoders; give one each, in order")
     return [(name, file or None) for name, file in zip(names, files, strict=True)]
 
 
 def require_class_tokens(encoders: list[Encoder | CachedEncoder]) -> None:
-    """REG aligns token 0 with every encoder's class token: raise UserError when one has none."""
+    """Raise UserError if an encoder has no class token: REG aligns token 0 with each."""
     for encoder in encoders:
         if not encoder.has_class_token:
-            raise UserError(f"{encoder.name} has no class token, which REG noises and aligns: choose another encoder, or --method repa")
+            raise UserError(f"--enc-type {encoder.name}: no class token, which REG needs; choose another, or "
+                            "--method repa")

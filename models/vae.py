@@ -4,18 +4,19 @@ Conventions are diffusers': latents = (raw - shift) * scale, and a VAE without a
 Shape letters: B batch, C latent channels, H W latent size, R image size; R = H * downsampling.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-from runtime.messages import UserError
+from runtime.messages import UserError, notice
 
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 # The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.
 DECODERS = {SHORTHANDS["mse"]: SHORTHANDS["ema"]}
-PIECE = 32  # images or latents in the network at a time: at 256 px a feature map of the decoder takes 2 GiB of them in float32
+PIECE = 32  # images or latents in the network at a time; a decoder's feature map of 32 takes 2 GiB at 256 px in float32
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,29 @@ class LatentSpace:
     downsampling: int = 8
 
     @classmethod
-    def from_record(cls, record: dict) -> "LatentSpace":
-        """The inverse of `to_record`; raises UserError when a number is missing or is none."""
-        missing = [field.name for field in fields(cls) if field.name not in record]
-        if missing:
-            raise UserError(f"the VAE record {record} lacks {', '.join(missing)}: encode the data set again to write it")
+    def from_record(cls, record: object, where: str = "the VAE record") -> "LatentSpace":
+        """The inverse of `to_record`. Raises UserError, naming `where`, unless whole numbers are > 0 and all finite."""
+        known = record if isinstance(record, dict) else {}
         for field in fields(cls):
-            value = record[field.name]
-            if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise UserError(f"the VAE record {record} has {field.name} {value!r}, expected {field.type.__name__}: "
-                                "encode the data set again")
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
+            value = known.get(field.name)
+            if field.type is float:
+                fits = type(value) in (float, int) and abs(value) <= sys.float_info.max
+            else:
+                fits = type(value) is field.type and (field.type is str or value > 0)
+            if not fits:
+                raise UserError(f"{where}: the VAE's {field.name} is {value!r}; encode the data set again")
+        return cls(**{field.name: known[field.name] for field in fields(cls)})
 
     def to_record(self) -> dict:
         """A plain dict, for dataset.json and for checkpoints."""
         return asdict(self)
 
     def require_same(self, other: "LatentSpace", mine: str, theirs: str) -> None:
-        """Raise UserError when a number differs between `mine` (self) and `theirs` (other); the VAE's name may."""
+        """Raise UserError if a number differs between `mine` (self) and `theirs` (other); the VAE's name may."""
         for name in ("scale", "shift", "channels", "downsampling"):
             a, b = getattr(self, name), getattr(other, name)
             if a != b:
-                raise UserError(f"{mine} has latent {name} {a} ({self.vae}) and {theirs} has {b} ({other.vae}): "
+                raise UserError(f"{mine} has latent {name} {a} ({self.vae}), {theirs} has {b} ({other.vae}); "
                                 "use the VAE that the data set was encoded with")
 
     def latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -73,32 +75,40 @@ class LatentSpace:
         return DECODERS.get(self.vae, self.vae)
 
 
-def read_space(record, moments_shape, image_side, where):
-    space = LatentSpace() if record is None else LatentSpace.from_record(record)
-    return space, image_side or moments_shape[1] * space.downsampling
+def read_space(record: object, moments_shape: tuple[int, int, int], image_side: int | None, where: str
+               ) -> tuple[LatentSpace, int]:
+    """The latent space of a data set and the side R of its images, checked against moments_shape (2C, H, W).
+
+    `record` is "vae" of dataset.json; None, in data prepared by other programs, means the default, with a notice.
+    `image_side` None takes R from the moments. Raises UserError, naming `where`, if they do not fit together.
+    """
+    if record is None:
+        notice(f"{where}: does not record its VAE; assuming {LatentSpace()}")
+    space = LatentSpace() if record is None else LatentSpace.from_record(record, where)
+    resolution = image_side or moments_shape[1] * space.downsampling
+    side = resolution / space.downsampling
+    if moments_shape != (2 * space.channels, side, side):
+        raise UserError(f"{where}: moments of shape {tuple(moments_shape)} are not those of {resolution} px images by "
+                        f"{space}; encode the images again")
+    return space, resolution
 
 
 class Codec:
-    """A frozen AutoencoderKL with its latent space. `space.vae` is the name it was asked for (shorthands spelled out)."""
+    """A frozen AutoencoderKL with its latent space; `space.vae` is the name it was loaded by, shorthands resolved."""
 
     def __init__(self, vae: torch.nn.Module, name: str):
         config = vae.config
         self.vae = vae
-        self.space = LatentSpace(
-            vae=name,
-            scale=float(config.scaling_factor),
-            shift=float(config.shift_factor or 0.0),
-            channels=int(config.latent_channels),
-            downsampling=2 ** (len(config.block_out_channels) - 1),
-        )
+        self.space = LatentSpace(name, float(config.scaling_factor), float(config.shift_factor or 0.0),
+                                 int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1))
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, 3, R, R) -> moments (B, 2C, H, W), float32: the posterior's mean, then its std.
 
-        On a GPU nothing is waited for, not even the copy of images that lie in pinned memory.
+        Nothing waits for a GPU, not even the copy of images in pinned memory.
         """
-        x = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1     # as bytes to the device: to() would widen them first
+        x = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1     # to() would widen them before copying
 
         def moments(piece: torch.Tensor) -> torch.Tensor:
             posterior = self.vae.encode(piece).latent_dist
@@ -108,7 +118,7 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """final latents (B, C, H, W) => raw pixels: uint8 (B, 3, R, R), truncated as the published numbers were."""
+        """Latents (B, C, H, W) -> pixels uint8 (B, 3, R, R), truncated as the published numbers were."""
         raw = latents.to(device=self.vae.device, dtype=torch.float32) / self.space.scale + self.space.shift
 
         def pixels(piece: torch.Tensor) -> torch.Tensor:
@@ -117,11 +127,11 @@ class Codec:
         return self._in_pieces(pixels, raw.to(self.vae.dtype))
 
     def _in_pieces(self, compute: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        """`compute` a fixed number of `inputs` (B, ...) at a time, so that a larger B takes no more memory."""
+        """`compute` PIECE of the `inputs` (B, ...) at a time, so that a larger B takes no more memory."""
         return torch.cat([compute(piece) for piece in inputs.split(PIECE)])
 
     def in_bf16(self) -> "Codec":
-        """This codec with its network in bfloat16 from now on; on CUDA with channels last, which cuDNN's bf16 convolutions want."""
+        """Convert the network to bfloat16; on CUDA to channels last, too, for cuDNN's bf16 convolutions."""
         self.vae.bfloat16()
         if self.vae.device.type == "cuda":
             self.vae.to(memory_format=torch.channels_last)
@@ -131,25 +141,25 @@ class Codec:
 def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     """Load a VAE by hub id, local folder or shorthand (`ema`, `mse`), frozen, float32.
 
-    Raises UserError when it is neither a folder with an AutoencoderKL nor reachable on the hub or in its cache.
+    Raises UserError if it is neither a folder with an AutoencoderKL nor available from the hub or its cache.
     """
     from diffusers import AutoencoderKL  # slow to import, and training without pictures does not need it
 
     name = SHORTHANDS.get(name, name)
     folder = Path(name).is_dir()
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"no VAE at {name}: use an existing folder, a hub id like {SHORTHANDS['ema']}, or {' or '.join(SHORTHANDS)}")
+        raise UserError(f"no VAE at {name}: use an existing folder, a hub id like {SHORTHANDS['ema']}, or "
+                        f"{' or '.join(SHORTHANDS)}")
     try:
         vae, loading = AutoencoderKL.from_pretrained(name, output_loading_info=True)
-        if loading["missing_keys"]:                               # diffusers leaves these without numbers
+        if loading["missing_keys"]:                               # diffusers leaves them uninitialised
             raise ValueError(f"{len(loading['missing_keys'])} weights are missing")
         codec = Codec(vae.eval().requires_grad_(False), name)
-    except Exception as error:                                    # an edited config.json can make diffusers raise anything
+    except Exception as error:                                    # diffusers raises anything for an edited config.json
         if not folder and not isinstance(error, (OSError, ValueError)):
             raise
-        where = (f"the folder {name} holds no readable AutoencoderKL (config.json and diffusion_pytorch_model.safetensors)" if folder else
-                 f"the VAE {name!r} is neither a folder nor reachable on the hub or in its cache")
-        raise UserError(f"{where}: download config.json and diffusion_pytorch_model.safetensors of it into a folder "
-                        "and name that folder instead") from error
+        fault = "no readable AutoencoderKL in this folder" if folder else "VAE neither on the hub nor in its cache"
+        raise UserError(f"{name}: {fault}; name a folder with config.json and diffusion_pytorch_model.safetensors"
+                        ) from error
     vae.to(device)
     return codec

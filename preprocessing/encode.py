@@ -1,94 +1,150 @@
-"""`encode`: images -> VAE moments (mean and std of the posterior) under the same keys."""
+"""`encode`: images to VAE moments (mean and std of the posterior) or to an encoder's features, under the same keys."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import read_image
-from models.vae import SHORTHANDS, Codec, load_codec
-from preprocessing.work import Destination, digest, load
+from dataset import MOMENTS_EXTENSIONS, read_image
+from models.cached_features import FeaturesRecord, file_size, pack
+from models.encoders import load_encoder, sha256_of_named
+from models.vae import SHORTHANDS, load_codec
+from preprocessing.destination import Destination, digest, in_workers, listed
+from runtime import speed
 from runtime.catalogue import list_keyed, read_labels
-from runtime.files import to_npy
-from runtime.launch import join_processes
-from runtime.messages import UserError
-from runtime.speed import (
-    choose_same_kernels,
-    compile_parts,
-    compiler_works,
-    float32_arithmetic,
-    require_same_everywhere,
-)
+from runtime.files import as_size, to_npy
+from runtime.launch import blocks, join_processes
+from runtime.messages import UserError, say
 from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, shown
 
-# How the VAE computes. With the toy's VAE, images' means differ from fp32's by 0.0003 (tf32) and 0.004 (bf16) on average, and their stds
-# by 0.00002 and 0.0004; to store them as float16 moves them by 0.0002 and 0.00001. A third of a std, which bf16 moves the mean by, is
-# less than the noise that training adds to it, but the same in each epoch.
+# Precision of the VAE's arithmetic. With the toy's VAE, the images' means differ from fp32's by 0.0003 (tf32) and 0.004
+# (bf16) on average, and their stds by 0.00002 and 0.0004; storing them as float16 changes them by 0.0002 and 0.00001.
+# bf16 moves the mean by a third of a std: less than the noise that training adds, but the same in every epoch.
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def moments_name(key: bytes) -> bytes:
-    """The name of a key's moments, REPA's: `00000/00000007` -> `00000/img-mean-std-00000007.npy`."""
+    """The name of a key's moments, as REPA has it: `00000/00000007` -> `00000/img-mean-std-00000007.npy`."""
     folder, slash, stem = key.rpartition(b"/")
     return folder + slash + b"img-mean-std-" + stem + b".npy"
 
 
-class Batches(torch.utils.data.Dataset):
-    """Item k is the k-th listed batch: its first index, and uint8 images (B, 3, R, R).
+def features_name(key: bytes) -> bytes:
+    """The name of a key's features: `00000/00000007` -> `00000/img00000007.npy`."""
+    folder, slash, stem = key.rpartition(b"/")
+    return folder + slash + b"img" + stem + b".npy"
 
-    They stay numpy arrays, which travel by pipe: tensors would need shared memory, of which containers have little.
+
+class Moments:
+    """Moments by a VAE, for `encode`: float32 or float16 (2C, H, W)."""
+
+    kind, remedy, file_name = "moments", "use --dtype float32, or another VAE", staticmethod(moments_name)
+
+    def __init__(self, model_url: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device):
+        """`precision` None is PyTorch's own: tf32 for a GPU's convolutions, else fp32. `compiled` None: bf16 on a GPU,
+        where norms and activations cost more than convolutions.
+
+        Raises UserError for tf32 on a CPU, and if only some processes can compile.
+        """
+        on_gpu = device.type == "cuda"
+        if precision == "tf32" and not on_gpu:
+            raise UserError("--precision tf32: needs a GPU; give fp32 or bf16")
+        self.name, self.dtype, self.device = SHORTHANDS.get(model_url, model_url), dtype, device
+        self.precision = precision or ("tf32" if on_gpu else "fp32")
+        wanted = self.precision == "bf16" and on_gpu if compiled is None else compiled
+        self.compiled = wanted and speed.compiler_works(device.type)
+        speed.require_same_everywhere(self.compiled)
+        self.settings = {"vae": self.name, "dtype": dtype, "precision": self.precision, "compiled": self.compiled}
+
+    def open(self, resolution: int, batch_size: int) -> int:
+        """Load the VAE and return the bytes of one file. Raises UserError if it fails or R does not fit."""
+        self.codec, self.batch_size = load_codec(self.name, self.device), batch_size
+        space = self.codec.space
+        if resolution % space.downsampling:
+            raise UserError(f"--model-url {self.name}: cannot encode images of {resolution} px; "
+                            f"expected a multiple of {space.downsampling} px")
+        if self.precision == "bf16":
+            self.codec.in_bf16()
+        if self.compiled:
+            speed.choose_same_kernels()
+            speed.compile_parts(self.codec.vae)
+        self.record = {"vae": space.to_record()}
+        side = resolution // space.downsampling
+        return len(to_npy(np.zeros((2 * space.channels, side, side), self.dtype)))
+
+    def compute(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, R, R) -> moments (B, 2C, H, W) on the device."""
+        count = len(images)
+        if self.compiled and count < self.batch_size:             # another size would be compiled anew
+            images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
+        with speed.float32_arithmetic(tf32=self.precision == "tf32"):
+            return self.codec.encode(images)[:count].to(getattr(torch, self.dtype))
+
+    def arrays(self, moments: torch.Tensor) -> np.ndarray:
+        """What is stored of each image."""
+        return moments.cpu().numpy()                              # (B, 2C, H, W)
+
+
+class Features:
+    """Features by an encoder, for `encode`: class token and patch tokens as `FeaturesRecord.layout` describes."""
+
+    kind, remedy, file_name = "features", "use --dtype int8, or another encoder", staticmethod(features_name)
+
+    def __init__(self, enc_type: str, weights: str | None, dtype: str, device: torch.device):
+        """Raises UserError if the named weights are missing."""
+        self.name, self.weights, self.dtype, self.device = enc_type, weights, dtype, device
+        self.weights_file = sha256_of_named(enc_type, weights)
+        self.settings = {"enc_type": enc_type, "weights": self.weights_file, "dtype": dtype}
+
+    def open(self, resolution: int, batch_size: int) -> int:
+        """Load the encoder and return the bytes of one file. Raises UserError if it fails."""
+        self.encoder = encoder = load_encoder(self.name, self.device, resolution, weights=self.weights)
+        class_token, patches = self.compute(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))
+        record = FeaturesRecord(enc_type=self.name, timm_name=encoder.timm_name, weights_file=self.weights_file,
+                                resolution=resolution, grid=round(patches.shape[1] ** 0.5), width=encoder.embed_dim,
+                                class_token=class_token is not None, dtype=self.dtype)
+        self.record = {"features": record.to_record()}
+        return file_size(record.layout())
+
+    def compute(self, images: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """uint8 images (B, 3, R, R) -> class token (B, E) or None, patch tokens (B, N, E), in full float32."""
+        with speed.full_precision(self.device):
+            return self.encoder.tokens(images.to(self.device, non_blocking=True))
+
+    def arrays(self, tokens: tuple[torch.Tensor | None, torch.Tensor]) -> np.ndarray:
+        """What is stored of each image."""
+        return pack(*tokens, self.dtype)                          # (B,)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of an array, or of the parts of a structured one, are finite."""
+    parts = [array[name] for name in array.dtype.names] if array.dtype.names else [array]
+    return all(np.isfinite(part).all() for part in parts)
+
+
+def read_block(store: Store, names: np.ndarray, resolution: int, block: range) -> tuple[int, np.ndarray]:
+    """The first index of a block and its images uint8 (B, 3, R, R).
+
+    They stay a numpy array, which workers send by pipe: tensors need shared memory, of which containers have little.
     """
-
-    def __init__(self, store: Store, names: np.ndarray, starts: list[int], batch_size: int, resolution: int):
-        self.store, self.names, self.starts, self.batch_size, self.resolution = store, names, starts, batch_size, resolution
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, k: int) -> tuple[int, np.ndarray]:
-        start = self.starts[k]
-        names = self.names[start:start + self.batch_size]
-        return start, np.stack([read_image(self.store, name, self.resolution) for name in names])
-
-
-def set_precision(codec: Codec, precision: str) -> None:
-    """Make the codec's network ready for one of PRECISIONS. Raises UserError for tf32 without a GPU."""
-    if precision == "tf32" and codec.vae.device.type != "cuda":
-        raise UserError("--precision is tf32, which is a GPU's, and this is a CPU: give fp32 or bf16")
-    if precision == "bf16":
-        codec.in_bf16()
-
-
-def moments_of(codec: Codec, batch_size: int, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`codec.encode`, or with `compiled` a function that gives it batches of one size, since it would be compiled anew for another."""
-    if not compiled:
-        return codec.encode
-    choose_same_kernels()
-    compile_parts(codec.vae)
-
-    def of_whole(images: torch.Tensor) -> torch.Tensor:
-        lacking = batch_size - len(images)                        # the last batch is filled up
-        whole = torch.cat([images, images.new_zeros(lacking, *images.shape[1:])]) if lacking else images
-        return codec.encode(whole)[:len(images)]
-
-    return of_whole
+    return block.start, np.stack([read_image(store, name, resolution) for name in names[block.start:block.stop]])
 
 
 def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tuple[int, np.ndarray]],
                    write: Callable[[int, Any], None], on_gpu: bool) -> Iterator[int]:
-    """`compute` batches of uint8 images (B, 3, R, R), each with its first index, and `write` that index and what was computed.
+    """`compute` each batch (first index, images (B, 3, R, R)), `write` the index and the result, and yield B.
 
-    Yields each B. While a GPU computes one batch, a thread writes the one before and the next is read; what `write` raises is raised here.
+    A thread writes a batch while the next is read and computed; an error in `write` is raised here.
     """
     with ThreadPoolExecutor(1) as writer:
-        writing = None                                            # of the batch before
+        writing = None                                            # the batch before
         for start, images in batches:
             images = torch.from_numpy(images)
-            computed = compute(images.pin_memory() if on_gpu else images)  # from other memory the copy would wait for the batch before
+            computed = compute(images.pin_memory() if on_gpu else images)  # other memory would be copied in step
             if writing is not None:
                 writing.result()
             writing = writer.submit(write, start, computed)
@@ -97,75 +153,52 @@ def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tup
             writing.result()
 
 
-def encode_missing(store: Store, names: np.ndarray, outputs: np.ndarray, destination: Destination, batch_size: int, resolution: int,
-                   workers: int, compute: Callable[[torch.Tensor], Any], write: Callable[[int, Any], None]) -> None:
-    """Begin or go on: every batch of `names` (n,) of which one of `outputs` (n,) is missing, dealt to the processes that were joined."""
-    state = join_processes()
-    destination.begin()
-    state.wait_for_everyone()
-    missing = destination.is_missing(outputs)
-    mine = range(state.process_index * batch_size, len(names), state.num_processes * batch_size)
-    starts = [start for start in mine if missing[start:start + batch_size].any()]
-    total, left = (sum(len(names[start:start + batch_size]) for start in some) for some in (mine, starts))
-    batches = load(Batches(store, names, starts, batch_size, resolution), workers)
-    with tqdm(total=total, initial=total - left, desc="encode", unit="image", disable=not state.is_main_process) as bar:
-        for count in encode_batches(compute, batches, write, on_gpu=state.device.type == "cuda"):
-            bar.update(count)
-    state.wait_for_everyone()
+def encode(source: str, dest: str, network: Moments | Features, batch_size: int, workers: int) -> None:
+    """Encode the images of `source`, all RGB of one size, into `dest`, with one process or many; both folder or zip.
 
-
-def encode(source: str, dest: str, model_url: str, batch_size: int, dtype: str, workers: int,
-           precision: str | None = None, compile: bool | None = None) -> None:
-    """Encode the images of `source` (folder or zip, all RGB of one size) into `dest` (folder or .zip), with one process or many.
-
-    Writes `00000/img-mean-std-00000000.npy`, ... of shape (2C, H, W) and `dtype`, and dataset.json with the labels of the source and
-    the latent space. Batches are the same consecutive images however the work is divided or interrupted, since an image's moments
-    may differ by float noise between batch sizes. `precision` is one of PRECISIONS, None what PyTorch does by itself; `compile` fuses
-    norms and activations, None on a GPU in bf16, where they cost more than the convolutions. Both are settings that may not change.
-    Raises UserError as `convert` does, and when the VAE does not load.
+    Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source. Batches
+    are the same consecutive images however the work is divided or interrupted, because results may differ by float
+    noise between batch sizes. Raises UserError as `convert` does, and if the network does not load.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: expected at least 1")
     store = open_store(source)
     keys, names = list_keyed(store, IMAGE_EXTENSIONS)
     if not len(keys):
-        raise UserError(f"the source {shown(source)} holds no images: expected what `convert` writes")
-    labels = read_labels(store, keys)
+        raise UserError(f"--source {shown(source)}: holds no images; expected those that `convert` writes")
     resolution = read_image(store, names[0]).shape[-1]
     state = join_processes()
-    usual = "tf32" if state.device.type == "cuda" else "fp32"     # of convolutions, which is nearly all there is
-    precision = precision or usual
-    compiled = (precision == "bf16" and state.device.type == "cuda" if compile is None else compile) and compiler_works(state.device.type)
-    require_same_everywhere(compiled)
-    # Not where the images are: a data folder may move while it is being encoded.
-    settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names),
-                "vae": SHORTHANDS.get(model_url, model_url), "dtype": dtype, "precision": precision,
-                "compiled": compiled}
-    destination = Destination(dest, settings, source, unsaid={"precision": usual, "compiled": False})
-    outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
-    destination.require_names(outputs)
-    if destination.is_finished(outputs):
+    # Not the images' path: the data folder may move meanwhile.
+    settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names), **network.settings}
+    outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
+    labels = {"labels": listed(outputs, read_labels(store, keys))} if network.kind == "moments" else {}
+    destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
+    if destination.is_finished():
         if state.is_main_process:
-            print(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
+            destination.close()
+        say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
-    codec = load_codec(model_url, state.device)
-    if resolution % codec.space.downsampling:
-        raise UserError(f"images of {resolution} px cannot be encoded by {codec.space.vae}: "
-                        f"expected a multiple of {codec.space.downsampling} px")
-    set_precision(codec, precision)
-    compute = moments_of(codec, batch_size, compiled)
-
-    def write(start: int, moments: torch.Tensor) -> None:
-        for i, one in enumerate(moments.cpu().numpy(), start):                    # (2C, H, W)
-            if not np.isfinite(one).all():
-                raise UserError(f"the moments of {store.where(names[i])} are not finite in {dtype}: "
-                                "use --dtype float32, or another VAE")
-            destination.write(outputs[i], to_npy(one))
-
-    with float32_arithmetic(tf32=precision == "tf32"):
-        encode_missing(store, names, outputs, destination, batch_size, resolution, workers,
-                       lambda images: compute(images).to(getattr(torch, dtype)), write)
+    size = network.open(resolution, batch_size)
+    free = destination.require_room(size)
+    say(f"{shown(dest)}: needs {as_size(len(names) * size)} in all, {size:,} bytes per image; {as_size(free)} are free")
     if state.is_main_process:
-        listed = None if labels is None else [[os.fsdecode(name), int(label)] for name, label in zip(outputs, labels, strict=True)]
-        destination.finish(outputs, {"labels": listed, "vae": codec.space.to_record()})
-        print(f"{shown(dest)}: moments of {len(names)} images by {codec.space.vae}, {dtype}")
+        destination.begin()
+    state.wait_for_everyone()
+
+    def write(start: int, computed: Any) -> None:
+        for i, array in enumerate(network.arrays(computed), start):
+            if not is_finite(array):
+                raise UserError(f"{store.where(names[i])}: its {network.kind} are not finite in {network.dtype}; "
+                                f"{network.remedy}")
+            destination.write(outputs[i], to_npy(array))
+
+    missing = destination.is_missing()
+    mine = blocks(len(names), batch_size)[state.process_index::state.num_processes]
+    left = [block for block in mine if missing[block.start:block.stop].any()]
+    total, todo = (sum(map(len, some)) for some in (mine, left))
+    batches = in_workers(partial(read_block, store, names, resolution), left, workers)
+    with tqdm(total=total, initial=total - todo, desc="encode", unit="image", disable=not state.is_main_process) as bar:
+        for count in encode_batches(network.compute, batches, write, on_gpu=state.device.type == "cuda"):
+            bar.update(count)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        destination.finish({**labels, **network.record})
+        say(f"{shown(dest)}: {network.kind} of {len(names)} images by {network.name}, {network.dtype}")

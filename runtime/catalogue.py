@@ -1,7 +1,13 @@
-"""Keys, names and labels of the files in a store.
+"""Keys, names and labels of a data set's files, listed or from the catalogue file that its writer left.
 
-A million entries must not cost a million Python objects in every loader worker (reading touches their reference counts, which
-copies the memory that fork shares), so names and labels are numpy arrays, names as fixed-width bytes.
+To list a million files, or to parse a zip's directory and a million labels, takes half a minute. `convert`, `encode`
+and `check` therefore leave a catalogue: `images/catalogue.npz` in a folder, `images.zip.catalogue.npz` beside a zip.
+It counts while the folder's dataset.json has the same size and CRC-32 and a sample of the names exists, or while the
+zip has the same size and CRC-32 of its directory. Otherwise the files are listed. A file removed from a folder by hand
+may therefore be missed only when it is read, and one added is not found: run `check`, which writes the catalogue again.
+
+A million entries must not cost a million Python objects in every loader worker (reading touches their reference
+counts, which copies the memory that fork shares), so names and labels are numpy arrays, names as fixed-width bytes.
 """
 
 import contextlib
@@ -9,19 +15,23 @@ import functools
 import gc
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
-from runtime import index
-from runtime.messages import UserError
-from runtime.stores import METADATA, Store, few, list_names, read_metadata, shown
+from runtime.files import UNREADABLE, write_whole
+from runtime.messages import UserError, notice
+from runtime.stores import MAX_INFLATED, METADATA, Store, ZipStore, few, list_names, open_store, read_metadata, shown
 
 MAX_CLASSES = 10**7     # an embedding of XL's width for each takes 46 GB
+SAMPLE = 64             # names that must exist for a catalogue to count
 
 
 def key_of(name: bytes) -> bytes:
-    """The key of a file: its relative path without extension and without the prefix `img-mean-std-` or `img` of its name."""
+    """The key of a file: its relative path without the extension and the file's prefix `img-mean-std-` or `img`."""
     folder, slash, file = name.rpartition(b"/")
     stem = file.rpartition(b".")[0] or file
     for prefix in (b"img-mean-std-", b"img"):
@@ -31,106 +41,70 @@ def key_of(name: bytes) -> bytes:
 
 
 def list_keyed(store: Store, extensions: tuple[bytes, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (n,) sorted, and the names (n,) they belong to. Raises UserError when two files share a key."""
+    """List the keys (n,), sorted, and their names (n,). Raises UserError if two files share a key."""
     names = list_names(store, extensions)
     keys = np.array([key_of(name) for name in names.tolist()], dtype=bytes)
     order = np.argsort(keys, kind="stable")
     keys, names = keys[order], names[order]
     twice = np.flatnonzero(keys[1:] == keys[:-1])
     if len(twice):
-        raise UserError(f"{shown(store.path)}: {few(names[twice[0]:twice[0] + 2])} have the same key {few(keys[twice[:1]])}: "
-                        "remove one of them")
+        raise UserError(f"{shown(store.path)}: {few(names[twice[0]:twice[0] + 2])} have the same key "
+                        f"{few(keys[twice[:1]])}; remove one of them")
     return keys, names
 
 
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
 def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
-    """The labels (n,) int64 of `keys` from the store's dataset.json, None where it has none; `key` maps its names to keys.
+    """The labels (n,) int64 of `keys` from dataset.json, None if it has none; `key` maps its names to keys.
 
-    Raises UserError when a label is no whole number >= 0 or beyond MAX_CLASSES, or a key has none or two.
+    Raises UserError if a label is no whole number >= 0 or beyond MAX_CLASSES, or a key has no label or two.
     """
-    return match_labels(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
+    return _match(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
 
 
-def match_labels(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of,
-                 names: np.ndarray | None = None) -> np.ndarray | None:
-    """`read_labels` from what the file `where` says; `names` (n,) are those that `keys` came from, which it mostly lists as they are."""
+def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
+    """`read_labels` from the content "labels" of the file `where`."""
     if entries is None:
         return None
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     try:
-        listed = [os.fsencode(name) for name, _ in entries]
+        named = [key(os.fsencode(name)) for name, _ in entries]
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} names {shown(error.object)}, which no file can be called: correct it") from error
-    named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
-    values = np.array([label for _, label in entries], dtype=np.int64)
+        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
     fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
-    listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # all would be as wide as the longest
-    values = values[fitting]
+    listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # as wide as the longest
+    values = np.array([label for _, label in entries], dtype=np.int64)[fitting]
     if (values >= MAX_CLASSES).any():
-        raise UserError(f"{where} has label {values.max()}, expected labels below {MAX_CLASSES}, as every class has an embedding: "
-                        "number the classes from 0")
+        raise UserError(f"{where}: label {values.max()}; labels must be below {MAX_CLASSES}, as every class has an "
+                        "embedding")
     order = np.argsort(listed, kind="stable")
     listed, values = listed[order], values[order]
     found = np.searchsorted(listed, keys).clip(max=max(len(listed) - 1, 0))
     known = listed[found] == keys if len(listed) else np.zeros(len(keys), dtype=bool)
     if not known.all():
-        raise UserError(f"{where} has no label for {(~known).sum()} of {len(keys)} files ({few(keys[~known])}): "
+        raise UserError(f"{where}: no label for {(~known).sum()} of {len(keys)} files ({few(keys[~known])}); "
                         'complete it, or set "labels" to null')
     differing = np.flatnonzero((listed[1:] == listed[:-1]) & (values[1:] != values[:-1]))
-    if len(differing):
-        differing = differing[np.isin(listed[differing], keys)]
+    differing = differing[np.isin(listed[differing], keys)] if len(differing) else differing
     if len(differing):
         i = differing[0]
-        raise UserError(f"{where} lists {few(listed[[i]])} with label {values[i]} and with label {values[i + 1]}: remove one of them")
+        raise UserError(f"{where}: {few(listed[[i]])} has label {values[i]} and label {values[i + 1]}; remove one")
     return values[found]
 
 
 def _is_labelled(entry: object) -> bool:
-    """Whether it is [name, label]; true and false are no labels, and a NUL is in no file's name."""
+    """Whether it is [name, label]; true and false are no labels, and no file's name contains a NUL."""
     return (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is str and "\0" not in entry[0]
             and type(entry[1]) is int and 0 <= entry[1] < 2**63 - 1)
 
 
-class Catalogue:
-    """The entries of a store: `keys` (n,) bytes, sorted, `names` (n,) of their files, `labels` (n,) int64 or None, and what else its
-    dataset.json says, `metadata`.
-
-    Those of a large store come from an index if there is one; `keep` writes it. Raises UserError as list_keyed, read_metadata and
-    read_labels do; dataset.json is read when it is first asked for.
-    """
-
-    def __init__(self, store: Store, extensions: tuple[bytes, ...]):
-        self.store = store
-        self._what = f"catalogue {extensions}"
-        kept = index.recall(self._what, store.path)
-        self._is_new = kept is None
-        if kept is None:
-            self.keys, self.names = list_keyed(store, extensions)
-        else:
-            self.keys, self.names, self.labels = kept["keys"], kept["names"], kept.get("labels")
-            self.metadata = json.loads(kept["metadata"].tobytes())
-
-    @functools.cached_property
-    def metadata(self) -> dict:
-        return read_metadata(self.store)
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        entries = self.metadata.pop("labels", None)               # a million lists, no longer needed
-        return match_labels(entries, self.store.where(METADATA), self.keys, names=self.names)
-
-    def keep(self) -> None:
-        """Write the index, if it is worthwhile and did not come from one."""
-        if self._is_new and len(self.keys) >= index.WORTHWHILE:
-            arrays = {"keys": self.keys, "names": self.names} | ({} if self.labels is None else {"labels": self.labels})
-            metadata = np.frombuffer(json.dumps(self.metadata).encode(), dtype=np.uint8)
-            index.keep(self._what, self.store.path, self.store.seen, {**arrays, "metadata": metadata})
-
+# ---- the catalogue ---------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Python's search for garbage rests. Going through a million entries again and again, of which none is any, doubles the time."""
+def _without_collector() -> Iterator[None]:
+    """Disable the garbage collector while a million objects are built; it doubles the load time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -138,3 +112,134 @@ def uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]  # keys (n,), names (n,), labels (n,) or None, metadata
+
+
+class Catalogue:
+    """The entries of a store, from its catalogue file or listed.
+
+    Attributes: `keys` (n,) bytes, sorted; `names` (n,) bytes of their files; `labels` (n,) int64 or None; `metadata`,
+    the rest of dataset.json. Raises UserError as list_keyed and read_labels do.
+    """
+
+    def __init__(self, store: Store, extensions: tuple[bytes, ...]):
+        self.store = store
+        self.keys, self.names, self.labels, self.metadata = _recall(store, extensions) or _list(store, extensions)
+
+
+def _list(store: Store, extensions: tuple[bytes, ...]) -> Entries:
+    with _without_collector():
+        keys, names = list_keyed(store, extensions)
+        metadata = read_metadata(store)
+        return keys, names, _match(metadata.pop("labels", None), store.where(METADATA), keys), metadata
+
+
+def catalogue_file(path: str | Path) -> Path:
+    """Where the catalogue of a folder or a zip is: in the folder, or beside the zip."""
+    return Path(path, "catalogue.npz") if os.path.isdir(path) else Path(f"{path}.catalogue.npz")
+
+
+def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
+    """List a finished folder or zip and write its catalogue. If it cannot be written, that is reported once.
+
+    Raises UserError as Catalogue does.
+    """
+    store = open_store(path)
+    keys, names, labels, metadata = _list(store, extensions)
+    # A zip's readers need all of its files that are not hidden, a folder's only those with a key.
+    files = store.names() if isinstance(store, ZipStore) else np.sort(names)
+    if not len(keys) or not _are_plain(files):
+        return
+    arrays = {"extensions": np.array(extensions), "files": files, "keys": keys,
+              "order": np.searchsorted(files, names.astype(files.dtype)),         # (n,): names are files[order]
+              "metadata": np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)}
+    start = 0
+    if labels is not None:
+        arrays["labels"] = labels
+    if isinstance(store, ZipStore):
+        arrays["table"] = store.directory[1][np.isin(store.directory[0], files)]
+        start = int((arrays["table"][:, 0] + arrays["table"][:, 1]).max())        # behind this are only lists
+    arrays["stamp"] = np.array(_stamp(store.path, start))
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as stream:
+            np.savez(stream, **arrays)
+
+    try:
+        write_whole(catalogue_file(path), write)
+    except UserError as error:
+        _notice_once(f"{error} (without this file a large data set takes half a minute to open)")
+
+
+_notice_once = functools.cache(notice)
+
+
+def _recall(store: Store, extensions: tuple[bytes, ...]) -> Entries | None:
+    """`_list` from the store's catalogue file, which also gives a zip its directory; None without one that fits."""
+    file = catalogue_file(store.path)
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if max(entry.file_size for entry in archive.zip.infolist()) > os.path.getsize(file):
+                raise ValueError("compressed")
+            kept = {name: archive[name] for name in archive.files}                # each is checked by its CRC-32
+        found = kept["stamp"].tolist()
+        if kept["extensions"].tolist() != list(extensions) or _stamp(store.path, found[0]) != found:
+            return None
+        _require_sound(kept, os.path.getsize(store.path))
+        metadata = dict(json.loads(kept["metadata"].tobytes()))
+        if isinstance(store, ZipStore):
+            store.directory = kept["files"], kept["table"]
+    except FileNotFoundError:
+        return None
+    except (*UNREADABLE, AttributeError) as error:
+        _notice_once(f"{shown(file)}: damaged ({shown(str(error))}), the files are listed; `check` writes it again")
+        return None
+    some = kept["files"][np.linspace(0, len(kept["files"]) - 1, SAMPLE).astype(int)]
+    if not all(name in store for name in some.tolist()):
+        return None
+    return kept["keys"], kept["files"][kept["order"]], kept.get("labels"), metadata
+
+
+def _stamp(path: str | Path, start: int) -> list[int]:
+    """`start`, size and CRC-32 of what changes with the data: dataset.json in a folder; the directory of a zip, which
+    lists all names, sizes, offsets and CRC-32s, from `start` on.
+    """
+    file = Path(path, METADATA) if os.path.isdir(path) else Path(path)
+    if not file.exists():
+        return [start, 0, 0]
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        data = stream.read()
+    return [start, len(data), zlib.crc32(data)]
+
+
+def _are_plain(files: np.ndarray) -> bool:
+    """Whether names (n,) are relative, without "..", the same on every system, and none is hidden or empty."""
+    letters = files.view(np.uint8).reshape(len(files), -1)        # (n, width), padded with 0
+    text = files.tobytes()
+    outside = any(part in text for part in (b"/.", b"//", b"\\"))
+    nul_inside = ((letters[:, :-1] == 0) & (letters[:, 1:] != 0)).any()
+    drive = (letters[:, 1:2] == ord(":")).any()
+    return not (outside or nul_inside or drive or np.isin(letters[:, 0], list(b"\0./")).any())
+
+
+def _require_sound(kept: dict[str, np.ndarray], end: int) -> None:
+    """Raise ValueError unless the arrays could be ours: no name leads out, no offset lies outside of a zip's `end`."""
+    files, keys, order, labels = kept["files"], kept["keys"], kept["order"], kept.get("labels", np.zeros(1, np.int64))
+    kinds = [array.dtype.kind for array in (files, keys, order, labels)]
+    if kinds != ["S", "S", "i", "i"] or files.ndim != 1 or not keys.shape == order.shape == (len(keys),):
+        raise ValueError(f"arrays of {kinds}")
+    if not _are_plain(files) or not (files[1:] > files[:-1]).all() or not (keys[1:] > keys[:-1]).all():
+        raise ValueError("names or keys that cannot be")
+    if order.min() < 0 or order.max() >= len(files):
+        raise ValueError("an order that cannot be")
+    if "labels" in kept and (labels.shape != keys.shape or labels.min() < 0 or labels.max() >= MAX_CLASSES):
+        raise ValueError("labels that cannot be")
+    if "table" in kept:
+        offset, size, inflated, method, _ = kept["table"].T
+        stored, deflated = method == zipfile.ZIP_STORED, (method == zipfile.ZIP_DEFLATED) & (inflated <= MAX_INFLATED)
+        outside = (kept["table"] < 0).any() or (offset > end - 30 - size).any()
+        if outside or not (stored | deflated).all() or offset.shape != files.shape:
+            raise ValueError("places in the zip that cannot be")

@@ -1,47 +1,63 @@
-"""Starting one program on every GPU of one or several nodes, stopping it, and joining the processes that were started.
+"""Start one program on every GPU of one or several nodes, stop it, and join its processes.
 
     python -m runtime.launch train.py [flags]         # what train.sh calls
     python -m runtime.launch -m package.module [flags]
 
 Environment:
-    NUM_GPUS     GPUs on this node, default all; on a machine without one it counts CPU processes, default 1
+    NUM_GPUS     GPUs on this node, default all; without a GPU the number of CPU processes, default 1
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes; default Slurm's own, one task per node (srun)
-    REQUEUE=1    under Slurm, give the job back to the queue when SIGTERM or SIGUSR1 has ended it
+    REQUEUE=1    under Slurm, requeue the job after a stop by SIGTERM or SIGUSR1
 
-SIGTERM, SIGUSR1 and Ctrl-C are forwarded to every rank, once; a second signal kills them. The exit status is that of the rank that
-failed first, 128 + N for one that died of signal N. No rank outlives this process.
+The first SIGTERM, SIGUSR1 or Ctrl-C is forwarded to every rank; a second one ends them all. The exit status is that of
+the rank that failed first, 128 + N after signal N. No rank outlives this process.
 
-The ranks are started here and not by torchrun, which ends on SIGUSR1 without them, and after SIGTERM with status 1 and a kill after
-30 seconds: a checkpoint may take longer. What both do is the same: set RANK, WORLD_SIZE, MASTER_ADDR and the like, and wait.
+Torch's elastic agent starts and watches the ranks. It runs in a thread: its own signal handlers lose the ranks' exit
+status and end a rank that takes long to save, and it does not react to signals while it waits for other nodes.
 """
 
 import contextlib
-import ctypes
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import IO
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from runtime.messages import UserError, notice, without_traceback
-from runtime.stopping import REPEATED, STOP_SIGNALS, STOPPED, SUPERVISED
+from runtime.stopping import STOPPED, StopRequest
 
-PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads, writes a file, or computes scores
-GRACE = 30                      # seconds that rank 0 has to finish its checkpoint when another rank has failed
-LAST_RANKS = 60                 # seconds that the last ranks have to end after the first has stopped on a signal
+PATIENCE = timedelta(hours=12)  # ranks wait while the first one downloads, writes a file, or computes scores
+MEETING = 1800                  # seconds that nodes wait for each other
+
+
+class Plan(NamedTuple):
+    """This node runs `processes` of nodes * processes ranks, from node * processes on, which meet at address:port."""
+
+    processes: int
+    variables: dict[str, str]    # environment variables to set for the ranks
+    nodes: int = 1
+    node: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0                # 0: any free one
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name) or str(default)
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{name} is {text!r}: give a whole number from 1 on")
+        raise UserError(f"{name}={text}: expected a whole number of at least 1")
     return int(text)
 
 
@@ -54,135 +70,104 @@ def _node_rank(environment: Mapping[str, str]) -> str | None:
 
 
 def is_first_node(environment: Mapping[str, str]) -> bool:
-    """Whether this node, of one or several that run the same command, writes what is written once."""
+    """Whether this node is the one that writes files shared by all nodes."""
     return _nodes(environment) == 1 or _node_rank(environment) == "0"
 
 
-def _first_host(nodes: str) -> str:
-    """The first host of Slurm's short form, as in node[03-17]."""
-    return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
+def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> Plan:
+    """What to start on a node with `gpus` and `cores`.
 
-
-def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> list[dict[str, str]]:
-    """The variables to set for each rank of this node, on a machine with `gpus` and `cores`.
-
-    Raises UserError when the environment asks for what is not there or leaves several nodes without their place.
+    Raises UserError where the environment asks for more GPUs than there are or does not say which of several nodes
+    this one is.
     """
-    processes = _count(environment, "NUM_GPUS", gpus or 1)
+    processes, nodes = _count(environment, "NUM_GPUS", gpus or 1), _nodes(environment)
     if gpus and processes > gpus:
-        raise UserError(f"NUM_GPUS is {processes}, but this machine has {gpus}: give at most {gpus}")
-    common = {}
-    if not gpus:
-        # Without the first, processes on a CPU do not find each other; threads that spin in waiting starve the data loader.
-        common = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, cores // processes))}
-    elif processes > 1:
-        common = {"OMP_NUM_THREADS": "1"}                         # what a GPU leaves to the CPU is little, and the cores are the loaders'
-    common = {name: environment.get(name) or value for name, value in common.items()}
-    nodes = _nodes(environment)
-    if _count(environment, "SLURM_STEP_NUM_TASKS", 1) > _count(environment, "SLURM_STEP_NUM_NODES", 1):
-        raise UserError(f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks on {environment.get('SLURM_STEP_NUM_NODES', 1)} nodes, "
-                        "and each would take all GPUs: use one task per node (--ntasks-per-node=1)")
-    if nodes * processes == 1:
-        return [common]
-    node, address, port = 0, "127.0.0.1", None
-    if nodes > 1:
-        rank = _node_rank(environment)
-        address = environment.get("MASTER_ADDR")
-        if not address and environment.get("SLURM_JOB_NODELIST"):
-            address = _first_host(environment["SLURM_JOB_NODELIST"])
-        if not rank or not address:
-            raise UserError(f"NNODES is {nodes}, but NODE_RANK or MASTER_ADDR is not set: set both on each node, or use srun")
-        if not rank.isdecimal() or int(rank) >= nodes:
-            raise UserError(f"NODE_RANK is {rank!r}, but NNODES is {nodes}: give 0 to {nodes - 1}")
-        node, port = int(rank), environment.get("MASTER_PORT") or "29500"
-    common |= {"MASTER_ADDR": address, "MASTER_PORT": port or _free_port(), "WORLD_SIZE": str(nodes * processes),
-               "LOCAL_WORLD_SIZE": str(processes)}
-    return [{**common, "RANK": str(node * processes + i), "LOCAL_RANK": str(i)} for i in range(processes)]
+        raise UserError(f"NUM_GPUS={processes}: this machine has {gpus} GPUs")
+    tasks, hosts = (_count(environment, f"SLURM_STEP_NUM_{name}", 1) for name in ("TASKS", "NODES"))
+    if tasks > hosts:
+        raise UserError(f"srun started {tasks} tasks on {hosts} nodes, and each uses all GPUs: use --ntasks-per-node=1")
+    variables = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}  # leave the CPU cores to the data loaders
+    if not gpus:  # accelerate joins CPU processes only if told to; threads that spin while waiting starve data loaders
+        variables = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive",
+                     "OMP_NUM_THREADS": str(max(1, cores // processes))}
+    variables = {name: value for name, value in variables.items() if not environment.get(name)}
+    if nodes == 1:
+        return Plan(processes, variables)
+    node, address = _node_rank(environment), environment.get("MASTER_ADDR")
+    if not address and (short := environment.get("SLURM_JOB_NODELIST")):                  # as in node[03-17]
+        command = ["scontrol", "show", "hostnames", short]
+        address = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    if not node or not address:
+        raise UserError(f"NNODES={nodes}: NODE_RANK or MASTER_ADDR is not set; set both on each node, or use srun")
+    if not node.isdecimal() or int(node) >= nodes:
+        raise UserError(f"NODE_RANK={node}: expected 0 to {nodes - 1}")
+    return Plan(processes, variables, nodes, int(node), address, _count(environment, "MASTER_PORT", 29500))
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+# ----------------------------------------------------------------------------------------------- starting and stopping
 
-
-# ------------------------------------------------------------------------------------------------------- starting and stopping
-
-def supervise(command: list[str], ranks: list[dict[str, str]], stdout: IO | None = None) -> tuple[int, list[int]]:
-    """Run `command` once with each of the variables in `ranks`, and wait; what it prints goes to the file `stdout`.
-
-    Returns the exit status and the signals that came meanwhile. The first rank that fails ends the others; rank 0, which alone writes
-    checkpoints, may finish one. Each rank leads a session of its own: Ctrl-C reaches it from here alone, once.
-    """
-    received, times = [], []
-
-    def note(number: int, _) -> None:
-        times.append(time.monotonic())
-        if len(times) == 1 or times[-1] - times[0] > REPEATED:
-            received.append(number)
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    running = []
+def launch(program: list[str]) -> int:
+    """Run `python *program` on every GPU of this node; returns the exit status. After a stop, see `requeue`."""
+    plan = launch_plan(os.environ, torch.cuda.device_count(), os.cpu_count() or 1)
+    os.environ.update(plan.variables, LAUNCHER_PID=str(os.getpid()))
+    port = plan.port or _free_port()
+    meeting = StaticTCPRendezvous(plan.address, port, plan.node, plan.nodes, run_id="launch", timeout=MEETING)
+    command = ("-I", str(Path(__file__).with_name("rank.py")), *program)
+    spec = WorkerSpec(role="rank", local_world_size=plan.processes, entrypoint=sys.executable, args=command,
+                      rdzv_handler=meeting, max_restarts=0, monitor_interval=0.1,
+                      master_addr=plan.address, master_port=port)
+    logging.disable(logging.ERROR)                                # the agent's: a rank's own message says more
     try:
-        for variables in ranks:
-            running.append(subprocess.Popen(command, env={**os.environ, SUPERVISED: "1", **variables}, stdout=stdout,
-                                            start_new_session=True, preexec_fn=_die_with_the_parent))
-        return _wait(running, received), received
+        with StopRequest() as stop, TemporaryDirectory(prefix="ranks-") as folder:
+            status = _watch(LocalElasticAgent(spec, DefaultLogsSpecs(folder)), stop)
+    except dist.DistError as error:
+        raise UserError(f"MASTER_ADDR={plan.address} MASTER_PORT={port}: {str(error).splitlines()[0]}") from error
     finally:
-        for rank in running:
-            _kill(rank)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        logging.disable(logging.NOTSET)
+    requeue(os.environ, status, stop.asked)
+    return status
 
 
-def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
-    """Until all have ended, one has failed, or a second signal came; returns the exit status."""
-    forwarded, stopped_at, failed_at = False, None, None
-    while True:
-        if len(received) > 1:
-            notice("a second signal came: the ranks are killed, and what came after the last checkpoint is lost")
-            return 128 + received[1]
-        if received and not forwarded:
-            forwarded = True
-            for rank in ranks:
-                rank.send_signal(received[0])                     # nothing, if it has ended
-        statuses = [rank.poll() for rank in ranks]
-        failed = [(rank, status) for rank, status in enumerate(statuses) if status not in (None, 0, STOPPED)]
-        if failed and failed_at is None:
-            failed_at, (rank, status) = time.monotonic(), failed[0]
-            if status < 0 and not received:
-                notice(f"rank {rank} of this node was killed by {signal.Signals(-status).name}" + " (out of memory?)" * (status == -9))
-            for other in ranks[1:]:
-                _kill(other)
-        if failed_at is not None and (statuses[0] is not None or time.monotonic() - failed_at > GRACE):
-            return status if status > 0 else 128 - status
-        if None not in statuses:
-            return max(statuses)
-        if STOPPED in statuses:
-            stopped_at = stopped_at or time.monotonic()
-            if time.monotonic() - stopped_at > LAST_RANKS:
-                return STOPPED
-        time.sleep(0.05)
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
-def _die_with_the_parent() -> None:
-    """In a new rank: the kernel kills it when this process ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                # 1: PR_SET_PDEATHSIG
+def _watch(agent: LocalElasticAgent, stop: StopRequest) -> int:
+    """Run the agent and forward the first signal, once, to each rank; returns the exit status."""
+    outcome, told = ThreadPool(1).apply_async(agent.run), set()
+    while not outcome.ready():
+        if stop.asked:
+            ranks = {worker.id for worker in agent.get_worker_group().workers if worker.id}  # process ids
+            if not ranks:                                         # the other nodes have not arrived
+                return 128 + stop.asked
+            for rank in ranks - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, stop.asked)
+            told = ranks
+        outcome.wait(0.05)
+    failures = outcome.get().failures
+    if not failures:
+        return 0
+    # First is a rank with a UserError, then the earliest; within a second, the agent's SIGTERM follows from another.
+    rank, first = min(failures.items(), key=lambda item: (
+        not os.path.isfile(item[1].error_file), item[1].timestamp, item[1].exitcode in (STOPPED, -signal.SIGTERM)))
+    if os.path.isfile(first.error_file):
+        notice(f"error: {first.message}")
+    elif first.exitcode < 0 and not stop.asked:
+        memory = " (out of memory?)" if first.exitcode == -signal.SIGKILL else ""
+        notice(f"rank {rank} was killed by {first.signal_name()}{memory}")
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
 
 
-def _kill(rank: subprocess.Popen) -> None:
-    """The rank, if it still runs, and the loader workers that it left."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):                        # all have ended
-        os.killpg(rank.pid, signal.SIGKILL)
-    rank.wait()
-
-
-def requeue(environment: Mapping[str, str]) -> None:
-    """Give this Slurm job back to the queue, from its first node; say so, or why not."""
+def requeue(environment: Mapping[str, str], status: int, signalled: signal.Signals | None) -> None:
+    """With REQUEUE=1, requeue this Slurm job from its first node if a signal other than Ctrl-C ended the program."""
+    stopped = status == STOPPED or signalled and status != 0      # Slurm may have signalled the ranks alone
+    if environment.get("REQUEUE") != "1" or not stopped or signalled == signal.SIGINT:
+        return
     job = environment.get("SLURM_JOB_ID")
     if job is None:
-        notice("REQUEUE is set, but this is no Slurm job: give the same command again")
+        notice("REQUEUE=1, but this is no Slurm job: give the same command again")
     elif is_first_node(environment):
         try:
             subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
@@ -192,25 +177,14 @@ def requeue(environment: Mapping[str, str]) -> None:
             notice(f"requeued Slurm job {job}")
 
 
-@without_traceback
-def main(argv: list[str]) -> None:
-    """Run a program with the plan for this machine, and end with its status."""
-    ranks = launch_plan(os.environ, torch.cuda.device_count(), os.cpu_count() or 1)
-    status, received = supervise([sys.executable, *argv], ranks)
-    stopped = status == STOPPED or len(received) == 1 and status != 0                     # Slurm may signal the ranks alone
-    if stopped and signal.SIGINT not in received and os.environ.get("REQUEUE") == "1":
-        requeue(os.environ)
-    sys.exit(status)
-
-
-# --------------------------------------------------------------------------------------------------------------------- joining
+# ------------------------------------------------------------------------------------------------------------- joining
 
 def require_joined(num_processes: int) -> None:
-    """Raise UserError when the launcher started more processes than accelerate joined: each would do the whole work alone."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != num_processes:
-        raise UserError(f"the launcher started {launched} processes, but accelerate sees {num_processes}: start through train.sh or "
-                        "eval.sh, or set ACCELERATE_USE_CPU=true for torchrun on a CPU")
+    """Raise UserError where accelerate joined fewer processes than were started: each would do the whole work alone."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != num_processes:
+        raise UserError(f"{started} processes were started, but accelerate sees {num_processes}: use train.sh, "
+                        "eval.sh or ACCELERATE_USE_CPU=true for torchrun on a CPU")
 
 
 def blocks(count: int, size: int) -> list[range]:
@@ -222,26 +196,33 @@ def blocks(count: int, size: int) -> list[range]:
 
 
 def join_processes(cpu: bool = False):
-    """accelerate's PartialState: `process_index` of `num_processes`, `device`, `is_main_process`, `wait_for_everyone()`.
+    """Join all processes; returns accelerate's PartialState (`process_index`, `num_processes`, `device`, ...).
 
-    `cpu` keeps off the GPUs, which are otherwise one per process.
+    `cpu` uses no GPU; the default is one GPU per process.
     """
     from accelerate import PartialState  # slow to import: only where processes are joined
 
-    # Unlike Accelerator, PartialState does not look at ACCELERATE_USE_CPU, and joins nobody on a CPU unless told so.
-    cpu = cpu or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    world = PartialState(cpu=cpu, timeout=PATIENCE)
+    # Unlike Accelerator, PartialState ignores ACCELERATE_USE_CPU, and joins CPU processes only with cpu=True.
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    world = PartialState(cpu=cpu or asked or not torch.cuda.is_available(), timeout=PATIENCE)
     require_joined(world.num_processes)
     return world
 
 
 def leave_processes() -> None:
-    """Part from the others, if any were joined: the last line of a program that ends in order, behind `main`.
+    """Destroy the process group, if there is one; the last line of a program that ends in order, after `main`.
 
-    gloo's threads must end before the interpreter does. One that still holds a tensor then asks for the GIL, and SIGABRT ends the process.
+    gloo's threads must end before the interpreter: one that holds a tensor then asks for the GIL, and the process
+    aborts.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@without_traceback
+def main(argv: list[str]) -> None:
+    """Launch a program and exit with its status."""
+    sys.exit(launch(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Stopping on request: SIGTERM, SIGUSR1 (Slurm's --signal) and Ctrl-C let the step finish; all ranks stop at the same one."""
+"""Stop in order on SIGTERM, SIGUSR1 (Slurm's --signal) or Ctrl-C: all ranks finish the same step, save and exit."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -8,16 +9,17 @@ import time
 import torch
 import torch.distributed as dist
 
+from runtime.messages import is_rank
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOPPED = 75               # exit status after a stop with everything saved: EX_TEMPFAIL of sysexits.h, "try again"
-REPEATED = 0.5             # seconds in which a signal is the first one again: Slurm's may come from two sides
-SUPERVISED = "SUPERVISED"  # set by runtime.launch for its ranks: it counts the signals, and kills at the second
+STOPPED = 75    # exit status after a stop with everything saved: EX_TEMPFAIL of sysexits.h, "try again"
+REPEATED = 0.5  # seconds during which further signals count as the first one: Slurm may send it twice
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop:` a first signal sets `stop.asked`, a later second one ends the process at once.
+    """Context manager: the first signal sets `asked`, a later second one ends the process at once with status 128 + N.
 
-    Under runtime.launch a rank ignores the second: the launcher counts, and Slurm may signal every process of a job.
+    A rank ignores the second signal: its launcher has a StopRequest of its own, and ends the ranks with itself.
     """
 
     def __init__(self):
@@ -37,15 +39,17 @@ class StopRequest:
     def _note(self, number: int, _) -> None:
         if self.asked is None:
             self.asked, self._since = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._since > REPEATED and SUPERVISED not in os.environ:
+        elif time.monotonic() - self._since > REPEATED and not is_rank():
+            with contextlib.suppress(OSError):                    # not print: the signal may have interrupted one
+                os.write(2, b"second signal: ended at once\n")
             os._exit(128 + number)
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop: one answer for all ranks, which must all call it. The device is not waited for."""
+        """Whether any rank was asked to stop. All ranks must call it and get the same answer; no GPU is waited for."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.asked is not None
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")          # between the CPUs, whatever the GPUs use
+            self._group = dist.new_group(backend="gloo")          # CPU tensors, also where the default group is NCCL
         asked = torch.tensor(0 if self.asked is None else int(self.asked))
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         if asked and self.asked is None:
@@ -54,9 +58,9 @@ class StopRequest:
 
 
 class Shield:
-    """For data loader workers, as `worker_init_fn`: a signal to all processes of a job must not take them from a rank that stops.
+    """`worker_init_fn` of a DataLoader: workers ignore a signal to all processes of a job, so that ranks stop in order.
 
-    They end with their rank, or by SIGTERM once `over` is set: then it is the rank's own way to end them.
+    A worker ends with its rank, or by SIGTERM once `over` is set: that is how the DataLoader ends it.
     """
 
     def __init__(self):

@@ -1,5 +1,6 @@
-"""The files of a folder or a zip as named bytes, and what is refused of them: hostile names, bombs, pictures too large to decode."""
+"""A folder or a zip as named bytes. Refuses hostile names, decompression bombs and pictures too large to decode."""
 
+import functools
 import io
 import json
 import os
@@ -7,78 +8,72 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime import index
-from runtime.files import UNREADABLE
+from runtime.files import UNREADABLE, write_whole
 from runtime.messages import UserError
 
-IMAGE_EXTENSIONS = (b".png", b".jpg", b".jpeg", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".ppm", b".pgm")
 METADATA = "dataset.json"
-UNFINISHED = ".unfinished.json"  # lies in a folder that is still being written, and holds the settings it is written with
+UNFINISHED = ".unfinished.json"  # marks a folder that is still being written, and holds the settings it is written with
+IMAGE_EXTENSIONS = (b".png", b".jpg", b".jpeg", b".jfif", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".ppm",
+                    b".pgm")
+# Pillow's decoders of these extensions; for some others it would start Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# What comes from elsewhere may be damaged or made to do harm.
-MAX_PIXELS = 2**27      # of a picture: half a GiB decoded (4 bytes a pixel), which each worker holds; nearly all cameras make less
-MAX_INFLATED = 2**30    # bytes that one compressed file may grow to; a dataset.json of a million labels is a tenth of it
-MAX_NAME = 4096         # bytes of a file's name in a zip, as many as a system takes: all names are as wide as the longest
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # IMAGE_EXTENSIONS; Pillow would run Ghostscript for some others
-# Pillow warns of large pictures before MAX_PIXELS refuses them; warnings.catch_warnings is not for threads.
+# Limits on files from elsewhere, which may be damaged or malicious.
+MAX_PIXELS = 2**27      # per picture: half a GiB decoded, in each worker; nearly all cameras make less
+MAX_INFLATED = 2**30    # bytes of one compressed file; a dataset.json of a million labels has a tenth of it
+MAX_NAME = 4096         # bytes of a name in a zip, Linux's limit for a path: all names are as wide as the longest
+# Pillow warns of large pictures before MAX_PIXELS refuses them; warnings.catch_warnings is not thread-safe.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def shown(name: bytes | str | os.PathLike) -> str:
-    """A name or text of others in a message: on one line and in any encoding, with escapes for what cannot be printed."""
+    """A foreign name or text for a message: on one line, what cannot be printed as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(name))
 
 
 def few(names: np.ndarray) -> str:
-    """The first names of an array of bytes, for messages."""
+    """The first three of an array of names (bytes), for messages."""
     return ", ".join(map(shown, names[:3].tolist())) + (", ..." if len(names) > 3 else "")
 
 
-# ---- folder or zip --------------------------------------------------------------------------------------------------------------------
+# ---- folder or zip -------------------------------------------------------------------------------------------------
 
 class FolderStore:
-    """The files of a folder. `read` raises UserError when a file cannot be read.
-
-    Attribute `seen`: after `names`, the stamps (see runtime.index) of what they and dataset.json follow from.
-    """
+    """The files of a folder. `read` raises UserError if a file cannot be read."""
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        self.seen: dict[bytes, bytes] = {}
 
     def names(self) -> np.ndarray:
-        """Relative paths of all files that are not hidden, sorted, as bytes with `/` (n,); no file is opened.
+        """Relative paths (n,) of all files that are not hidden, sorted, as bytes with `/`. Opens no file.
 
-        Links are followed. Raises UserError for a folder that cannot be listed, or that a link leads back to.
+        Links are followed. Raises UserError for a folder that cannot be listed, or a link to a folder that contains it.
         """
         found: list[bytes] = []
-        self.seen = {}
-        todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]                # a folder, and the folders that hold it
+        todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]                # a folder, and the folders above it
         while todo:
             prefix, above = todo.pop()
             try:
-                self.seen[prefix] = index.stamp(self._path(prefix))               # before it is listed
                 folder = os.stat(self._path(prefix))
                 inside = above | {(folder.st_dev, folder.st_ino)}
                 if inside == above:
-                    raise UserError(f"{self.where(prefix)} is a link to a folder that holds it: remove the link")
+                    raise UserError(f"{self.where(prefix)}: is a link to a folder that contains it; remove the link")
                 with os.scandir(self._path(prefix)) as entries:
                     for entry in entries:
                         if entry.name.startswith(b"."):
                             continue
                         if entry.is_dir():
                             todo.append((prefix + entry.name + b"/", inside))
-                        elif entry.is_file() or not os.path.exists(entry.path):   # a broken link is named when it is read; no pipes
+                        elif entry.is_file() or not os.path.exists(entry.path):   # no pipes; `read` names broken links
                             found.append(prefix + entry.name)
-                if not prefix and METADATA in self:
-                    self.seen[os.fsencode(METADATA)] = index.stamp(self._path(METADATA))
             except OSError as error:
-                raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}") from error
+                raise UserError(f"{shown(error.filename)}: cannot be listed ({error.strerror})") from error
         return np.sort(np.array(found, dtype=bytes))
 
     def _path(self, name: bytes | str) -> bytes:
@@ -96,68 +91,67 @@ class FolderStore:
             with open(self._path(name), "rb") as file:
                 return file.read()
         except OSError as error:
-            raise UserError(f"cannot read {self.where(name)}: {error.strerror}") from error
+            raise UserError(f"{self.where(name)}: cannot be read ({error.strerror})") from error
 
 
 def is_zip_name(name: str) -> bool:
-    """Whether a file in a zip may have this name: relative, inside of its folder, and the same file on every system."""
+    """Whether a file in a zip may have this name: relative, without "..", and the same file on every system."""
     parts = f"/{name}/"
-    plain = not ("//" in parts or "/./" in parts or "/../" in parts or "\\" in name or "\0" in name or name[1:2] == ":")
+    plain = not ("//" in parts or "/./" in parts or "/../" in parts or "\\" in name or "\0" in name
+                 or name[1:2] == ":")
     return plain and len(name) <= MAX_NAME and (name.isascii() or len(os.fsencode(name)) <= MAX_NAME)
 
 
 def _fault(entry: zipfile.ZipInfo, end: int) -> str | None:
-    """Why an entry of a zip of `end` bytes cannot be taken, to be said behind its name."""
+    """Why an entry of a zip of `end` bytes is refused, or None."""
     if not is_zip_name(entry.orig_filename.removesuffix("/")):
-        return ": expected relative names without \"..\", backslashes or drive letters; write the zip again"
+        return "no relative name without \"..\", backslashes or drive letters; write the zip again"
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
-        return " encrypted or with an unusual compression: store it plainly (zip -0)"
+        return "encrypted or unusual compression; store it plainly (zip -0)"
     if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > MAX_INFLATED:
-        return f" of {entry.file_size} bytes, compressed: expected at most {MAX_INFLATED}; remove it or use zip -0"
+        return f"{entry.file_size} bytes, compressed, the limit is {MAX_INFLATED}; remove it or use zip -0"
     if not 0 <= entry.header_offset <= end - 30 - entry.compress_size:
-        return f" outside of its {end} bytes: write the zip again"
+        return f"lies outside of the zip's {end} bytes; write the zip again"
     return None
 
 
 class ZipStore:
     """The files of a zip, stored or deflated, read by offset.
 
-    zipfile keeps an object for every entry and one file position for all readers. Here the central directory becomes arrays and
-    every read names its own offset, so that threads and forked or spawned workers share the store. Raises UserError like FolderStore,
-    and when it is opened for names that lead out of a folder, for one name twice, and for sizes and places that cannot be.
+    zipfile keeps an object per entry and one file position for all readers. Here the central directory becomes arrays
+    and every read has its own offset, so threads and forked or spawned workers can share the store. Raises UserError
+    like FolderStore; the first access raises it for a damaged directory, a hostile or repeated name, and sizes or
+    offsets that cannot be.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
         self._file = None
-        self.seen = {b"": index.stamp(path)}                                      # as FolderStore.seen, before it is read
-        kept = index.recall("zip", path)
-        if kept is None:
-            self._names, self._table = self._read_directory()
-            if len(self._names) >= index.WORTHWHILE:
-                index.keep("zip", path, self.seen, {"names": self._names, "table": self._table})
-        else:
-            self._names, self._table = kept["names"], kept["table"]               # (n,) sorted, (n, 5)
 
-    def _read_directory(self) -> tuple[np.ndarray, np.ndarray]:
-        """The names (n,) sorted, and of each its offset, stored size, size, compression and checksum (n, 5)."""
-        path = self.path
+    @functools.cached_property
+    def directory(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names (n,) of all files, sorted; and (n, 5) int64: offset, stored size, size, compression, CRC-32.
+
+        runtime.catalogue sets it to what it has verified, which saves reading it.
+        """
         try:
-            with zipfile.ZipFile(path) as archive:
-                listed, end = archive.infolist(), os.path.getsize(path)
+            with zipfile.ZipFile(self.path) as archive:
+                listed, end = archive.infolist(), os.path.getsize(self.path)
         except UNREADABLE as error:
-            raise UserError(f"{shown(path)} is not a readable zip file ({shown(str(error))}): write it again") from error
+            raise UserError(f"{shown(self.path)}: not a readable zip file ({shown(str(error))}); write it again"
+                            ) from error
         for entry in listed:
             if fault := _fault(entry, end):
-                raise UserError(f"{shown(path)} holds {shown(entry.orig_filename)}{fault}")
+                raise UserError(f"{self.where(entry.orig_filename)}: {fault}")
         entries = [entry for entry in listed if entry.filename[-1] != "/"]
         names = np.array([os.fsencode(entry.filename) for entry in entries], dtype=bytes)
         order = np.argsort(names, kind="stable")
         names = names[order]
         twice = np.flatnonzero(names[1:] == names[:-1])
         if len(twice):
-            raise UserError(f"{shown(path)} holds two files named {few(names[twice[:1]])}: write the zip again")
-        table = np.array([(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries], dtype=np.int64)
+            raise UserError(f"{shown(self.path)}: holds two files named {few(names[twice[:1]])}; write the zip again")
+        table = np.array([(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries],
+                         dtype=np.int64)
         return names, table.reshape(-1, 5)[order]
 
     def __getstate__(self) -> dict:
@@ -165,20 +159,21 @@ class ZipStore:
 
     def names(self) -> np.ndarray:
         """As FolderStore.names."""
-        text = self._names.tobytes()                              # each name in as many bytes as the longest has
-        if not (b"/." in text or b"__MACOSX/" in text or b"." in self._names.astype("S1")):
-            return self._names                                    # the usual case, without a look at each
-        hidden = [name.startswith((b".", b"__MACOSX/")) or b"/." in name for name in self._names.tolist()]
-        return self._names[~np.array(hidden, dtype=bool)]
+        names, _ = self.directory
+        text = names.tobytes()                                    # each name in as many bytes as the longest has
+        if not (b"/." in text or b"__MACOSX/" in text or b"." in names.astype("S1")):
+            return names                                          # the usual case, without a loop over the names
+        hidden = [name.startswith((b".", b"__MACOSX/")) or b"/." in name for name in names.tolist()]
+        return names[~np.array(hidden, dtype=bool)]
 
     def where(self, name: bytes | str) -> str:
         return shown(f"{self.path}:{os.fsdecode(name)}")
 
     def _row(self, name: bytes | str) -> int | None:
-        name = os.fsencode(name)
-        # The needle takes the haystack's width, or numpy would copy the haystack to widen it.
-        row = int(np.searchsorted(self._names, np.array(name, dtype=self._names.dtype), side="right")) - 1
-        return row if row >= 0 and self._names[row] == name else None
+        names, name = self.directory[0], os.fsencode(name)
+        # The needle has the haystack's width, or numpy would copy the haystack to widen it.
+        row = int(np.searchsorted(names, np.array(name, dtype=names.dtype), side="right")) - 1
+        return row if row >= 0 and names[row] == name else None
 
     def __contains__(self, name: bytes | str) -> bool:
         return self._row(name) is not None
@@ -186,21 +181,21 @@ class ZipStore:
     def read(self, name: bytes | str) -> bytes:
         row = self._row(name)
         if row is None:
-            raise UserError(f"{shown(self.path)} holds no file {shown(name)}")
-        offset, size, inflated, method, crc = self._table[row].tolist()
+            raise UserError(f"{self.where(name)}: no such file in the zip")
+        offset, size, inflated, method, crc = self.directory[1][row].tolist()
         try:
             if self._file is None:
                 self._file = open(self.path, "rb")  # noqa: SIM115  (kept open for the store's life)
             handle = self._file.fileno()
-            # The local header is 30 bytes, then the name and an extra field, whose lengths may differ from the central directory's.
+            # The local header has 30 bytes, a name and an extra field; the central directory's may be of other lengths.
             name_length, extra_length = struct.unpack("<HH", os.pread(handle, 30, offset)[26:])
             data = os.pread(handle, size, offset + 30 + name_length + extra_length)
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, inflated + 1)  # one more would be told by the length
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, inflated + 1)  # 1 more: too long
         except (OSError, struct.error, zlib.error) as error:
-            raise UserError(f"cannot read {self.where(name)}: {error}") from error
+            raise UserError(f"{self.where(name)}: cannot be read ({error})") from error
         if len(data) != inflated or zlib.crc32(data) != crc:
-            raise UserError(f"{self.where(name)} is damaged (wrong size or checksum): write the zip again")
+            raise UserError(f"{self.where(name)}: damaged (wrong size or checksum); write the zip again")
         return data
 
 
@@ -208,29 +203,54 @@ Store = FolderStore | ZipStore
 
 
 def open_store(path: str | Path) -> Store:
-    """A folder or a zip file as a Store; raises UserError when it is neither, or still being written."""
+    """A folder or a zip file as a Store. Raises UserError if it is neither, or a folder that is still being written."""
     if os.path.isdir(path):
         store = FolderStore(path)
         if UNFINISHED in store and METADATA not in store:
-            raise UserError(f"{shown(path)} is not finished: give the command that writes it again, it continues")
+            raise UserError(f"{shown(path)}: not finished; give the command that writes it again, it continues")
         return store
     if os.path.isfile(path):
         return ZipStore(path)
-    raise UserError(f"{shown(path)} does not exist: expected a folder or a zip file")
+    raise UserError(f"{shown(path)}: does not exist; expected a folder or a zip file")
+
+
+def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write a zip of (name, bytes) atomically: stored, with a fixed date, so that equal contents give equal bytes.
+
+    Raises UserError if it cannot be written.
+    """
+
+    def write(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in files:
+                archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
+
+    write_whole(path, write)
 
 
 def read_metadata(store: Store) -> dict:
-    """What the store's dataset.json says, {} without one; raises UserError when it is not a JSON object."""
+    """The content of the store's dataset.json, {} without one. Raises UserError if it is not a JSON object."""
     if METADATA not in store:
         return {}
     data = store.read(METADATA)
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{store.where(METADATA)} is not JSON ({error}): write it again") from error
+        raise UserError(f"{store.where(METADATA)}: not JSON ({error}); write it again") from error
     if not isinstance(metadata, dict):
-        raise UserError(f'{store.where(METADATA)} must be an object like {{"labels": [["00000/img00000000.png", 7], ...]}}')
+        raise UserError(f'{store.where(METADATA)}: must be an object like '
+                        '{"labels": [["00000/img00000000.png", 7], ...]}')
     return metadata
+
+
+def read_npy(store: Store, name: bytes) -> np.ndarray:
+    """The array of an npy file; of an npz its archive. Raises UserError if it is unreadable or would need pickle."""
+    data = store.read(name)
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except UNREADABLE as error:
+        raise UserError(f"{store.where(name)}: not a readable npy file ({shown(str(error))}); remove it, encode again"
+                        ) from error
 
 
 def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
@@ -240,9 +260,9 @@ def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """A file's bytes -> the loaded picture, in its own mode and size; of an animation the first frame.
+    """Decode a picture in its own mode and size; of an animation the first frame.
 
-    Raises UserError naming `where` when it cannot be decoded, or when its header says more than MAX_PIXELS.
+    Raises UserError naming `where` if it cannot be decoded, or its header declares more than MAX_PIXELS.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -250,9 +270,9 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             raise Image.DecompressionBombError
         image.load()
     except Image.DecompressionBombError as error:
-        raise UserError(f"{where} has more than {MAX_PIXELS} pixels: make it smaller or remove it") from error
+        raise UserError(f"{where}: more than {MAX_PIXELS} pixels; make it smaller or remove it") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{where} is not a readable image (none of {', '.join(FORMATS)}): replace or remove it") from error
+        raise UserError(f"{where}: not a readable image ({', '.join(FORMATS)}); replace or remove it") from error
     except UNREADABLE as error:
-        raise UserError(f"{where} is not a readable image ({shown(str(error))}): replace or remove it") from error
+        raise UserError(f"{where}: not a readable image ({shown(str(error))}); replace or remove it") from error
     return image

@@ -15,12 +15,9 @@ import diffusers.utils.logging
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from evaluations import extraction, features
-from evaluations.features import Extractor, load_extractor
-from evaluations.inception import Inception
+from evaluations.features import Extractor
 from models.vae import Codec
 
 # it keeps the stderr of its first use: not that of a test, which is closed behind it
@@ -112,68 +109,6 @@ def trained(data_dir, encoder_folder, vae_folder, tmp_path_factory):
 def random_images(count, height=16, width=16, seed=0):
     """uint8 (count, height, width, 3)"""
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="session")
-def random_state():
-    """Inception's state dict with random weights whose signal survives 94 units."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, value in Inception().state_dict().items():
-        noise = torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
-        if key.endswith("conv.weight"):
-            noise *= (2 / value[0].numel()) ** 0.5
-        elif key.endswith(("bn.weight", "running_var")):
-            noise = 1 + 0.2 * noise.clamp(-3, 3)
-        elif value.is_floating_point():
-            noise *= 0.2
-        state[key] = noise
-    return state
-
-
-@pytest.fixture(scope="session")
-def weights_file(random_state, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(random_state, path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def inception(weights_file):
-    """Inception with random weights: 0.15 s an image on one core."""
-    return load_extractor("inception", "cpu", weights_file)
-
-
-class TinyInception(torch.nn.Module):
-    """In Inception's place, with so few features that full covariances need few images and their algebra no time."""
-
-    pooled, spatial = 6, 4
-
-    def __init__(self):
-        super().__init__()
-        self.body = torch.nn.Linear(48, 10)
-        self.fc = torch.nn.Linear(6, 12)
-
-    def forward(self, images):
-        rows = self.body(F.adaptive_avg_pool2d(images.float() / 16, 4).flatten(1))       # (B, 10)
-        return rows[:, :6], rows[:, 6:]
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("inception") / "tiny.pth"
-    torch.save(TinyInception().state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def tiny_inception(tiny_weights, monkeypatch):
-    """TinyInception is what `load_extractor("inception")` builds; the weights' file is the published one."""
-    monkeypatch.setattr(features, "Inception", TinyInception)
-    monkeypatch.setattr(extraction, "Inception", TinyInception)
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(tiny_weights))
-    return load_extractor("inception", "cpu", tiny_weights)
 
 
 class MeanColours(torch.nn.Module):

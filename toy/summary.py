@@ -1,193 +1,128 @@
-"""What the pieces of the comparison say together: means and spreads over seeds, steps to a distance, and the tables of RESULTS.md.
+"""What the comparison's curves show: means over seeds, steps until another method's final distance, table and figures.
 
-Everything here is a function of results.json.
+A curve is {step: Frechet distance} of one run; curves[method][seed] of all runs are scored at the same steps.
 """
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from PIL import Image
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method of the comparison: `name` and `flags` are what train.sh and train.py are given."""
+class Method(NamedTuple):
+    """A method of the comparison: METHOD of train.sh, flags of train.py, and how it is shown."""
 
     name: str
+    flags: tuple[str, ...]
     title: str
-    flags: tuple[str, ...] = ()
+    colour: str
 
 
 METHODS = {
-    "sit": Method("sit", "SiT"),
-    "repa": Method("repa", "REPA"),
-    "reg": Method("reg", "REG"),
-    "class-token": Method("reg", "class token, no alignment", ("--proj-coeff", "0")),
-    "patches": Method("reg", "class token, patches aligned", ("--align", "patches")),
+    "sit": Method("sit", (), "SiT", "tab:gray"),
+    "repa": Method("repa", (), "REPA", "tab:blue"),
+    "reg": Method("reg", (), "REG", "tab:red"),
+    "class-token": Method("reg", ("--proj-coeff", "0"), "REG without alignment", "tab:orange"),
+    "patches": Method("reg", ("--align", "patches"), "REG, patches aligned", "tab:purple"),
 }
-TARGETS = ("sit", "repa")                     # whose final distance the others are timed to
-SCORES = {"distance": "distance", "class_agreement": "class agreement", "precision": "precision", "recall": "recall"}
-TOKENS = {"token_cosine": "cosine to its image's token", "token_cosine_other": "to another's of its label",
-          "token_nearest": "to the nearest training image's", "token_agreement": "class agreement of the token",
-          "class_agreement": "class agreement"}
+TARGETS = ("sit", "repa")         # the others are timed until their final distance
 
 
-def spread(values: list[float]) -> dict:
-    """Mean and sample standard deviation over seeds (None of a single one), and how many there are."""
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "seeds": len(values)}
+def steps_to(curve: dict[int, float], target: float) -> float | None:
+    """The first step at which the distance is down to `target`, or None.
 
-
-def steps_to(points: list[dict], target: float) -> float | None:
-    """The first step at which the distance is down to `target`, on straight lines between scored steps in log-log; None: never."""
-    if points[0]["distance"] <= target:
-        return float(points[0]["step"])
-    for before, after in zip(points[:-1], points[1:], strict=True):
-        if after["distance"] <= target:
-            part = math.log(before["distance"] / target) / math.log(before["distance"] / after["distance"])
-            return before["step"] * (after["step"] / before["step"]) ** part
+    Between scores the curve is a straight line in log-log coordinates. At `target` from the start: the first step.
+    """
+    points = sorted(curve.items())
+    if points[0][1] <= target:
+        return float(points[0][0])
+    for (step, distance), (next_step, next_distance) in zip(points[:-1], points[1:], strict=True):
+        if next_distance <= target:
+            return step * (next_step / step) ** (math.log(distance / target) / math.log(distance / next_distance))
     return None
 
 
-def arrival(own: dict[int, list[dict]], others: dict[int, list[dict]], index: int) -> dict:
-    """For each seed that both have, the steps after which a run is where the other one was at its scored step `index`: `steps_to`.
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 of a single value)."""
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0}
 
-    Mean and spread only where all arrived, since those that did are the better ones; no spread either, and the mean a `bound`, where
-    one was there at the first scored step, and so perhaps before. `factor`: how many times fewer steps that is than the other took.
+
+def summarise(curves: dict[str, dict[int, dict[int, float]]]) -> dict:
+    """By method: distance by step, steps to the final distance of SiT and REPA, final ratio to SiT.
+
+    Steps and ratios compare runs of the same seed.
     """
-    shared = [seed for seed in own if seed in others]
-    steps = [steps_to(own[seed], others[seed][index]["distance"]) for seed in shared]
-    result = {"steps": steps, "bound": any(own[seed][0]["step"] == found for seed, found in zip(shared, steps, strict=True)),
-              "mean": None, "std": None, "factor": None, "seeds": len(steps)}
-    if steps and None not in steps:
-        factors = [others[seed][index]["step"] / found for seed, found in zip(shared, steps, strict=True)]
-        result |= spread(steps) | {"factor": spread(factors)}
-        result["std"] = None if result["bound"] else result["std"]
-    return result
+    found = {}
+    for method in (name for name in METHODS if name in curves):
+        runs = curves[method]
+        steps = sorted(next(iter(runs.values())))
+        ends = {target: {seed: run[steps[-1]] for seed, run in curves.get(target, {}).items()} for target in TARGETS}
+        paired = {target: [(run, of_target[seed]) for seed, run in runs.items() if seed in of_target]
+                  for target, of_target in ends.items() if target != method}
+        found[method] = {
+            "distance": {step: spread([run[step] for run in runs.values()]) for step in steps},
+            "steps_to": {target: [steps_to(*pair) for pair in pairs] for target, pairs in paired.items() if pairs},
+            "over_sit": spread([run[steps[-1]] / end for run, end in paired["sit"]]) if paired.get("sit") else None,
+        }
+    return found
 
 
-def summarise(results: dict) -> dict:
-    """Per method: every score at every step over the seeds; the steps to what SiT had at each step, and to where SiT and REPA end, seed by
-    seed; and the distance over SiT's, at each step seed by seed and at the end sampling by sampling, in which the shared noise is gone."""
-    by_method = {method: {piece["seed"]: piece for piece in results["pieces"] if piece["method"] == method} for method in METHODS}
-    runs = {method: {seed: piece["points"] for seed, piece in pieces.items()} for method, pieces in by_method.items() if pieces}
-    curves = {method: [{"step": rows[0]["step"], **{key: spread([row[key] for row in rows]) for key in rows[0] if key != "step"}}
-                       for rows in zip(*found.values(), strict=True)] for method, found in runs.items()}
-    targets = {target: curves[target][-1]["distance"]["mean"] for target in TARGETS if target in curves}
-    samplings = {(method, seed): piece["repeated_distances"] for method, pieces in by_method.items() for seed, piece in pieces.items()
-                 if piece["repeated_distances"]}
-    methods = {}
-    for method, found in runs.items():
-        methods[method] = {"curve": curves[method],
-                           "steps_to": {target: arrival(found, runs[target], -1) for target in targets if target != method}}
-        shared = [seed for seed in found if seed in runs.get("sit", {})]
-        if method != "sit" and shared:
-            methods[method]["steps_to_sit_at"] = [{"step": point["step"], **arrival(found, runs["sit"], index)}
-                                                  for index, point in enumerate(curves["sit"])]
-            methods[method]["beside_sit"] = [
-                {"step": point["step"], "distance": spread([found[seed][index]["distance"] / runs["sit"][seed][index]["distance"]
-                                                            for seed in shared])} for index, point in enumerate(curves["sit"])]
-            methods[method]["beside_sit_over_samplings"] = [
-                spread([a / b for a, b in zip(samplings[method, seed], samplings["sit", seed], strict=True)])
-                for seed in shared if (method, seed) in samplings and ("sit", seed) in samplings]
-    return {"targets": targets, "methods": methods,
-            "distance_over_samplings": {method: spread(of) for (method, _), of in samplings.items()},
-            "distance_over_draws": spread(results["real"]["distances"]),
-            "core_minutes": sum(piece["train_seconds"] + piece["score_seconds"] for piece in results["pieces"]) / 60}
+def table(summary: dict) -> str:
+    """The summary as a Markdown table: mean ± standard deviation over seeds."""
+    steps = list(next(iter(summary.values()))["distance"])
+    targets = [target for target in TARGETS if target in summary]
+    head = ["distance after", *(f"{step:,} steps" for step in steps), "over SiT's, same seed",
+            *(f"steps to {METHODS[target].title}'s end" for target in targets)]
+    rows = []
+    for method, found in summary.items():
+        distances = [f"{at['mean']:.2f} ± {at['std']:.2f}" for at in found["distance"].values()]
+        ratio = "{mean:.3f} ± {std:.3f}".format(**found["over_sit"]) if found["over_sit"] else "-"
+        reached = [_shown(found["steps_to"].get(target), steps[0]) for target in targets]
+        rows.append([METHODS[method].title, *distances, ratio, *reached])
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-# --------------------------------------------------------------------------------------------------------------------- tables
-
-def plus_minus(value: dict, digits: int, scale: float = 1) -> str:
-    """`4.03 ± 0.10`, or the mean alone of a single seed."""
-    mean = f"{scale * value['mean']:.{digits}f}"
-    return mean if value["std"] is None else f"{mean} ± {scale * value['std']:.{digits}f}"
-
-
-def shown(key: str, value: dict) -> str:
-    return f"{plus_minus(value, 1, 100)} %" if "agreement" in key else plus_minus(value, 2 if key == "distance" else 3)
+def _shown(steps: list[float | None] | None, first: int) -> str:
+    """Mean and spread if all runs arrived (those that did are the better ones), else how many did."""
+    if not steps:
+        return "-"
+    if None in steps:
+        return f"{len(steps) - steps.count(None)} of {len(steps)} runs"
+    bound = "at most " if first in steps else ""              # reached at the first score, perhaps before
+    return bound + "{mean:,.0f} ± {std:,.0f}".format(**spread(steps))
 
 
-def shown_steps(reached: dict, last: int) -> str:
-    """Steps with their spread; where not all runs came there, how many did."""
-    if reached["mean"] is None:
-        there = sum(steps is not None for steps in reached["steps"])
-        return f"{there} of {len(reached['steps'])} runs in {last:,}" if there else f"not in {last:,}"
-    return ("at most " if reached["bound"] else "") + f"{reached['mean']:,.0f}" + (
-        "" if reached["std"] is None else f" ± {reached['std']:,.0f}")
+def convergence(summary: dict) -> Figure:
+    """Distance against steps, mean and one standard deviation; dotted: where SiT and REPA end."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, found in summary.items():
+        steps, points = list(found["distance"]), list(found["distance"].values())
+        low, high = ([point["mean"] + sign * point["std"] for point in points] for sign in (-1, 1))
+        means, look = [point["mean"] for point in points], METHODS[method]
+        axes.plot(steps, means, marker="o", markersize=3, color=look.colour, label=look.title)
+        axes.fill_between(steps, low, high, color=look.colour, alpha=0.2, linewidth=0)
+        if method in TARGETS:
+            axes.axhline(means[-1], color=look.colour, linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="training steps", ylabel="Frechet distance, toy features")
+    axes.set_xticks(steps, [f"{step:,}" for step in steps])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    return figure
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def tables(results: dict) -> dict[str, str]:
-    """RESULTS.md's tables in Markdown by their headings, and the sentences on spread and on what was not run."""
-    summary, setting = results["summary"], results["setting"]
-    methods, last = summary["methods"], setting["steps"][-1]
-    titles = {method: METHODS[method].title for method in methods}
-    beside = {method: of for method, of in methods.items() if "beside_sit" in of}
-    columns, draws = SCORES | TOKENS, summary["distance_over_draws"]
-    by_step = ["", *(f"{step:,}" for step in setting["steps"])]
-
-    found = {
-        f"After {last:,} steps": table(
-            ["", *SCORES.values(), *(f"steps to where {titles[target]} ends" for target in summary["targets"])],
-            [[titles[method], *(shown(key, of["curve"][-1][key]) for key in SCORES),
-              *(shown_steps(of["steps_to"][target], last) if target != method else f"{last:,}" for target in summary["targets"])]
-             for method, of in methods.items()]),
-        "Distance by step": table(
-            by_step, [[titles[method], *(plus_minus(point["distance"], 2) for point in of["curve"])] for method, of in methods.items()])}
-    if beside:
-        found["Distance over SiT's, seed by seed"] = table(
-            by_step, [[titles[method], *(plus_minus(point["distance"], 3) for point in of["beside_sit"])] for method, of in beside.items()])
-        found["Steps to where SiT is after so many"] = table(
-            ["", *by_step[2:]],                          # nothing is scored before the first
-            [[titles[method], *(shown_steps(reached, last) for reached in of["steps_to_sit_at"][1:])] for method, of in beside.items()])
-    found |= {
-        **{f"Class token: {titles[method]}": table(
-            ["steps", *TOKENS.values()],
-            [[f"{point['step']:,}", *(shown(key, point[key]) for key in TOKENS)] for point in of["curve"]])
-           for method, of in methods.items() if "token_cosine" in of["curve"][-1]},
-        "Real images, never seen": table(
-            ["", *columns.values()],
-            [[what, *(shown(key, spread([results["real"][name][key]])) for key in columns)]
-             for name, what in (("drawn", "as drawn"), ("decoded", "through the VAE"))]),
-    }
-    noise = ", ".join(f"{titles[method]} {value['std']:.2f}" for method, value in summary["distance_over_samplings"].items())
-    found["Spread"] = (
-        "± is the standard deviation over seeds, each with its own order of the data and its own noise to sample from, which all methods "
-        f"share. Other noise moves the distance of the first seed's last checkpoint at {setting['num_samples']:,} samples by a standard "
-        f"deviation of {noise} ({draws['seeds']} samplings); other draws of real images have {draws['mean']:.3f} ± {draws['std']:.3f}.\n")
-    moved = "; ".join(f"{titles[method]} {plus_minus(value, 3)}" for method, of in beside.items()
-                      for value in of["beside_sit_over_samplings"])
-    if moved:
-        found["Spread"] += f"Its distance over SiT's with the same noise, in those samplings: {moved}.\n"
-    found["Run"] = (f"{len(results['pieces'])} pieces, {summary['core_minutes']:.0f} minutes of one device or core on "
-                    f"{results['machine']['device']}, PyTorch {results['machine']['torch']}.\n")
-    missing = ", ".join(f"{METHODS[piece['method']].title} seed {piece['seed']}" for piece in results["not_run"])
-    return found | ({"Not run": f"{missing}.\n"} if missing else {})
-
-
-def as_text(results: dict) -> str:
-    """All tables under their headings, and the headline."""
-    return "".join(f"### {heading}\n\n{text}\n" for heading, text in tables(results).items()) + headline(results) + "\n"
-
-
-def headline(results: dict) -> str:
-    """What came out, whatever it was: after how many steps the others are where SiT ends, and REG where REPA does, seed by seed."""
-    summary, last = results["summary"], results["setting"]["steps"][-1]
-    said = []
-    for target, value in summary["targets"].items():
-        others = {method: summary["methods"][method]["steps_to"][target] for method in ("repa", "reg")
-                  if method in summary["methods"] and method != target}
-        reached = " and by ".join(f"{METHODS[method].title} {words_of(found)}" for method, found in others.items() if found["seeds"])
-        if reached:
-            said.append(f"{METHODS[target].title}'s distance after {last:,} steps ({value:.2f}) is reached by {reached}")
-    return "; ".join(said) + "." if said else ""
-
-
-def words_of(reached: dict) -> str:
-    there, runs = sum(steps is not None for steps in reached["steps"]), reached["seeds"]
-    if there < runs:
-        return f"in {there or 'none'} of {runs} runs"
-    at_least = "at least " if reached["bound"] else ""
-    return f"after {shown_steps(reached, 0)} ({at_least}{reached['factor']['mean']:.2f} times fewer)"
+def side_by_side(grids: dict[str, Path]) -> Figure:
+    """The runs' own grids of samples, one column per method."""
+    figure = Figure(figsize=(3 * len(grids), 3.3), layout="constrained")
+    for axes, (method, path) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+        with Image.open(path) as image:
+            axes.imshow(image, interpolation="nearest")
+        axes.set_title(METHODS[method].title)
+        axes.axis("off")
+    return figure

@@ -1,0 +1,176 @@
+"""A folder or zip that `convert` or `encode` fills, and that an interrupted run can continue.
+
+A killed program loses no finished file and leaves none half-written. A power failure may, as flushing every file to
+the disk would take longer than the work: an empty file is written again, and `check` reads everything to find the rest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from runtime import stores
+from runtime.catalogue import write_catalogue
+from runtime.files import make_folder, require_room, require_same_settings, write_whole
+from runtime.messages import UserError
+from runtime.stores import METADATA, UNFINISHED, FolderStore, Store, few, shown
+
+LONGEST_NAME = 255  # bytes of a file's name, without folders: the limit of nearly all file systems
+BLOCK = 4096        # bytes to which nearly all file systems round up a file's size
+
+
+def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in_order: bool = True) -> Iterator:
+    """Yield function(item) for each item, computed by `workers` processes, by this one if 0.
+
+    Without `in_order`, results are yielded as they are completed, so that no process waits for a slower one.
+    """
+    yield from torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=function,
+                                           in_order=in_order)
+
+
+def digest(store: Store, names: np.ndarray) -> str:
+    """Hash of a source's file names and dataset.json, 16 hex digits."""
+    metadata = json.dumps(stores.read_metadata(store), sort_keys=True).encode()
+    return hashlib.sha256(names.tobytes() + metadata).hexdigest()[:16]
+
+
+def listed(names: np.ndarray, labels: np.ndarray | None) -> list | None:
+    """The "labels" of dataset.json for names (n,) bytes with labels (n,) or none: [[name, label], ...] or null."""
+    if labels is None:
+        return None
+    return [[os.fsdecode(name), int(label)] for name, label in zip(names, labels, strict=True)]
+
+
+class Destination:
+    """A folder or zip to be filled with the files `names` (n,) bytes.
+
+    `settings` (plain JSON values) describe the work and must be equal when it is continued. A folder holds UNFINISHED
+    until its dataset.json is written, which is last. The files of a zip are collected in `DEST.partial/` first.
+    """
+
+    def __init__(self, path: str, names: np.ndarray, extensions: tuple[bytes, ...], settings: dict, source: str):
+        """`extensions` are those by which readers list the files.
+
+        Raises UserError if `path` holds something else, was begun with other settings or lies in the folder `source`,
+        and if one of the names is too long for the file system or not fit for a zip.
+        """
+        self.path, self.names, self.extensions, self.settings = Path(path), names, extensions, settings
+        self.where = f"--dest {shown(path)}"                      # for messages
+        self.zipped = self.path.suffix == ".zip"
+        self.folder = self.path.with_name(self.path.name + ".partial") if self.zipped else self.path
+        if Path(source).resolve() in (self.path.resolve(), *self.path.resolve().parents):
+            raise UserError(f"{self.where}: lies in the source {shown(source)}; choose a --dest outside of it")
+        if self.path.exists() and self.path.is_dir() == self.zipped:
+            kind = "folder" if self.zipped else "file"
+            raise UserError(f"{self.where}: is a {kind}; give a folder, or a name ending in .zip")
+        self._written = self._look()
+        for name in names.tolist():
+            self._require_possible(name)
+
+    def _look(self) -> bool:
+        """Whether all of it was written once."""
+        if self.path.exists() and (self.zipped or METADATA in FolderStore(self.path)):
+            self._require_same(stores.read_metadata(stores.open_store(self.path)).get("made_with"))
+            return True
+        store = FolderStore(self.folder)
+        if UNFINISHED in store:
+            self._require_same(self._begun_with(store))
+        elif self.folder.exists() and len(store.names()):
+            raise UserError(f"--dest {shown(self.folder)}: holds other files; choose another --dest or empty it")
+        return False
+
+    def _begun_with(self, store: FolderStore) -> object:
+        try:
+            return json.loads(store.read(UNFINISHED))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(self.folder)} and begin again"
+                            ) from error
+
+    def _require_same(self, found: object) -> None:
+        if not isinstance(found, dict):
+            raise UserError(f"{self.where}: holds a data set that this program did not write; choose another --dest")
+        require_same_settings(found, self.settings, self.where, "choose another --dest or remove it")
+
+    def _require_possible(self, name: bytes) -> None:
+        text = os.fsdecode(name)
+        if max(map(len, name.split(b"/"))) > LONGEST_NAME:
+            raise UserError(f"{self.where}: {shown(name)} is longer than {LONGEST_NAME} bytes; rename its image")
+        if self.zipped and (not stores.is_zip_name(text) or text != name.decode(errors="replace")):
+            raise UserError(f"{self.where}: {shown(name)} cannot be in a zip, which takes UTF-8 without backslashes "
+                            "or drive letters; give a folder, or rename its image")
+
+    def is_missing(self) -> np.ndarray:
+        """Whether each of the names (n,) is still to be written. Empty files are: a power failure leaves them."""
+        folder = os.fsencode(self.folder)
+        return np.array([not _size(os.path.join(folder, name)) for name in self.names.tolist()], dtype=bool)
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do. Files of a finished folder may have been removed, as `check` asks for."""
+        return self._written and (self.zipped or not self.is_missing().any())
+
+    def require_room(self, size: int) -> int:
+        """Return the bytes free on the disk. Raises UserError if the missing files, `size` bytes each, do not fit.
+
+        A zip needs room for all of its files beside the folder in which they are collected.
+        """
+        count, blocks = int(self.is_missing().sum()) + self.zipped * len(self.names), -(-size // BLOCK)
+        return require_room(self.folder, count * blocks * BLOCK, "make room, or choose a --dest on another disk")
+
+    def begin(self) -> None:
+        """Create the folder with its record of the settings. Raises UserError if that fails."""
+        make_folder(self.folder / ".tmp")
+        self._write_record(UNFINISHED, self.settings)
+
+    def write(self, name: bytes, data: bytes) -> None:
+        """Write a file atomically, without flushing it to the disk. Raises UserError if it cannot be written."""
+        path, temporary = self.folder / os.fsdecode(name), self.folder / ".tmp" / uuid.uuid4().hex
+        try:
+            temporary.write_bytes(data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be written ({error.strerror}); make room, or choose another --dest"
+                            ) from error
+
+    def _write_record(self, name: str, content: dict) -> None:
+        write_whole(self.folder / name, lambda partial: partial.write_bytes(json.dumps(content).encode()))
+
+    def finish(self, metadata: dict) -> None:
+        """Write dataset.json, the zip and the catalogue. Raises UserError if a file is missing."""
+        missing = self.is_missing()
+        if missing.any():  # one process of several failed, or a network folder does not show its files yet
+            raise UserError(f"{shown(self.folder)}: lacks {missing.sum()} of {len(missing)} files "
+                            f"({few(self.names[missing])}); give the same command again")
+        self._write_record(METADATA, {**metadata, "made_with": self.settings})
+        if self.zipped:
+            names = [*map(os.fsdecode, np.sort(self.names)), METADATA]
+            files = ((name, (self.folder / name).read_bytes()) for name in tqdm(names, "zip", unit="file"))
+            stores.write_zip(self.path, files)
+        self.close()
+
+    def close(self) -> None:
+        """Write the catalogue and remove what is temporary, unless an earlier run did."""
+        if not (self.folder if self.zipped else self.folder / UNFINISHED).exists():
+            return
+        write_catalogue(self.path, self.extensions)
+        if self.zipped:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
+            (self.folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _size(path: bytes) -> int:
+    """The bytes of a file, 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

@@ -1,0 +1,164 @@
+"""A folder of numbered blocks of images that can be continued. Every file is written atomically.
+
+    settings.json   how the images were made; a folder holds images of one setting only
+    blocks/         00000064.npy: a block of images, uint8 (B, R, R, 3), named by its first index; removed at the end
+    NAME/           the same for another array of which each image has a row, (B, ...)
+    NAME.npz        that array (N, ...) and the labels (N,)
+    grid.png        the first images
+    samples.npz     images and labels in ADM's form, the last of the arrays
+    images/         000064.png by index, exported from samples.npz
+    metrics*.json   scores, written by others; removed before the samples are made again
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from runtime.files import make_folder, partial_name, require_room, to_npy, write_json, write_whole
+from runtime.launch import blocks
+from runtime.messages import UserError
+from runtime.npz import read_npz_rows, read_npz_shape, write_npz
+
+METRICS = "metrics*.json"
+GRID_IMAGES, GRID_COLUMNS = 64, 8
+PNG_EXTRA = 4096                          # bytes by which a PNG file may exceed its pixels, rounded up by the disk
+PNG_THREADS, PNG_AT_ONCE = 8, 256
+
+
+def read_settings(folder: Path) -> dict:
+    """The content of a folder's settings.json, or {} if it is missing or not an object."""
+    try:
+        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """N = `count` images in blocks of B = `block_size`, of which the last may be smaller."""
+
+    path: Path
+    count: int
+    block_size: int
+    parts: dict[str, np.dtype]            # what a block holds of each image: "images" and other arrays, by name
+    png: bool                             # whether PNG files are wanted
+
+    @property
+    def blocks(self) -> list[range]:
+        """The image indices of each block."""
+        return blocks(self.count, self.block_size)
+
+    def npz(self, part: str = "images") -> tuple[Path, str]:
+        """The file that a part's blocks become, and the array's name in it."""
+        return self.path / f"{'samples' if part == 'images' else part}.npz", "arr_0" if part == "images" else part
+
+    def block_folder(self, part: str) -> Path:
+        return self.path / ("blocks" if part == "images" else part)
+
+    def block_file(self, part: str, block: range) -> Path:
+        return self.block_folder(part) / f"{block.start:08d}.npy"
+
+    def png_file(self, index: int) -> Path:
+        return self.path / "images" / f"{index:06d}.png"
+
+    def missing(self, same: bool) -> list[range] | None:
+        """The blocks to make, or None if samples.npz is finished. `same`: the folder's settings are the wanted ones.
+
+        Writes nothing. Raises UserError if the disk is too small for the rest.
+        """
+        finished = same and all(self._is_finished(part) for part in self.parts)
+        png = self.parts["images"].itemsize + PNG_EXTRA
+        if finished:
+            need = png * len(self._missing_png())
+        else:                             # blocks and npz files exist together
+            there = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+            need = self.count * (2 * sum(row.itemsize for row in self.parts.values()) + png * self.png) - there
+        require_room(self.path, need, "free some, choose another folder" + ", or make no PNG files" * self.png)
+        return None if finished else [block for block in self.blocks if not (same and self._is_whole(block))]
+
+    def _is_finished(self, part: str) -> bool:
+        row = self.parts[part]
+        try:
+            return read_npz_shape(*self.npz(part)) == ((self.count, *row.shape), row.base)
+        except UserError:                 # missing or damaged
+            return False
+
+    def _is_whole(self, block: range) -> bool:
+        """Whether all files of a block have its rows, by their headers and lengths."""
+        try:
+            found = [np.lib.format.open_memmap(self.block_file(part, block), mode="r") for part in self.parts]
+        except (OSError, ValueError):     # missing, cut off, or not an npy file
+            return False
+        return all((array.dtype, array.shape) == (row.base, (len(block), *row.shape))
+                   for array, row in zip(found, self.parts.values(), strict=True))
+
+    def _missing_png(self) -> list[int]:
+        folder = self.path / "images"
+        there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size} if folder.is_dir() else set()
+        return [index for index in range(self.count) if self.png and self.png_file(index).name not in there]
+
+    def begin(self, settings: dict, keep: bool) -> None:
+        """One process, before the blocks: remove what they replace. Unless blocks are kept, write the settings."""
+        make_folder(self.path)
+        for stale in (file for name in (METRICS, "*.npz", "grid.png", ".*.partial") for file in self.path.glob(name)):
+            stale.unlink()
+        kept = {self.block_folder(part) for part in self.parts} if keep else set()
+        for folder in {self.path / "images", *(file.parent for file in self.path.glob("*/[0-9]*.npy"))} - kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not keep:                      # last: the old settings stay until nothing made with them is left
+            write_json(self.path / "settings.json", settings)
+
+    def write_block(self, block: range, **arrays: np.ndarray) -> None:
+        """Any process: write each part's rows of a block (B, ...)."""
+        for part in self.parts:
+            data = to_npy(arrays[part])
+            write_whole(self.block_file(part, block), lambda partial, data=data: partial.write_bytes(data))
+
+    def finish(self, labels: np.ndarray) -> None:
+        """One process, after all blocks: write the npz files, with `labels` (N,), and grid.png."""
+        def load(part: str, count: int = self.count):
+            return (np.load(self.block_file(part, block)) for block in self.blocks if block.start < count)
+
+        for part in [part for part in self.parts if part != "images"]:
+            write_npz(self.npz(part)[0], (), 0, (0, 0), **{part: np.concatenate(list(load(part))), "labels": labels})
+        first = torch.from_numpy(np.concatenate(list(load("images", GRID_IMAGES)))[:GRID_IMAGES])   # (64, R, R, 3)
+        grid = to_pil_image(make_grid(first.permute(0, 3, 1, 2), nrow=GRID_COLUMNS))
+        write_whole(self.path / "grid.png", lambda partial: grid.save(partial, "png"))
+        images = tqdm(load("images"), desc="npz", unit="block", total=len(self.blocks))
+        write_npz(self.npz()[0], images, self.count, first.shape[1:3], arr_1=labels)
+
+    def export(self) -> None:
+        """One process, once samples.npz is finished: remove the blocks, and write the PNG files that are missing."""
+        for part in self.parts:
+            shutil.rmtree(self.block_folder(part), ignore_errors=True)
+        missing = set(self._missing_png())
+        if not missing:
+            return
+        make_folder(self.path / "images")
+        needed = [block for block in blocks(self.count, PNG_AT_ONCE) if not missing.isdisjoint(block)]
+        with ThreadPoolExecutor(PNG_THREADS) as pool:
+            for block, images in zip(tqdm(needed, desc="png", unit="block"), read_npz_rows(self.npz()[0], needed),
+                                     strict=True):
+                wanted = [index for index in block if index in missing]
+                list(pool.map(_write_png, map(self.png_file, wanted), (images[i - block.start] for i in wanted)))
+
+
+def _write_png(file: Path, image: np.ndarray) -> None:
+    """Write a PNG file without `write_whole`, whose flushing takes longer than all else for small files."""
+    try:
+        Image.fromarray(image).save(partial_name(file), "png")
+        os.replace(partial_name(file), file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error}); free some room") from error
+
