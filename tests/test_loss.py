@@ -60,7 +60,8 @@ def test_model_sees_the_noised_pair_at_the_same_time():
         return x, [], cls_token
 
     x, eps, c, eps_c = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 5.0), torch.ones(2, 6), torch.full((2, 6), 5.0)
-    SILoss()(model, x, dict(y=torch.tensor([1, 2])), cls_token=c, time_input=torch.tensor([0.0, 0.25]), noises=eps, cls_noises=eps_c)
+    SILoss()(model, x, dict(y=torch.tensor([1, 2])), cls_token=c, time_input=torch.tensor([0.0, 0.25]), noises=eps,
+             cls_noises=eps_c)
     for member in (seen["x"], seen["c"]):
         assert (member[0] == 1).all() and (member[1] == 2).all()                    # 0.75 * 1 + 0.25 * 5
     assert seen["t"].tolist() == [0.0, 0.25] and seen["y"].tolist() == [1, 2]
@@ -97,7 +98,8 @@ def test_align_chooses_tokens():
     x, t, y, c = inputs(model)
     zs = features(model)
     given = dict(cls_token=c, time_input=t, noises=torch.zeros_like(x), cls_noises=torch.zeros_like(c))
-    proj = {align: SILoss(align=align)(model, x, dict(y=y), zs=zs, **given).proj for align in ("all", "patches", "class")}
+    proj = {align: SILoss(align=align)(model, x, dict(y=y), zs=zs, **given).proj
+            for align in ("all", "patches", "class")}
     torch.testing.assert_close(proj["all"], (16 * proj["patches"] + proj["class"]) / 17)
     assert not torch.allclose(proj["patches"], proj["class"])
 
@@ -106,7 +108,8 @@ def test_losses_are_float32_under_autocast():
     model = randomised(small()).eval()
     x, _, y, c = inputs(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = SILoss()(model, x.bfloat16(), dict(y=y), zs=[z.bfloat16() for z in features(model)], cls_token=c.bfloat16())
+        targets = [z.bfloat16() for z in features(model)]
+        terms = SILoss()(model, x.bfloat16(), dict(y=y), zs=targets, cls_token=c.bfloat16())
     assert {term.dtype for term in terms} == {torch.float32}
 
 

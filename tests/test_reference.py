@@ -85,8 +85,8 @@ def test_loss(path_type, weighting):
     if weighting == "lognormal":
         assert distance(lognormal_t(tensor(v["raw_draw"]), path_type), v["t"]) < FORWARD
     terms = SILoss(path_type=path_type, weighting=weighting)(
-        released_model(v), tensor(v["images"]), dict(y=tensor(v["y"])), zs=[tensor(v["zs0"])], cls_token=tensor(v["cls_token"]),
-        time_input=tensor(v["t"]), noises=tensor(v["noise"]), cls_noises=tensor(v["cls_noise"]))
+        released_model(v), tensor(v["images"]), dict(y=tensor(v["y"])), zs=[tensor(v["zs0"])],
+        cls_token=tensor(v["cls_token"]), time_input=tensor(v["t"]), noises=tensor(v["noise"]), cls_noises=tensor(v["cls_noise"]))
     assert distance(terms.denoising, v["denoising_loss"]) < FORWARD
     assert distance(terms.proj, v["proj_loss"]) < FORWARD
     if path_type == "linear":            # the released program broadcasts a wrong class-token target on the cosine path
@@ -105,7 +105,8 @@ def test_samples(name):
     if "cls_latents" in v:
         settings["cls_latents"] = tensor(v["cls_latents"])
     if name in SDE:
-        noises = chain.from_iterable(zip(v["eps"], v["cls_eps"], strict=True) if "cls_eps" in v else zip(v["eps"], strict=True))
+        drawn = [v["eps"], *([v["cls_eps"]] if "cls_eps" in v else [])]
+        noises = chain.from_iterable(zip(*drawn, strict=True))
         settings["noise"] = lambda like: tensor(next(noises))
     sampler = euler_maruyama_sampler if name in SDE else euler_sampler
     latents, cls_token = sampler(released_model(v), tensor(v["latents"]), tensor(v["y"]), **settings)
@@ -129,7 +130,8 @@ def dinov2_weights(names) -> dict[str, torch.Tensor]:
     """A ViT-S/14 under the original program's names (the position table of 518 px: 1 + 37 * 37 rows)."""
     width = 384
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width),
-              "patch_embed.proj.weight": (width, 3, 14, 14), "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
+              "patch_embed.proj.weight": (width, 3, 14, 14), "attn.qkv.weight": (3 * width, width),
+              "attn.qkv.bias": (3 * width,),
               "attn.proj.weight": (width, width), "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,),
               "mlp.fc2.weight": (width, 4 * width)}
     weights = {}

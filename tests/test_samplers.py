@@ -52,7 +52,8 @@ def test_order_of_convergence(heun, order):
     exact = math.exp(-math.sin(3) / 3)
     errors = []
     for steps in (200, 400):
-        x, c = euler_sampler(Field(lambda x, t, y: x * widen((3 * t).cos(), x)), X, Y, num_steps=steps, heun=heun, cls_latents=C)
+        field = Field(lambda x, t, y: x * widen((3 * t).cos(), x))
+        x, c = euler_sampler(field, X, Y, num_steps=steps, heun=heun, cls_latents=C)
         errors.append((x - exact * X).norm())
         # the class token takes the same steps
         torch.testing.assert_close(c / C, torch.full_like(C, (x / X).mean().item()))
@@ -94,8 +95,9 @@ def test_euler_maruyama_reproduces_a_gaussian(path_type):
 
     torch.manual_seed(0)
     n = 40_000
-    x, c = euler_maruyama_sampler(Field(velocity), torch.randn(n // 2, 1, 1, 2, dtype=torch.float64), torch.zeros(n // 2, dtype=torch.long),
-                                  num_steps=200, path_type=path_type, cls_latents=torch.randn(n // 2, 1, dtype=torch.float64))
+    latents, y = torch.randn(n // 2, 1, 1, 2, dtype=torch.float64), torch.zeros(n // 2, dtype=torch.long)
+    x, c = euler_maruyama_sampler(Field(velocity), latents, y, num_steps=200, path_type=path_type,
+                                  cls_latents=torch.randn(n // 2, 1, dtype=torch.float64))
     # Four standard errors, and the solver's own error: the noise left out of the last step, and O(1 / 200).
     for member in (x, c):
         assert abs(member.mean() - mean) < 4 * std / math.sqrt(member.numel()) + 0.01
@@ -170,9 +172,9 @@ def test_image_depends_on_seed_and_index_alone():
     assert (other != images).any(dim=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("change", [dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4), dict(cfg_scale=1.0),
-                                    dict(cls_cfg_scale=0.0), dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"),
-                                    dict(precision="bf16"), dict(labels="balanced"), dict(classes=(4,))])
+@pytest.mark.parametrize("change", [dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4),
+                                    dict(cfg_scale=1.0), dict(cls_cfg_scale=0.0), dict(guidance_high=0.3),
+                                    dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16"), dict(labels="balanced"), dict(classes=(4,))])
 def test_every_setting_changes_the_images(change):
     model = randomised(small()).eval()
     base = replace(HOW, mode="ode") if change.get("heun") else HOW

@@ -9,13 +9,14 @@ from models.sit import SIZES, SiT, SiT_models, position_table
 from runtime.messages import UserError
 
 # Published parameters in millions: REG at inference, REG in training (with projector), SiT without REG.
-PUBLISHED = {"SiT-B/2": (131.684, 139.028, 130.50), "SiT-L/2": (459.664, 467.533, 458.09), "SiT-XL/2": (676.886, 685.017, 675.11)}
+PUBLISHED = {"SiT-B/2": (131.684, 139.028, 130.50), "SiT-L/2": (459.664, 467.533, 458.09),
+             "SiT-XL/2": (676.886, 685.017, 675.11)}
 
 
 def small(**changes) -> SiT:
     torch.manual_seed(0)
-    settings = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=2, encoder_depth=2, num_classes=5,
-                    z_dims=(12,), projector_dim=16, cls_token_dim=12)
+    settings = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=2, encoder_depth=2,
+                    num_classes=5, z_dims=(12,), projector_dim=16, cls_token_dim=12)
     return SiT(**{**settings, **changes})
 
 
@@ -40,7 +41,8 @@ def test_every_size_builds_and_runs(name):
     with torch.device("meta"):
         model = SiT_models[name](input_size=16, in_channels=16, num_classes=7, z_dims=(384, 768), cls_token_dim=384)
         labels = torch.zeros(2, dtype=torch.long)
-        velocity, projected, cls_velocity = model(torch.zeros(2, 16, 16, 16), torch.zeros(2), labels, torch.zeros(2, 384))
+        velocity, projected, cls_velocity = model(torch.zeros(2, 16, 16, 16), torch.zeros(2), labels,
+                                                  torch.zeros(2, 384))
     tokens = 1 + (16 // int(name[-1])) ** 2
     assert velocity.shape == (2, 16, 16, 16)
     assert [p.shape for p in projected] == [(2, tokens, 384), (2, tokens, 768)]
@@ -54,11 +56,13 @@ def test_published_parameter_counts(name):
         counts = [sum(p.numel() for p in SiT_models[name](input_size=32, in_channels=4, **changes).parameters())
                   for changes in (dict(z_dims=()), dict(), dict(z_dims=(), cls_token_dim=None))]
     inference, training, plain = PUBLISHED[name]
-    assert [round(counts[0] / 1e6, 3), round(counts[1] / 1e6, 3), round(counts[2] / 1e6, 2)] == [inference, training, plain]
+    rounded = [round(counts[0] / 1e6, 3), round(counts[1] / 1e6, 3), round(counts[2] / 1e6, 2)]
+    assert rounded == [inference, training, plain]
 
 
 def test_alignment_depth_follows_the_size():
-    assert {size: encoder_depth for size, (*_, encoder_depth) in SIZES.items()} == {"T": 4, "S": 4, "B": 4, "L": 8, "XL": 8}
+    depths = {size: encoder_depth for size, (*_, encoder_depth) in SIZES.items()}
+    assert depths == {"T": 4, "S": 4, "B": 4, "L": 8, "XL": 8}
 
 
 @pytest.mark.parametrize("cls_token_dim", [None, 12])
@@ -89,7 +93,8 @@ def test_initialisation():
     xavier = (2 / (128 + 3 * 128)) ** 0.5
     for weight, std in ((model.y_embedder.embedding_table.weight, 0.02), (model.t_embedder.mlp[0].weight, 0.02),
                         (model.t_embedder.mlp[2].weight, 0.02), (model.blocks[0].attn.qkv.weight, xavier),
-                        (model.x_embedder.proj.weight, (2 / (128 + 16)) ** 0.5), (model.cls_embedder.weight, (2 / (128 + 768)) ** 0.5)):
+                        (model.x_embedder.proj.weight, (2 / (128 + 16)) ** 0.5),
+                        (model.cls_embedder.weight, (2 / (128 + 768)) ** 0.5)):
         assert abs(weight.std() / std - 1) < 5 / (2 * weight.numel()) ** 0.5
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
 
