@@ -86,7 +86,8 @@ def test_loss(path_type, weighting):
         assert distance(lognormal_t(tensor(v["raw_draw"]), path_type), v["t"]) < FORWARD
     terms = SILoss(path_type=path_type, weighting=weighting)(
         released_model(v), tensor(v["images"]), dict(y=tensor(v["y"])), zs=[tensor(v["zs0"])],
-        cls_token=tensor(v["cls_token"]), time_input=tensor(v["t"]), noises=tensor(v["noise"]), cls_noises=tensor(v["cls_noise"]))
+        cls_token=tensor(v["cls_token"]), time_input=tensor(v["t"]), noises=tensor(v["noise"]),
+        cls_noises=tensor(v["cls_noise"]))
     assert distance(terms.denoising, v["denoising_loss"]) < FORWARD
     assert distance(terms.proj, v["proj_loss"]) < FORWARD
     if path_type == "linear":            # the released program broadcasts a wrong class-token target on the cosine path

@@ -174,7 +174,8 @@ def test_image_depends_on_seed_and_index_alone():
 
 @pytest.mark.parametrize("change", [dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4),
                                     dict(cfg_scale=1.0), dict(cls_cfg_scale=0.0), dict(guidance_high=0.3),
-                                    dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16"), dict(labels="balanced"), dict(classes=(4,))])
+                                    dict(guidance_low=0.5), dict(path_type="cosine"),
+                                    dict(precision="bf16"), dict(labels="balanced"), dict(classes=(4,))])
 def test_every_setting_changes_the_images(change):
     model = randomised(small()).eval()
     base = replace(HOW, mode="ode") if change.get("heun") else HOW
