@@ -29,7 +29,6 @@ from runtime.stores import METADATA, open_store, read_npy, shown
 DTYPES = ("float16", "int8")
 FOLDER = "features-"     # begins the name of every folder of features
 EXTENSIONS = (b".npy",)
-BLOCK = 4096             # bytes that a file's length is rounded up to on nearly all disks
 LIMITS = {"resolution": 2**16, "grid": 2**10, "width": 2**16}     # of what a record may claim
 
 
@@ -153,13 +152,3 @@ def unpack(stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.
 def file_size(layout: np.dtype) -> int:
     """Bytes of one image's file, with numpy's header."""
     return len(to_npy(np.zeros((), layout)))
-
-
-def on_disk(size: int) -> int:
-    """Bytes of disk that a file of `size` bytes takes: whole blocks."""
-    return -(-size // BLOCK) * BLOCK
-
-
-def disk_cost(images: int, record: FeaturesRecord) -> int:
-    """Bytes of disk that the features of `images` images take in a folder; a zip takes a little less."""
-    return images * on_disk(file_size(record.layout()))
