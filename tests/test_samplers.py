@@ -193,5 +193,5 @@ def test_labels():
 
 def test_seeds_and_indices_keep_more_than_32_bits():
     """With 32 bits two of 50,000 images would likely share their noise."""
-    keys = [(0, 1), (0, 2**32 + 1), (2**32, 1), (1, 0)]
+    keys = [(0, 1), (0, 2**32 + 1), (2**33, 1), (1, 0)]
     assert len({image_rng(*key).bytes(16) for key in keys}) == 4
