@@ -1,5 +1,5 @@
 # make toy      the whole path on a CPU: install, draw a data set, prepare, train REG, sample, score
-# make compare  SiT, REPA and REG side by side on the toy
+# make compare  SiT, REPA and REG side by side on the toy: see docs/miniature.md
 # make test     install, ruff, and the whole test suite
 # All install into .venv; VENV=DIR uses (and completes) an existing environment instead.
 VENV ?= .venv

@@ -1,6 +1,5 @@
-"""Preparation that is killed at any moment: the same command goes on, and ends with the files of an undisturbed run and no others."""
+"""Preparation killed at any moment: the same command continues and ends with the files of an undisturbed run."""
 
-import json
 import os
 import random
 import shutil
@@ -13,29 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from preprocessing import work
-from preprocessing.convert import convert
-from preprocessing.encode import encode
+from preprocessing.dataset_tools import main
+from tests.test_preprocessing import contents, data_files
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDE, COUNT = 32, 400
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that are started here: bits may depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+SIDE, COUNT = 32, 300
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """COUNT images of noise in two classes, under other names than `convert` gives."""
+    """COUNT images of noise in two classes."""
     folder = tmp_path_factory.mktemp("source")
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)):
         (folder / "ab"[i % 2]).mkdir(exist_ok=True)
@@ -43,164 +31,109 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def everything(path: Path) -> dict[str, bytes]:
-    """Each file below the path, hidden ones too, by its name; that of a zip under no name."""
-    if path.is_file():
-        return {"": path.read_bytes()}
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but the catalogues, whose zip entries have a date; of the zips their entries."""
+    found = {name: data for name, data in contents(folder).items() if "catalogue" not in name}
+    zips = {name: contents(folder / name) for name in found if name.endswith(".zip")}
+    return {**found, **{f"{name}:{inner}": data for name, files in zips.items() for inner, data in files.items()}}
 
 
-def prepare(command: str, source: Path, dest: Path, vae: Path) -> None:
-    """In this process."""
-    if command == "convert":
-        convert(str(source), str(dest), f"{SIDE}x{SIDE}", "center-crop-dhariwal", workers=0)
-    else:
-        encode(str(source), str(dest), str(vae), batch_size=3, dtype="float32", workers=0)
+def arguments(command: str, source: Path, dest: Path, vae: Path) -> list[str]:
+    own = [f"--resolution={SIDE}"] if command == "convert" else [f"--model-url={vae}", "--batch-size=3"]
+    return [command, f"--source={source}", f"--dest={dest}", "--workers=0", *own]
 
 
-def start(command: str, source: Path, dest: Path, vae: Path) -> subprocess.Popen:
-    """The same as a process of its own."""
-    flags = [f"--resolution={SIDE}x{SIDE}"] if command == "convert" else [f"--model-url={vae}", "--batch-size=3"]
-    return subprocess.Popen([sys.executable, "-m", "preprocessing.dataset_tools", command, f"--source={source}", f"--dest={dest}",
-                             "--workers=0", *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-
-
-def written(folder: Path) -> int:
-    """How many files with their final name lie in the folder."""
-    return sum(len(names) for place, _, names in os.walk(folder) if not Path(place).name.startswith("."))
-
-
-@pytest.mark.parametrize("command, name, kills", [("encode", "out", 3), ("encode", "out.zip", 1), ("convert", "out", 1)])
-def test_killed_and_started_again_it_ends_with_the_same_files(images, vae_folder, tmp_path, command, name, kills):
-    (tmp_path / "undisturbed").mkdir()
-    prepare(command, images, tmp_path / "undisturbed" / name, vae_folder)
+@pytest.mark.parametrize("command, name, kills", [("encode", "out", 2), ("convert", "out.zip", 1)])
+def test_killed_by_a_signal(images, vae_folder, tmp_path, command, name, kills):
     dest = tmp_path / "killed" / name
     begun = dest.with_name(f"{name}.partial") if name.endswith(".zip") else dest
-    chance = random.Random(f"{command} {name}")
-    for kill in range(kills):
-        # Every start writes UNFINISHED and then something new before it is killed, and COUNT / 4 files are left for the last one.
-        enough = written(begun) + chance.randrange(5, COUNT * 3 // 4 // kills - 30)
-        process = start(command, images, dest, vae_folder)
-        while written(begun) < enough and process.poll() is None:
+    chance, written = random.Random(command), 0
+    for _ in range(kills):
+        # every start writes something new before it is killed, and some files are left for the last one
+        enough = written + chance.randrange(5, 60)
+        process = subprocess.Popen([sys.executable, "-m", "preprocessing.dataset_tools",
+                                    *arguments(command, images, dest, vae_folder)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (written := len(list(begun.glob("*/*.[np][pn][yg]")))) < enough:
             time.sleep(chance.random() / 500)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, f"start {kill} ended before it was killed"
-        assert (begun / ".unfinished.json").exists() and not (begun / "dataset.json").exists() and enough <= written(begun) < COUNT
-    process = start(command, images, dest, vae_folder)
-    assert process.wait() == 0
-    assert everything(tmp_path / "killed") == everything(tmp_path / "undisturbed")
-    assert not list((tmp_path / "killed").rglob(".*"))
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        assert (begun / ".unfinished.json").exists() and not (begun / "dataset.json").exists()
+    main(arguments(command, images, dest, vae_folder))
+    main(arguments(command, images, tmp_path / "whole" / name, vae_folder))
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
-
-# ---- moments that are too short to be met from outside --------------------------------------------------------------------------------
 
 class Killed(BaseException):
-    """Nothing of the program catches it, as nothing catches SIGKILL."""
+    """Not caught by the program, as SIGKILL is not."""
 
 
-def small(images: Path, folder: Path) -> Path:
-    for file in sorted(images.rglob("*.png"))[:5]:
-        (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder / file.parent.name)
-    return folder
+class Killer:
+    """An audit hook that raises Killed at the n-th file operation below `folder` and at all later ones.
+
+    So nothing is cleaned up, as after SIGKILL. An audit hook cannot be removed: `folder` None makes it idle.
+    """
+
+    def __init__(self):
+        self.folder, self.left, self.last = None, 0, ""
+
+    def __call__(self, event: str, values: tuple) -> None:
+        if self.folder is None or not event.startswith(("os.", "open", "shutil.")) or not values:
+            return
+        removing = event in ("os.remove", "os.rmdir")             # shutil.rmtree names files relative to a descriptor
+        if removing or isinstance(values[0], str | bytes) and os.fsdecode(values[0]).startswith(self.folder):
+            self.left, self.last = self.left - 1, event
+            if self.left < 0:
+                raise Killed
 
 
-def die(*_, **__):
-    raise Killed
+@pytest.fixture(scope="module")
+def killer() -> Killer:
+    hook = Killer()
+    sys.addaudithook(hook)
+    return hook
 
 
-def die_in_the_zip(patch: pytest.MonkeyPatch) -> None:
-    write, count = zipfile.ZipFile.writestr, iter(range(3))
-
-    def some(self, info, data):
-        next(count, None) is not None or die()
-        write(self, info, data)
-
-    patch.setattr(zipfile.ZipFile, "writestr", some)
-    patch.setattr(Path, "unlink", lambda *_, **__: None)          # SIGKILL lets nobody clear up
-
-
-def die_in_the_cleaning(patch: pytest.MonkeyPatch) -> None:
-    def half(folder, **_):
-        next(file for file in sorted(folder.rglob("*.npy"))).unlink()
-        die()
-
-    patch.setattr(shutil, "rmtree", half)
-
-
-def die_before_a_name(wanted: str):
-    """Between writing and renaming."""
-    def arrange(patch: pytest.MonkeyPatch) -> None:
-        replace = os.replace
-        patch.setattr(os, "replace", lambda a, b: die() if Path(b).name == wanted else replace(a, b))
-        patch.setattr(Path, "unlink", lambda *_, **__: None)
-
-    return arrange
-
-
-MOMENTS = {
-    "before the first file is named": ("out", die_before_a_name(".unfinished.json")),
-    "before a file is named": ("out", die_before_a_name("img-mean-std-002.npy")),
-    "before dataset.json is named": ("out", die_before_a_name("dataset.json")),
-    "before dataset.json of a zip is named": ("out.zip", die_before_a_name("dataset.json")),
-    "before cleaning": ("out", lambda patch: patch.setattr(shutil, "rmtree", die)),
-    "while the zip is written": ("out.zip", die_in_the_zip),
-    "before the zip is named": ("out.zip", die_before_a_name("out.zip")),
-    "while the zip's files are removed": ("out.zip", die_in_the_cleaning),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_a_moment(images, vae_folder, tmp_path, moment):
-    name, arrange = MOMENTS[moment]
-    source = small(images, tmp_path / "source")
-    prepare("encode", source, tmp_path / "undisturbed" / name, vae_folder)
-    with pytest.MonkeyPatch.context() as patch:
-        arrange(patch)
-        with pytest.raises(Killed):
-            prepare("encode", source, tmp_path / "killed" / name, vae_folder)
-    assert everything(tmp_path / "killed") != everything(tmp_path / "undisturbed")
-    prepare("encode", source, tmp_path / "killed" / name, vae_folder)
-    assert everything(tmp_path / "killed") == everything(tmp_path / "undisturbed")
-    assert not list((tmp_path / "killed").rglob(".*"))
-
-
-# ---- what a power failure leaves ------------------------------------------------------------------------------------------------------
-
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")    # Killed in a destructor
 @pytest.mark.parametrize("name", ["out", "out.zip"])
-def test_an_empty_file_is_written_again(images, vae_folder, tmp_path, name):
-    """With its final name but without a byte, as a file system may leave it that was not flushed."""
-    source = small(images, tmp_path / "source")
-    prepare("encode", source, tmp_path / "undisturbed" / name, vae_folder)
-    begun = tmp_path / "cut" / (f"{name}.partial" if name.endswith(".zip") else name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work.Destination, "finish", die)
-        with pytest.raises(Killed):
-            prepare("encode", source, tmp_path / "cut" / name, vae_folder)
-    (begun / "a" / "img-mean-std-002.npy").write_bytes(b"")
-    prepare("encode", source, tmp_path / "cut" / name, vae_folder)
-    assert everything(tmp_path / "cut") == everything(tmp_path / "undisturbed")
-    if name == "out":                                                             # nor is a finished folder believed
-        (begun / "a" / "img-mean-std-004.npy").write_bytes(b"")
-        prepare("encode", source, tmp_path / "cut" / name, vae_folder)
-        assert everything(tmp_path / "cut") == everything(tmp_path / "undisturbed")
+def test_killed_at_every_file_operation(images, tmp_path, killer, name):
+    source = tmp_path / "source"
+    for file in ("a/000.png", "b/001.png"):
+        (source / file).parent.mkdir(parents=True)
+        shutil.copy(images / file, source / file)
+    main(arguments("convert", source, tmp_path / "whole" / name, Path()))
+    whole, operations = everything(tmp_path / "whole"), set()
+    for moment in range(1000):
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        killer.left, killer.folder = moment, str(tmp_path / "killed")
+        try:
+            main(arguments("convert", source, tmp_path / "killed" / name, Path()))
+            break
+        except Killed:
+            operations.add(killer.last)
+        finally:
+            killer.folder = None
+        final = tmp_path / "killed" / name
+        if final.suffix == ".zip" and final.exists():             # it has its name only when it is whole
+            assert zipfile.ZipFile(final).testzip() is None
+        main(arguments("convert", source, final, Path()))
+        assert everything(tmp_path / "killed") == whole, f"killed at operation {moment}, {killer.last}"
+    assert 20 < moment < 999 and {"open", "os.rename", "os.mkdir"} <= operations
 
 
-def test_what_says_that_the_work_is_whole_is_on_the_disk_before_it_is_named(images, vae_folder, tmp_path, monkeypatch):
-    source, flushed, named = small(images, tmp_path / "source"), set(), {}
-    fsync, replace = os.fsync, os.replace
+def test_records_are_on_the_disk_before_they_are_named(images, tmp_path, monkeypatch):
+    """A power cut must not leave a name without its content for what says that the work is whole."""
+    flushed, named, fsync, replace = set(), {}, os.fsync, os.replace
 
-    def note(handle):
+    def note(handle: int) -> None:
         flushed.add(os.fstat(handle).st_ino)
         fsync(handle)
 
-    def rename(partial, path):
-        named[Path(path).name] = os.stat(partial).st_ino in flushed
-        replace(partial, path)
+    def rename(old, new) -> None:
+        named[Path(new).name] = os.stat(old).st_ino in flushed
+        replace(old, new)
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "replace", rename)
-    prepare("encode", source, tmp_path / "out.zip", vae_folder)
-    assert [name for name, first in named.items() if first] == [".unfinished.json", "dataset.json", "out.zip"]
-    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
-        assert json.loads(archive.read("dataset.json"))["made_with"]["images"] == 5
+    main([*arguments("convert", images, tmp_path / "out.zip", Path()), "--max-images=3"])
+    assert {".unfinished.json", "dataset.json", "out.zip"} <= {name for name, first in named.items() if first}
+    assert len(data_files(tmp_path / "out.zip")) == 3
