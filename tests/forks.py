@@ -1,19 +1,28 @@
 """Run functions in forked processes: fast, because nothing is imported again."""
 
-import multiprocessing
+import multiprocessing.context
 import os
 import socket
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 
 import torch
 from accelerate.state import AcceleratorState
 
-FORK = multiprocessing.get_context("fork")
 PATIENCE = 300               # seconds for a function that takes a few
 
 
-def start(function: Callable, *args, **environment: str) -> BaseProcess:
+class Forked(multiprocessing.context.ForkProcess):
+    """A forked process with the methods of subprocess.Popen."""
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        return self.exitcode
+
+
+def start(function: Callable, *args, **environment: str) -> Forked:
     """Start `function(*args)` in a forked process with these environment variables, without accelerate's state."""
 
     def child() -> None:
@@ -22,7 +31,7 @@ def start(function: Callable, *args, **environment: str) -> BaseProcess:
         AcceleratorState._reset_state(reset_partial_state=True)
         function(*args)
 
-    process = FORK.Process(target=child)
+    process = Forked(target=child)
     process.start()
     return process
 
@@ -35,9 +44,7 @@ def two_ranks(function: Callable, *args) -> None:
                       MASTER_PORT=str(free.getsockname()[1]))
     ranks = [start(function, rank, *args, RANK=str(rank), LOCAL_RANK=str(rank), **joined) for rank in (0, 1)]
     try:
-        for rank in ranks:
-            rank.join(PATIENCE)
-        assert [rank.exitcode for rank in ranks] == [0, 0]
+        assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

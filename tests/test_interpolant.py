@@ -1,4 +1,4 @@
-"""The path between data and noise: derivatives, round trips, and the law of t."""
+"""The interpolant between data and noise: derivatives, round trips, the law of t."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_velocity_score_data_round_trip(path):
     torch.testing.assert_close((x_t + sigma**2 * score) / alpha, x)            # Tweedie
 
 
-def test_t_meets_partners_of_any_rank():
+def test_t_is_widened_for_any_rank():
     path = get_path("cosine")
     t = torch.tensor([0.2, 0.7])
     class_token, eps = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""REG's objective: what each term is, and that vectorising changed nothing."""
+"""REG's objective: each term against its definition."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from loss import SILoss, alignment_loss
 from tests.test_sit import inputs, randomised, small
 
 
-def features(model, dims=(12,), batch=2):
+def targets(model, dims=(12,), batch=2):
     tokens = model.pos_embed.shape[1]
     g = torch.Generator().manual_seed(3)
     return [torch.randn(batch, tokens, dim, generator=g) for dim in dims]
@@ -16,13 +16,13 @@ def features(model, dims=(12,), batch=2):
 def test_vectorised_alignment_and_its_gradient_equal_the_loop():
     g = torch.Generator().manual_seed(0)
     projected = [torch.randn(3, 5, dim, dtype=torch.float32, generator=g, requires_grad=True) for dim in (7, 11)]
-    targets = [torch.randn(3, 5, dim, generator=g) for dim in (7, 11)]
+    wanted = [torch.randn(3, 5, dim, generator=g) for dim in (7, 11)]
     loop = 0
-    for p, z in zip(projected, targets, strict=True):
+    for p, z in zip(projected, wanted, strict=True):
         for p_image, z_image in zip(p, z, strict=True):
             for p_token, z_token in zip(p_image, z_image, strict=True):
                 loop = loop - (p_token / p_token.norm()) @ (z_token / z_token.norm()) / (2 * 3 * 5)
-    ours = alignment_loss(projected, targets)
+    ours = alignment_loss(projected, wanted)
     torch.testing.assert_close(ours, loop)
     for a, b in zip(torch.autograd.grad(ours, projected), torch.autograd.grad(loop, projected), strict=True):
         torch.testing.assert_close(a, b)
@@ -30,7 +30,7 @@ def test_vectorised_alignment_and_its_gradient_equal_the_loop():
 
 def test_targets_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="do not match"):
-        alignment_loss([torch.randn(2, 17, 12)], [torch.randn(2, 16, 12)])  # would broadcast in no way that is meant
+        alignment_loss([torch.randn(2, 17, 12)], [torch.randn(2, 16, 12)])
     with pytest.raises(ValueError, match="do not match"):
         alignment_loss([torch.randn(2, 17, 12)], [])
 
@@ -82,11 +82,11 @@ def test_noise_and_times_are_drawn_where_none_are_given():
     for first, second in zip(*seen, strict=True):
         for eps in (first, second):
             n = eps.numel()
-            assert abs(eps.mean()) < 5 / n**0.5 and abs(eps.var() - 1) < 5 * (2 / n) ** 0.5      # five standard errors
+            assert abs(eps.mean()) < 5 / n**0.5 and abs(eps.var() - 1) < 5 * (2 / n) ** 0.5    # five standard errors
         assert not torch.equal(first, second)
 
 
-def test_parts_that_the_model_lacks_are_none():
+def test_terms_of_parts_that_the_model_lacks_are_none():
     plain = randomised(small(cls_token_dim=None, z_dims=())).eval()
     x, _, y, _ = inputs(plain)
     terms = SILoss()(plain, x, dict(y=y))
@@ -96,20 +96,20 @@ def test_parts_that_the_model_lacks_are_none():
 def test_align_chooses_tokens():
     model = randomised(small()).eval()
     x, t, y, c = inputs(model)
-    zs = features(model)
+    zs = targets(model)
     given = dict(cls_token=c, time_input=t, noises=torch.zeros_like(x), cls_noises=torch.zeros_like(c))
-    proj = {align: SILoss(align=align)(model, x, dict(y=y), zs=zs, **given).proj
-            for align in ("all", "patches", "class")}
-    torch.testing.assert_close(proj["all"], (16 * proj["patches"] + proj["class"]) / 17)
-    assert not torch.allclose(proj["patches"], proj["class"])
+    every, patches, single = (SILoss(align=align)(model, x, dict(y=y), zs=zs, **given).proj
+                              for align in ("all", "patches", "class"))
+    torch.testing.assert_close(every, (16 * patches + single) / 17)
+    assert not torch.allclose(patches, single)
 
 
 def test_losses_are_float32_under_autocast():
     model = randomised(small()).eval()
     x, _, y, c = inputs(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        targets = [z.bfloat16() for z in features(model)]
-        terms = SILoss()(model, x.bfloat16(), dict(y=y), zs=targets, cls_token=c.bfloat16())
+        zs = [z.bfloat16() for z in targets(model)]
+        terms = SILoss()(model, x.bfloat16(), dict(y=y), zs=zs, cls_token=c.bfloat16())
     assert {term.dtype for term in terms} == {torch.float32}
 
 

@@ -1,6 +1,4 @@
-"""Golden vectors recorded from the released REG and REPA programs and the original DINOv2 code: what made the
-published numbers.
-"""
+"""Golden vectors recorded from the released REG and REPA programs and the original DINOv2 code."""
 
 import zlib
 from itertools import chain
@@ -19,7 +17,7 @@ from models.sit import SiT
 from samplers import euler_maruyama_sampler, euler_sampler
 
 DATA = Path(__file__).parent / "data"
-FORWARD, SAMPLES = 1e-5, 2e-6  # relative L2; kernels, threads and split guidance halves alone move samples by 1e-7
+FORWARD, SAMPLES = 1e-5, 2e-6           # relative L2; other kernels or numbers of threads move samples by 1e-7
 
 
 def vectors(name: str) -> dict:
@@ -90,7 +88,7 @@ def test_loss(path_type, weighting):
         cls_noises=tensor(v["cls_noise"]))
     assert distance(terms.denoising, v["denoising_loss"]) < FORWARD
     assert distance(terms.proj, v["proj_loss"]) < FORWARD
-    if path_type == "linear":            # the released program broadcasts a wrong class-token target on the cosine path
+    if path_type == "linear":               # on the cosine path the released program broadcasts wrongly
         assert distance(terms.cls, v["denoising_loss_cls"]) < FORWARD
 
 
@@ -106,8 +104,7 @@ def test_samples(name):
     if "cls_latents" in v:
         settings["cls_latents"] = tensor(v["cls_latents"])
     if name in SDE:
-        drawn = [v["eps"], *([v["cls_eps"]] if "cls_eps" in v else [])]
-        noises = chain.from_iterable(zip(*drawn, strict=True))
+        noises = chain.from_iterable(zip(*(v[key] for key in ("eps", "cls_eps") if key in v), strict=True))
         settings["noise"] = lambda like: tensor(next(noises))
     sampler = euler_maruyama_sampler if name in SDE else euler_sampler
     latents, cls_token = sampler(released_model(v), tensor(v["latents"]), tensor(v["y"]), **settings)
@@ -132,9 +129,8 @@ def dinov2_weights(names) -> dict[str, torch.Tensor]:
     width = 384
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width),
               "patch_embed.proj.weight": (width, 3, 14, 14), "attn.qkv.weight": (3 * width, width),
-              "attn.qkv.bias": (3 * width,),
-              "attn.proj.weight": (width, width), "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,),
-              "mlp.fc2.weight": (width, 4 * width)}
+              "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "mlp.fc1.weight": (4 * width, width),
+              "mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width)}
     weights = {}
     for name in names.tolist():
         shape = shapes.get(name) or shapes.get(name.split(".", 2)[-1]) or (width,)

@@ -1,4 +1,4 @@
-"""Solvers against fields with known solutions, guidance, and image i's own randomness."""
+"""Solvers against fields with known solutions, guidance, the randomness of image i."""
 
 import math
 from dataclasses import replace
@@ -48,14 +48,13 @@ def test_pack_and_unpack_are_inverse():
 
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
 def test_order_of_convergence(heun, order):
-    """dx/dt = x cos(3t): x(0) = x(1) exp(-sin(3) / 3). Doubling the steps divides the error by 2^order."""
+    """dx/dt = x cos(3t): x(0) = x(1) exp(-sin(3) / 3). Twice the steps divide the error by 2^order, in both members."""
     exact = math.exp(-math.sin(3) / 3)
     errors = []
     for steps in (200, 400):
         field = Field(lambda x, t, y: x * widen((3 * t).cos(), x))
         x, c = euler_sampler(field, X, Y, num_steps=steps, heun=heun, cls_latents=C)
         errors.append((x - exact * X).norm())
-        # the class token takes the same steps
         torch.testing.assert_close(c / C, torch.full_like(C, (x / X).mean().item()))
     # The last Heun step is an Euler step of local error O(h^2), so that the whole stays of second order.
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.05
@@ -79,7 +78,7 @@ def test_sde_times_and_noise_order():
     field = Field(lambda x, t, y: x)
     euler_maruyama_sampler(field, X, Y, num_steps=4, cls_latents=C, noise=noise)
     np.testing.assert_allclose(field.times, [1, 0.68, 0.36, 0.04], rtol=1e-6)
-    assert calls == [tuple(X.shape), tuple(C.shape)] * 3                                  # the last step adds none
+    assert calls == [tuple(X.shape), tuple(C.shape)] * 3                                # the last step adds none
 
 
 @pytest.mark.parametrize("path_type", PATHS)
@@ -95,10 +94,10 @@ def test_euler_maruyama_reproduces_a_gaussian(path_type):
 
     torch.manual_seed(0)
     n = 40_000
-    latents, y = torch.randn(n // 2, 1, 1, 2, dtype=torch.float64), torch.zeros(n // 2, dtype=torch.long)
-    x, c = euler_maruyama_sampler(Field(velocity), latents, y, num_steps=200, path_type=path_type,
-                                  cls_latents=torch.randn(n // 2, 1, dtype=torch.float64))
-    # Four standard errors, and the solver's own error: the noise left out of the last step, and O(1 / 200).
+    start, cls_start = (torch.randn(shape, dtype=torch.float64) for shape in ((n // 2, 1, 1, 2), (n // 2, 1)))
+    labels = torch.zeros(n // 2, dtype=torch.long)
+    x, c = euler_maruyama_sampler(Field(velocity), start, labels, 200, path_type=path_type, cls_latents=cls_start)
+    # Four standard errors, and the solver's error: the noise missing in the last step, and O(1 / 200).
     for member in (x, c):
         assert abs(member.mean() - mean) < 4 * std / math.sqrt(member.numel()) + 0.01
         assert abs(member.var() - std**2) < 4 * std**2 * math.sqrt(2 / member.numel()) + 0.01
@@ -123,7 +122,7 @@ def test_guidance_combines_velocities():
     assert one_step(cfg_scale=3.0, cls_cfg_scale=0.0) == pytest.approx((0.25 + 3 * 0.75, 1.0, 6))
 
 
-def test_guidance_interval_includes_its_ends_and_heun_asks_with_the_starting_time():
+def test_guidance_interval_includes_its_ends_and_is_tested_with_a_steps_starting_time():
     field = Field(labelled)
     euler_sampler(field, X, Y, num_steps=4, heun=True, cfg_scale=2.0, guidance_low=0.5, guidance_high=0.75)
     guided = list(zip(field.times, (batch == 6 for batch in field.batches), strict=True))
@@ -147,7 +146,7 @@ def test_a_slot_needs_class_noise():
 
 
 class Pixels:
-    """Stands for the codec: shows latents as they are."""
+    """In the codec's place: decodes latents to three of their own channels."""
 
     @staticmethod
     def decode(latents):
@@ -164,7 +163,7 @@ def test_image_depends_on_seed_and_index_alone():
     rows = [sample_images(model, Pixels, [i], HOW) for i in (4, 1)]
     for (image, label, token), i in zip(rows, (4, 1), strict=True):
         assert label == labels[i]
-        assert (image[0].int() - images[i].int()).abs().max() <= 1                    # kernels depend on the batch size
+        assert (image[0].int() - images[i].int()).abs().max() <= 1        # kernels depend on the batch size
         torch.testing.assert_close(token[0], tokens[i], atol=1e-4, rtol=1e-4)
     again, _, _ = sample_images(model, Pixels, range(6), HOW)
     assert (again == images).all()
@@ -172,10 +171,10 @@ def test_image_depends_on_seed_and_index_alone():
     assert (other != images).any(dim=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("change", [dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4),
-                                    dict(cfg_scale=1.0), dict(cls_cfg_scale=0.0), dict(guidance_high=0.3),
-                                    dict(guidance_low=0.5), dict(path_type="cosine"),
-                                    dict(precision="bf16"), dict(labels="balanced"), dict(classes=(4,))])
+@pytest.mark.parametrize("change", [
+    dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4), dict(cfg_scale=1.0), dict(cls_cfg_scale=0.0),
+    dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16"),
+    dict(labels="balanced"), dict(classes=(4,))])
 def test_every_setting_changes_the_images(change):
     model = randomised(small()).eval()
     base = replace(HOW, mode="ode") if change.get("heun") else HOW
@@ -192,5 +191,7 @@ def test_labels():
     assert [image_label(i, image_rng(0, i), 300, Sampling(classes=(207, 260))) for i in range(3)] == [207, 260, 207]
 
 
-def test_no_two_of_fifty_thousand_images_share_their_noise():
-    assert len({image_rng(0, i).bytes(16) for i in range(50_000)}) == 50_000
+def test_seeds_and_indices_keep_more_than_32_bits():
+    """With 32 bits two of 50,000 images would likely share their noise."""
+    keys = [(0, 1), (0, 2**32 + 1), (2**33, 1), (1, 0)]
+    assert len({image_rng(*key).bytes(16) for key in keys}) == 4
