@@ -15,7 +15,7 @@ from preprocessing.destination import in_workers
 from runtime.catalogue import write_catalogue
 from runtime.files import write_whole
 from runtime.launch import blocks
-from runtime.messages import UserError, say
+from runtime.messages import UserError, notice, say
 from runtime.stores import IMAGE_EXTENSIONS, shown
 
 CHUNK = 64   # entries that a worker reads at a time
@@ -55,8 +55,8 @@ def side_by_side(entries: LatentDataset, space: LatentSpace, codec: Codec) -> tu
 def check(source: str, output: str, workers: int, model_url: str | None = None) -> None:
     """Read all images, moments and features below `source`, write their catalogues anew, and the picture `output`.
 
-    Raises UserError if images, moments, features and labels do not pair; with faulty files, it names their number and
-    the first of them.
+    Faulty files are named on stderr, one to a line. Raises UserError if there are any, and if images, moments, features
+    and labels do not pair.
     """
     picture = Path(output)
     if picture.suffix != ".png" or not picture.parent.is_dir():
@@ -78,7 +78,10 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
             faults += found
             bar.update(count)
     if faults:
-        raise UserError(f"{shown(source)}: {len(faults)} of {len(entries)} are faulty: {' | '.join(faults[:3])}")
+        for fault in faults:
+            notice(fault)
+        raise UserError(f"{shown(source)}: {len(faults)} of {len(entries)} entries are faulty, named above; "
+                        "remove their files, then convert or encode again")
 
     drawn, psnr = side_by_side(entries, space, codec)
     write_whole(picture, lambda partial: drawn.save(partial, "png"))

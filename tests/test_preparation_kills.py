@@ -1,138 +1,139 @@
-"""Preparation that is killed at any moment: the same command continues and ends with the files of an undisturbed run.
-
-The processes are forks that are really killed: nothing of the program runs after it.
-"""
+"""Preparation killed at any moment: the same command continues and ends with the files of an undisturbed run."""
 
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from functools import partial
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from preprocessing.dataset_tools import main
-from tests.conftest import random_images
-from tests.test_preprocessing import fork, put, to_png
+from tests.test_preprocessing import contents, data_files
 
-COUNT = 40
+ROOT = Path(__file__).resolve().parent.parent
+SIDE, COUNT = 32, 300
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """COUNT images of noise in two classes, under other names than `convert` gives."""
+    """COUNT images of noise in two classes."""
     folder = tmp_path_factory.mktemp("source")
-    for i, pixels in enumerate(random_images(COUNT, 32, 32)):
-        put(folder / "ab"[i % 2] / f"{i:03d}.png", to_png(pixels))
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:03d}.png", compress_level=0)
     return folder
 
 
-def prepare(command: str, source: Path, dest: Path, vae: Path) -> None:
-    flags = ["--resolution=32x32"] if command == "convert" else [f"--model-url={vae}", "--batch-size=3"]
-    main([command, f"--source={source}", f"--dest={dest}", "--workers=0", *flags])
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but the catalogues, whose zip entries have a date; of the zips their entries."""
+    found = {name: data for name, data in contents(folder).items() if "catalogue" not in name}
+    zips = {name: contents(folder / name) for name in found if name.endswith(".zip")}
+    return {**found, **{f"{name}:{inner}": data for name, files in zips.items() for inner, data in files.items()}}
 
 
-def everything(path: Path) -> dict[str, bytes]:
-    """Each file below the path, hidden ones too, by its name."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+def arguments(command: str, source: Path, dest: Path, vae: Path) -> list[str]:
+    own = [f"--resolution={SIDE}"] if command == "convert" else [f"--model-url={vae}", "--batch-size=3"]
+    return [command, f"--source={source}", f"--dest={dest}", "--workers=0", *own]
 
 
-def written(folder: Path) -> int:
-    """How many files with their final name are in the folder."""
-    return sum(len(names) for place, _, names in os.walk(folder) if not Path(place).name.startswith("."))
-
-
-def slowly(run, *args) -> None:
-    """run(*args) with a pause before each file gets its name, so that a kill from outside falls between them."""
-    replace = os.replace
-    os.replace = lambda *paths: time.sleep(0.005) or replace(*paths)
-    run(*args)
-
-
-@pytest.mark.parametrize("command, name, kills", [("encode", "x", 3), ("encode", "x.zip", 1), ("convert", "x", 1)])
-def test_killed_and_started_again(images, vae_folder, tmp_path, command, name, kills):
-    prepare(command, images, tmp_path / "undisturbed" / name, vae_folder)
+@pytest.mark.parametrize("command, name, kills", [("encode", "out", 2), ("convert", "out.zip", 1)])
+def test_killed_by_a_signal(images, vae_folder, tmp_path, command, name, kills):
     dest = tmp_path / "killed" / name
-    folder = dest.with_name(f"{name}.partial") if name.endswith(".zip") else dest
-    chance = random.Random(f"{command} {name}")
-    for kill in range(kills):
-        # Every start writes something new before it is killed, and COUNT / 4 files are left for the last one.
-        enough = written(folder) + chance.randrange(2, COUNT * 3 // 4 // kills - 3)
-        process = fork(slowly, prepare, command, images, dest, vae_folder)
-        while written(folder) < enough and process.is_alive():
+    begun = dest.with_name(f"{name}.partial") if name.endswith(".zip") else dest
+    chance, written = random.Random(command), 0
+    for _ in range(kills):
+        # every start writes something new before it is killed, and some files are left for the last one
+        enough = written + chance.randrange(5, 60)
+        process = subprocess.Popen([sys.executable, "-m", "preprocessing.dataset_tools",
+                                    *arguments(command, images, dest, vae_folder)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (written := len(list(begun.glob("*/*.[np][pn][yg]")))) < enough:
             time.sleep(chance.random() / 500)
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"start {kill} ended before it was killed"
-        assert (folder / ".unfinished.json").exists() and not (folder / "dataset.json").exists()
-        assert enough <= written(folder) < COUNT
-    prepare(command, images, dest, vae_folder)
-    assert everything(tmp_path / "killed") == everything(tmp_path / "undisturbed")
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        assert (begun / ".unfinished.json").exists() and not (begun / "dataset.json").exists()
+    main(arguments(command, images, dest, vae_folder))
+    main(arguments(command, images, tmp_path / "whole" / name, vae_folder))
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
 
-# ---- moments that are too short to be met from outside ---------------------------------------------------------------
-
-def die(*_, **__) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+class Killed(BaseException):
+    """Not caught by the program, as SIGKILL is not."""
 
 
-def before_the_name(name: str) -> None:
-    """Die between writing a file and renaming it."""
-    replace = os.replace
-    os.replace = lambda a, b: die() if Path(b).name == name else replace(a, b)
+class Killer:
+    """An audit hook that raises Killed at the n-th file operation below `folder` and at all later ones.
+
+    So nothing is cleaned up, as after SIGKILL. An audit hook cannot be removed: `folder` None makes it idle.
+    """
+
+    def __init__(self):
+        self.folder, self.left, self.last = None, 0, ""
+
+    def __call__(self, event: str, values: tuple) -> None:
+        if self.folder is None or not event.startswith(("os.", "open", "shutil.")) or not values:
+            return
+        removing = event in ("os.remove", "os.rmdir")             # shutil.rmtree names files relative to a descriptor
+        if removing or isinstance(values[0], str | bytes) and os.fsdecode(values[0]).startswith(self.folder):
+            self.left, self.last = self.left - 1, event
+            if self.left < 0:
+                raise Killed
 
 
-def at_the_cleaning() -> None:
-    shutil.rmtree = die
+@pytest.fixture(scope="module")
+def killer() -> Killer:
+    hook = Killer()
+    sys.addaudithook(hook)
+    return hook
 
 
-def in_the_cleaning() -> None:
-    def half(folder, **_) -> None:
-        next(file for file in sorted(folder.rglob("*.npy"))).unlink()
-        (folder / ".unfinished.json").unlink()
-        die()
-
-    shutil.rmtree = half
-
-
-def killed(arrange, run, *args) -> None:
-    arrange()
-    run(*args)
-
-
-MOMENTS = [("x", partial(before_the_name, name)) for name in (
-    ".unfinished.json", "img-mean-std-004.npy", "dataset.json", "catalogue.npz")]
-MOMENTS += [("x.zip", partial(before_the_name, name)) for name in (
-    "dataset.json", "x.zip", "x.zip.catalogue.npz")]
-MOMENTS += [("x", at_the_cleaning), ("x.zip", in_the_cleaning)]
-
-
-@pytest.mark.parametrize("name, arrange", MOMENTS, ids=lambda part: str(getattr(part, "args", part)))
-def test_killed_at_a_moment(images, vae_folder, tmp_path, name, arrange):
-    prepare("encode", images, tmp_path / "undisturbed" / name, vae_folder)
-    process = fork(killed, arrange, prepare, "encode", images, tmp_path / "killed" / name, vae_folder)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert everything(tmp_path / "killed") != everything(tmp_path / "undisturbed")
-    prepare("encode", images, tmp_path / "killed" / name, vae_folder)
-    assert everything(tmp_path / "killed") == everything(tmp_path / "undisturbed")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")    # Killed in a destructor
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_killed_at_every_file_operation(images, tmp_path, killer, name):
+    source = tmp_path / "source"
+    for file in ("a/000.png", "b/001.png"):
+        (source / file).parent.mkdir(parents=True)
+        shutil.copy(images / file, source / file)
+    main(arguments("convert", source, tmp_path / "whole" / name, Path()))
+    whole, operations = everything(tmp_path / "whole"), set()
+    for moment in range(1000):
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        killer.left, killer.folder = moment, str(tmp_path / "killed")
+        try:
+            main(arguments("convert", source, tmp_path / "killed" / name, Path()))
+            break
+        except Killed:
+            operations.add(killer.last)
+        finally:
+            killer.folder = None
+        final = tmp_path / "killed" / name
+        if final.suffix == ".zip" and final.exists():             # it has its name only when it is whole
+            assert zipfile.ZipFile(final).testzip() is None
+        main(arguments("convert", source, final, Path()))
+        assert everything(tmp_path / "killed") == whole, f"killed at operation {moment}, {killer.last}"
+    assert 20 < moment < 999 and {"open", "os.rename", "os.mkdir"} <= operations
 
 
-def test_records_and_zips_are_flushed_before_they_are_named(images, vae_folder, tmp_path, monkeypatch):
-    flushed, named = set(), {}
-    fsync, replace = os.fsync, os.replace
+def test_records_are_on_the_disk_before_they_are_named(images, tmp_path, monkeypatch):
+    """A power cut must not leave a name without its content for what says that the work is whole."""
+    flushed, named, fsync, replace = set(), {}, os.fsync, os.replace
 
-    def note(handle):
+    def note(handle: int) -> None:
         flushed.add(os.fstat(handle).st_ino)
         fsync(handle)
 
-    def rename(partial, path):
-        named[Path(path).name] = os.stat(partial).st_ino in flushed
-        replace(partial, path)
+    def rename(old, new) -> None:
+        named[Path(new).name] = os.stat(old).st_ino in flushed
+        replace(old, new)
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "replace", rename)
-    prepare("encode", images, tmp_path / "x.zip", vae_folder)
-    assert {".unfinished.json", "dataset.json", "x.zip"} <= {name for name, first in named.items() if first}
+    main([*arguments("convert", images, tmp_path / "out.zip", Path()), "--max-images=3"])
+    assert {".unfinished.json", "dataset.json", "out.zip"} <= {name for name, first in named.items() if first}
+    assert len(data_files(tmp_path / "out.zip")) == 3
