@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from dataset import GlobalBatchSampler, LatentDataset
+from evaluations.extraction import Measured
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images
-from evaluations.scoring import choose, evaluate
+from evaluations.scoring import choose, evaluate, measure_reference
 from loss import ALIGNED_TOKENS, SILoss, Terms, weighted
 from models import checkpoint
 from models.cached_features import Features, features_folder, features_path
@@ -452,7 +453,7 @@ def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageS
         return None
     reference = open_images(args.ref_batch, "--ref-batch")
     extractor = load_extractor(args.features, device, args.inception_weights)
-    choose(["fid" if extractor.is_inception else "fd"], reference, reference, extractor)
+    choose([metric_of(extractor)], reference, reference, extractor)
     return reference, extractor
 
 
@@ -555,9 +556,14 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
             draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
         accelerator.wait_for_everyone()
 
+    @cache
+    def measured():                                               # the reference, once per run
+        reference, extractor = scoring
+        return measure_reference(reference, extractor, [metric_of(extractor)], SCORED_BLOCK)
+
     def score(step: int) -> None:
         how = replace(SCORED, seed=args.seed, path_type=args.path_type)
-        scores = score_samples(ema, codec, *scoring, args.eval_samples, resolution, how)
+        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, how)
         write_line(log, accelerator, {"step": step, **scores}, scores)
 
     def close(step: int) -> None:
@@ -583,8 +589,8 @@ def draw_grid(path: Path, ema: SiT, codec: Codec, how: Sampling, step: int, acce
         tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
 
 
-def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, count: int, resolution: int,
-                  how: Sampling) -> dict[str, float]:
+def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,
+                  resolution: int, how: Sampling) -> dict[str, float]:
     """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others."""
 
     def blocks(ranges):
@@ -592,9 +598,14 @@ def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extrac
             yield sample_images(ema, codec, indices, how)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
 
     samples = ImageSet("EMA samples", count, (resolution, resolution), blocks)
-    metric = "fid" if extractor.is_inception else "fd"
-    result = evaluate(reference, samples, extractor, [metric], batch_size=SCORED_BLOCK)
+    result = evaluate(reference, samples, extractor, [metric_of(extractor)], batch_size=SCORED_BLOCK,
+                      measured_ref=measured)
     return {} if result is None else {score_name(extractor.key, count): result[extractor.key]}
+
+
+def metric_of(extractor: Extractor) -> str:
+    """A Frechet distance is called FID in Inception's features only."""
+    return "fid" if extractor.is_inception else "fd"
 
 
 def score_name(key: str, count: int) -> str:

@@ -82,17 +82,15 @@ class Destination:
             return True
         store = FolderStore(self.folder)
         if UNFINISHED in store:
-            self._require_same(self._begun_with(store))
+            try:
+                begun_with = json.loads(store.read(UNFINISHED))
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(self.folder)} to begin again"
+                                ) from error
+            self._require_same(begun_with)
         elif self.folder.exists() and len(store.names()):
             raise UserError(f"--dest {shown(self.folder)}: holds other files; choose another --dest or empty it")
         return False
-
-    def _begun_with(self, store: FolderStore) -> object:
-        try:
-            return json.loads(store.read(UNFINISHED))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(self.folder)} and begin again"
-                            ) from error
 
     def _require_same(self, found: object) -> None:
         if not isinstance(found, dict):

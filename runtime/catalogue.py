@@ -63,16 +63,18 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
     return _match(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
 
 
-def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
-    """`read_labels` from the content "labels" of the file `where`."""
+def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of,
+           names: np.ndarray | None = None) -> np.ndarray | None:
+    """`read_labels` from "labels" in the file `where`; `names` (n,), the files of `keys`, save time."""
     if entries is None:
         return None
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     try:
-        named = [key(os.fsencode(name)) for name, _ in entries]
+        listed = [os.fsencode(name) for name, _ in entries]
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
+    named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
     fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
     listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # as wide as the longest
     values = np.array([label for _, label in entries], dtype=np.int64)[fitting]
@@ -120,20 +122,23 @@ Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]  # keys (n,), n
 class Catalogue:
     """The entries of a store, from its catalogue file or listed.
 
-    Attributes: `keys` (n,) bytes, sorted; `names` (n,) bytes of their files; `labels` (n,) int64 or None; `metadata`,
-    the rest of dataset.json. Raises UserError as list_keyed and read_labels do.
+    Attributes: `keys` (n,) bytes, sorted; `names` (n,) bytes of their files; `metadata`, the content of dataset.json
+    but for `labels` (n,) int64 or None. Raises UserError as list_keyed and, at the first use of `labels`, read_labels.
     """
 
-    def __init__(self, store: Store, extensions: tuple[bytes, ...]):
+    def __init__(self, store: Store, extensions: tuple[bytes, ...], recall: bool = True):
         self.store = store
-        self.keys, self.names, self.labels, self.metadata = _recall(store, extensions) or _list(store, extensions)
+        found = _recall(store, extensions) if recall else None
+        if found is not None:
+            self.keys, self.names, self.labels, self.metadata = found
+            return
+        with _without_collector():
+            self.keys, self.names = list_keyed(store, extensions)
+            self.metadata = read_metadata(store)
 
-
-def _list(store: Store, extensions: tuple[bytes, ...]) -> Entries:
-    with _without_collector():
-        keys, names = list_keyed(store, extensions)
-        metadata = read_metadata(store)
-        return keys, names, _match(metadata.pop("labels", None), store.where(METADATA), keys), metadata
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys, names=self.names)
 
 
 def catalogue_file(path: str | Path) -> Path:
@@ -147,7 +152,8 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
     Raises UserError as Catalogue does.
     """
     store = open_store(path)
-    keys, names, labels, metadata = _list(store, extensions)
+    found = Catalogue(store, extensions, recall=False)
+    keys, names, labels, metadata = found.keys, found.names, found.labels, found.metadata
     # A zip's readers need all of its files that are not hidden, a folder's only those with a key.
     files = store.names() if isinstance(store, ZipStore) else np.sort(names)
     if not len(keys) or not _are_plain(files):
@@ -177,7 +183,7 @@ _notice_once = functools.cache(notice)
 
 
 def _recall(store: Store, extensions: tuple[bytes, ...]) -> Entries | None:
-    """`_list` from the store's catalogue file, which also gives a zip its directory; None without one that fits."""
+    """Read the store's catalogue file, which also gives a zip its directory; None without one that fits."""
     file = catalogue_file(store.path)
     try:
         with np.load(file, allow_pickle=False) as archive:

@@ -4,14 +4,13 @@ import hashlib
 import io
 import json
 import lzma
-import math
 import os
 import shutil
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,29 +48,6 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON, atomically."""
     write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[int, int],
-              **arrays: np.ndarray) -> None:
-    """Write an npz in ADM's form, atomically: `arr_0` uint8 (count, H, W, 3) from a stream of images or blocks, and
-    `arrays`.
-
-    With a count of 0 there is no `arr_0`. Raises UserError if the file cannot be written.
-    """
-
-    def write(partial: Path) -> None:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            if count:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    written = sum(member.write(np.ascontiguousarray(image).tobytes()) for image in images)
-                    assert written == count * math.prod(size) * 3, f"{written} bytes for {count} images of {size}"
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-
-    write_whole(path, write)
 
 
 def to_npy(array: np.ndarray) -> bytes:

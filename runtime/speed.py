@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime.messages import UserError, notice
 
-# What is compiled of a network, if it has it: modules, or lists of modules. SiT's, an image encoder's, a VAE's.
+# The parts of a network that are compiled, where it has them: modules, or lists of modules.
 PARTS = ("blocks", "projectors", "final_layer", "preprocess", "encoder", "decoder")
 
 

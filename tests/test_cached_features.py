@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from preprocessing.encode_features import encode_features
+from preprocessing.work import Destination
 from safetensors.torch import load_file, save_file
 
 import train
@@ -29,8 +31,6 @@ from models.encoders import CachedEncoder, load_encoder, require_made_by, sha256
 from preprocessing.convert import convert
 from preprocessing.dataset_tools import main
 from preprocessing.encode import encode
-from preprocessing.encode_features import encode_features
-from preprocessing.work import Destination
 from runtime.messages import UserError
 from runtime.stores import open_store
 from tests.conftest import tf32_and_autocast

@@ -94,7 +94,8 @@ def test_a_reference_without_labels_or_without_these_classes_gives_no_accuracy(n
     tokens = tokens_of(name, images)
     np.savez(tmp_path / "mu.npz", mu=np.zeros(3), sigma=np.eye(3), arr_1=np.arange(4))
     for ref, word in ((open_images(images, "REF"), "REF has no labels"),
-                      (open_images(tmp_path / "mu.npz"), "no labels"), (labelled(images, labels + 10), "no image of any class")):
+                      (open_images(tmp_path / "mu.npz"), "no labels"),
+                      (labelled(images, labels + 10), "no image of any class")):
         scores = scored(tokens, labels, ref, images, extractor)
         assert "class_token_cosine" in scores and "class_token_accuracy" not in scores
         assert "without class_token_accuracy" in (printed := capsys.readouterr().err) and word in printed

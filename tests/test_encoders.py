@@ -1,6 +1,4 @@
-"""Frozen encoders: one interface over timm, without a download."""
-
-import shutil
+"""Frozen encoders: one interface over timm."""
 
 import pytest
 import timm
@@ -31,7 +29,8 @@ def test_every_name_builds_with_its_shapes(name):
 
 def test_prefix_tokens_are_not_patches():
     encoder, = load_encoders("dinov2reg-vit-s", "cpu", resolution=64, pretrained=False)
-    tokens = encoder.model.forward_features(encoder.preprocess(IMAGES))                    # class token, 4 registers, 16 patches
+    # class token, 4 registers, 16 patches
+    tokens = encoder.model.forward_features(encoder.preprocess(IMAGES))
     class_token, patches = encoder(IMAGES)
     assert tokens.shape[1] == 1 + 4 + 16
     torch.testing.assert_close(class_token, tokens[:, 0])
@@ -50,10 +49,13 @@ def test_patches_before_the_norm_and_class_token_after(name):
 
 def test_preprocessing():
     encoder, = load_encoders("siglip2-vit-b", "cpu", resolution=64, pretrained=False)
-    torch.testing.assert_close(encoder.preprocess(IMAGES), IMAGES / 127.5 - 1)             # mean = std = 0.5, patch 16: no resize
+    # mean = std = 0.5, patch 16: no resize
+    torch.testing.assert_close(encoder.preprocess(IMAGES), IMAGES / 127.5 - 1)
     encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    torch.testing.assert_close(encoder.preprocess(IMAGES), F.interpolate((IMAGES / 255 - mean) / std, 56, mode="bicubic"))
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(encoder.preprocess(IMAGES),
+                               F.interpolate((IMAGES / 255 - mean) / std, 56, mode="bicubic"))
 
 
 def test_tokens_on_the_grid_of_sit():
@@ -61,7 +63,8 @@ def test_tokens_on_the_grid_of_sit():
     own = encoder(IMAGES)[1]
     three, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False, grid=3)
     three.model.load_state_dict(encoder.model.state_dict())
-    windows = [slice(0, 2), slice(1, 3), slice(2, 4)]                                      # 4 -> 3: floor(4i/3) to ceil(4(i+1)/3)
+    # 4 -> 3: floor(4i/3) to ceil(4(i+1)/3)
+    windows = [slice(0, 2), slice(1, 3), slice(2, 4)]
     pooled = [own.view(2, 4, 4, -1)[:, row, column].mean(dim=(1, 2)) for row in windows for column in windows]
     torch.testing.assert_close(three(IMAGES)[1], torch.stack(pooled, dim=1))
     maps = own.transpose(1, 2).unflatten(2, (4, 4))
@@ -76,7 +79,8 @@ def test_local_folder(encoder_folder):
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
     class_token, patches = encoder(IMAGES[..., :32, :32])
     assert class_token.shape == (2, 32) and patches.shape == (2, 16, 32)
-    torch.testing.assert_close(encoder.preprocess(IMAGES[..., :32, :32]), IMAGES[..., :32, :32] / 127.5 - 1)     # the folder's mean, std
+    # the folder's mean, std
+    torch.testing.assert_close(encoder.preprocess(IMAGES[..., :32, :32]), IMAGES[..., :32, :32] / 127.5 - 1)
 
 
 def test_weights_from_files_in_the_order_of_the_list(encoder_folder, tmp_path):
@@ -106,30 +110,38 @@ def test_position_table_is_resampled(tmp_path):
     assert larger.model.pos_embed.shape[1] == 64 + encoder.model.pos_embed.shape[1] - 16
 
 
-def test_user_mistakes(encoder_folder, tmp_path):
-    def refuse(sentence, *args, **settings):
-        with pytest.raises(UserError, match=sentence):
-            load_encoders(*args, "cpu", **settings)
-
-    refuse("unknown encoder 'dino'", "dino")
-    refuse("config.json is missing", "local-dir:nowhere")
-    refuse("no encoder weights at", "dinov2-vit-s", weights=["nowhere.pth"])
-    refuse("1 files of encoder weights came for 2", "dinov2-vit-s,dinov2-vit-b", weights=["a"])
-    refuse("no weights on the hub", "mocov3-vit-b")
-    refuse("model.safetensors of that timm model", "dinov2-vit-s", resolution=64)          # the hub is out of reach here
+@pytest.mark.parametrize(("enc_type", "settings", "word"), [
+    ("dino", {}, "unknown encoder"), ("local-dir:nowhere", {}, "config.json: missing"),
+    ("mocov3-vit-b", {}, "no weights on the hub"), ("dinov2-vit-s", {}, "model.safetensors"),  # the hub is out of reach
+    ("dinov2-vit-s", {"weights": ["nowhere.pth"]}, "no such file"),
+    ("dinov2-vit-s,dinov2-vit-b", {"weights": ["a"]}, "1 files for 2 encoders"),
+    ("dinov2-vit-s", {"weights": "{}/part.pth"}, "not the weights of dinov2-vit-s"),
+    ("dinov2-vit-s", {"weights": "{}/broken.pth"}, "not the weights of dinov2-vit-s"),
+    ("dinov2-vit-s", {"weights": "{}/code.pth"}, "not the weights of dinov2-vit-s"),
+    ("local-dir:{}/convnet", {}, "no vision transformer"),
+])
+def test_mistakes_are_refused(tmp_path, capsys, enc_type, settings, word):
     torch.save({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "part.pth")
-    refuse("does not hold the weights of dinov2-vit-s", "dinov2-vit-s", resolution=64, weights=[tmp_path / "part.pth"])
     (tmp_path / "broken.pth").write_bytes(b"not weights")
-    refuse("does not hold the weights of dinov2-vit-s", "dinov2-vit-s", resolution=64, weights=[tmp_path / "broken.pth"])
-    convnet = tmp_path / "convnet"
-    shutil.copytree(encoder_folder, convnet)
-    (convnet / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
-    refuse("no vision transformer", f"local-dir:{convnet}")
+    torch.save({"cls_token": Printed()}, tmp_path / "code.pth")
+    (tmp_path / "convnet").mkdir()
+    (tmp_path / "convnet" / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    settings = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises(UserError, match=word):
+        load_encoders(enc_type.format(tmp_path), "cpu", resolution=64, **settings)
+    assert "code was run" not in capsys.readouterr().out
+
+
+class Printed:
+    """Prints when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code was run",)
 
 
 def test_reg_needs_a_class_token():
     with torch.device("meta"):
         encoders = load_encoders("dinov2-vit-s,siglip2-vit-b", "meta", pretrained=False)
     require_class_tokens(encoders[:1])
-    with pytest.raises(UserError, match="siglip2-vit-b has no class token"):
+    with pytest.raises(UserError, match="siglip2-vit-b: no class token"):
         require_class_tokens(encoders)

@@ -30,7 +30,7 @@ def test_vectorised_alignment_and_its_gradient_equal_the_loop():
 
 def test_targets_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="do not match"):
-        alignment_loss([torch.randn(2, 17, 12)], [torch.randn(2, 16, 12)])          # would broadcast in no way that is meant
+        alignment_loss([torch.randn(2, 17, 12)], [torch.randn(2, 16, 12)])  # would broadcast in no way that is meant
     with pytest.raises(ValueError, match="do not match"):
         alignment_loss([torch.randn(2, 17, 12)], [])
 

@@ -1,4 +1,6 @@
-"""Golden vectors recorded from the released REG and REPA programs and the original DINOv2 code: what made the published numbers."""
+"""Golden vectors recorded from the released REG and REPA programs and the original DINOv2 code: what made the
+published numbers.
+"""
 
 import zlib
 from itertools import chain
@@ -17,7 +19,7 @@ from models.sit import SiT
 from samplers import euler_maruyama_sampler, euler_sampler
 
 DATA = Path(__file__).parent / "data"
-FORWARD, SAMPLES = 1e-5, 2e-6           # relative L2; kernels, threads and split guidance halves alone move samples by 1e-7
+FORWARD, SAMPLES = 1e-5, 2e-6  # relative L2; kernels, threads and split guidance halves alone move samples by 1e-7
 
 
 def vectors(name: str) -> dict:
@@ -87,7 +89,7 @@ def test_loss(path_type, weighting):
         time_input=tensor(v["t"]), noises=tensor(v["noise"]), cls_noises=tensor(v["cls_noise"]))
     assert distance(terms.denoising, v["denoising_loss"]) < FORWARD
     assert distance(terms.proj, v["proj_loss"]) < FORWARD
-    if path_type == "linear":               # the released program broadcasts a wrong class-token target on the cosine path
+    if path_type == "linear":            # the released program broadcasts a wrong class-token target on the cosine path
         assert distance(terms.cls, v["denoising_loss_cls"]) < FORWARD
 
 

@@ -54,7 +54,8 @@ def test_order_of_convergence(heun, order):
     for steps in (200, 400):
         x, c = euler_sampler(Field(lambda x, t, y: x * widen((3 * t).cos(), x)), X, Y, num_steps=steps, heun=heun, cls_latents=C)
         errors.append((x - exact * X).norm())
-        torch.testing.assert_close(c / C, torch.full_like(C, (x / X).mean().item()))        # the class token takes the same steps
+        # the class token takes the same steps
+        torch.testing.assert_close(c / C, torch.full_like(C, (x / X).mean().item()))
     # The last Heun step is an Euler step of local error O(h^2), so that the whole stays of second order.
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.05
 
@@ -161,7 +162,7 @@ def test_image_depends_on_seed_and_index_alone():
     rows = [sample_images(model, Pixels, [i], HOW) for i in (4, 1)]
     for (image, label, token), i in zip(rows, (4, 1), strict=True):
         assert label == labels[i]
-        assert (image[0].int() - images[i].int()).abs().max() <= 1                          # kernels depend on the batch size
+        assert (image[0].int() - images[i].int()).abs().max() <= 1                    # kernels depend on the batch size
         torch.testing.assert_close(token[0], tokens[i], atol=1e-4, rtol=1e-4)
     again, _, _ = sample_images(model, Pixels, range(6), HOW)
     assert (again == images).all()

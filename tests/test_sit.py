@@ -102,7 +102,7 @@ def test_norms_have_the_published_epsilon():
 
 def test_projection_is_taken_after_the_named_block():
     shallow, deep = randomised(small(encoder_depth=2)), randomised(small(encoder_depth=2))
-    torch.nn.init.zeros_(deep.blocks[2].attn.proj.weight)               # a change in block 3 cannot reach the output of block 2
+    torch.nn.init.zeros_(deep.blocks[2].attn.proj.weight)  # a change in block 3 cannot reach the output of block 2
     a, b = shallow.eval()(*inputs(shallow)), deep.eval()(*inputs(deep))
     torch.testing.assert_close(a[1][0], b[1][0])
     assert not torch.allclose(a[0], b[0])

@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from runtime.arguments import Parser, at_least
-from runtime.files import write_npz
 from runtime.messages import UserError, without_traceback
+from runtime.npz import write_npz
 
 SHAPES = ("disc", "square", "triangle", "cross")
 HUES = {"red": (355, 8), "yellow": (52, 6), "green": (130, 18), "blue": (220, 14)}  # centre, half range; degrees

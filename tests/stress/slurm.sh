@@ -15,6 +15,7 @@ T=$(mktemp -d)
 daemons=()
 stop() {
     scancel --quiet --user=root 2>/dev/null || true
+    for _ in $(seq 90); do [ -n "$(squeue --noheader 2>/dev/null)" ] || break; sleep 1; done  # slurmd waits for jobs
     for pid in $(printf '%s\n' "${daemons[@]}" | tac); do kill "$pid" 2>/dev/null || true; done
     wait
     rm -rf "$T"

@@ -1,0 +1,43 @@
+"""Run functions in forked processes: fast, because nothing is imported again."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+import torch
+from accelerate.state import AcceleratorState
+
+FORK = multiprocessing.get_context("fork")
+PATIENCE = 300               # seconds for a function that takes a few
+
+
+def start(function: Callable, *args, **environment: str) -> BaseProcess:
+    """Start `function(*args)` in a forked process with these environment variables, without accelerate's state."""
+
+    def child() -> None:
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        function(*args)
+
+    process = FORK.Process(target=child)
+    process.start()
+    return process
+
+
+def two_ranks(function: Callable, *args) -> None:
+    """Run `function(rank, *args)` in two joined CPU processes. Raises AssertionError if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        joined = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true",
+                      MASTER_PORT=str(free.getsockname()[1]))
+    ranks = [start(function, rank, *args, RANK=str(rank), LOCAL_RANK=str(rank), **joined) for rank in (0, 1)]
+    try:
+        for rank in ranks:
+            rank.join(PATIENCE)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
