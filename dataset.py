@@ -137,7 +137,8 @@ class LatentDataset(torch.utils.data.Dataset):
     def _match(self, features: Features, source: object) -> np.ndarray:
         """The names (n,) of each key's features. Raises UserError if they are of other images or another size."""
         path, side = shown(features.store.path), features.record.resolution
-        lacking = self.keys[~np.isin(self.keys, features.keys)]
+        same = np.array_equal(self.keys, features.keys)           # the usual case, and 100 times faster
+        lacking = [] if same else self.keys[~np.isin(self.keys, features.keys)]
         if len(lacking):
             raise UserError(f"{path}: no features of {len(lacking)} of {len(self.keys)} images ({few(lacking)}); "
                             "encode again")
@@ -146,7 +147,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if side != (self.resolution or side):
             raise UserError(f"{path}: features of {side} px images, expected {self.resolution} px; encode again")
         self.resolution = side
-        return features.names[np.searchsorted(features.keys, self.keys)]
+        return features.names if same else features.names[np.searchsorted(features.keys, self.keys)]
 
     def key(self, i: int) -> str:
         """The key of entry i, for messages."""

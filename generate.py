@@ -82,6 +82,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--guidance-low {args.guidance_low}: is above --guidance-high {args.guidance_high}")
     if args.heun and args.mode != "ode":
         parser.error("--heun needs --mode ode")
+    if args.precision == "tf32" and not torch.cuda.is_available():
+        parser.error("--precision tf32: there is no CUDA device; use fp32 or bf16")
     if args.classes is not None and args.labels != "random":
         parser.error(f"--labels {args.labels}: --classes are taken in turn; leave --labels out")
     return args
@@ -101,8 +103,6 @@ def require_suitable(args: argparse.Namespace, model: SiT) -> None:
         raise UserError(f"--cfg-scale {args.cfg_scale}: trained with --cfg-prob 0, so without guidance; give 1")
     if args.classes is not None and max(args.classes) >= model.num_classes:
         raise UserError(f"--classes {max(args.classes)}: the checkpoint has classes 0 to {model.num_classes - 1}")
-    if args.precision == "tf32" and not torch.cuda.is_available():
-        raise UserError("--precision tf32: there is no CUDA device; use fp32 or bf16")
 
 
 # ------------------------------------------------------------------------------------------- which images, which folder
@@ -219,7 +219,7 @@ def main(argv=None) -> None:
     compiled = make_ready(model, device, args.precision, compiled)
     require_same_everywhere(compiled)
     settings = settings_of(args, path, state, digest, compiled)
-    settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 threads"
+    settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread"
     how = Sampling(**settings["sampling"])
     side = model.input_size * space.downsampling
     parts = {"class_tokens": np.dtype((np.float32, (model.cls_token_dim,)))} if args.save_cls_tokens else {}

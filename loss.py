@@ -1,10 +1,8 @@
-"""REG's objective (arXiv 2507.01467, section 3): velocity of the latents, velocity of the class token, alignment with
-the encoder.
+"""REG's objective (arXiv 2507.01467, section 3): velocities of latents and class token, alignment with the encoder.
 
 total = denoising + beta * cls + lambda * proj, with beta = `--cls` and lambda = `--proj-coeff` (`weighted`). SILoss
 returns the unweighted terms, in float32.
-Shape letters: B batch, C latent channels, H W latent size, T tokens (1+N with a class-token slot, else N), E encoder
-width.
+Shape letters: B batch, C latent channels, H W latent size, T tokens (1+N with a slot, else N), E encoder width.
 """
 
 from typing import NamedTuple

@@ -1,5 +1,4 @@
-"""From noise to pictures: guided velocity field, ODE and SDE solvers on the pair (latents, class token), one seed per
-image.
+"""Sampling: guided velocity field, ODE and SDE solvers on the pair (latents, class token), one seed per image.
 
 The state is the pair, flattened to one float64 matrix S (B, C*H*W + E), so that every update is written once. A solver
 sees `field(state, t) -> velocity` and nothing else; guidance is settled before it (REG, arXiv 2507.01467, appendix;
@@ -25,9 +24,7 @@ def pack(pair: Sequence[torch.Tensor | None]) -> torch.Tensor:
 
 def unpack(state: torch.Tensor, shape: torch.Size,
            dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The inverse of `pack` for latents of `shape` (B, C, H, W): class token None when the state ends with the
-    latents.
-    """
+    """The inverse of `pack` for latents of `shape` (B, C, H, W); class token None if the state has none."""
     size = shape[1:].numel()
     latents = state[:, :size].reshape(len(state), *shape[1:]).to(dtype)
     return latents, (state[:, size:].to(dtype) if state.shape[1] > size else None)
@@ -157,8 +154,7 @@ class Sampling:
 def image_rng(seed: int, index: int) -> np.random.Generator:
     """The source of everything random in image `index`.
 
-    NumPy's, since PyTorch's on the CPU keeps only 32 bits of a seed: two of 50,000 images would likely share their
-    noise.
+    NumPy's: PyTorch's CPU generator keeps 32 bits of a seed, so two of 50,000 images would likely share their noise.
     """
     return np.random.default_rng((seed, index))
 

@@ -86,23 +86,19 @@ def encode(encoders: Sequence[Encoder | CachedEncoder], seen: list,
            with_class_token: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The first encoder's class token (B, E), raw, or None, and each encoder's targets (B, T, E).
 
-    `seen`: for each encoder uint8 images (B, 3, R, R), or its stored features. With the class token T = 1+N, it comes
-    first.
+    `seen`: uint8 images (B, 3, R, R) or stored features, by encoder. With the class token, which comes first, T = 1+N.
     """
     encoded = [encoder.features(each, with_class_token) for encoder, each in zip(encoders, seen, strict=True)]
     return encoded[0][0] if with_class_token else None, [target for _, target in encoded]
 
 
 def reseed(*key: int) -> None:
-    """Seed PyTorch's generators from (seed, batch number, micro-batch, rank): a resumed run draws what a straight one
-    does.
-    """
+    """Seed PyTorch's generators from (seed, batch number, micro-batch, rank), so that a resumed run draws the same."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def step_if(finite: torch.Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler | None) -> None:
-    """Take an AdamW step if `finite` (); else leave weights and optimiser state. The device decides, the host does not
-    wait.
+    """Take an AdamW step if `finite` (), else change nothing. The device decides; the host does not wait.
 
     The fp16 scaler halves its scale after a skipped step.
     """
@@ -143,8 +139,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="data/imagenet256", metavar="DIR", help="folder with images/ and vae-sd/")
-    data.add_argument("--resolution", type=at_least(1), metavar="PIXELS", help="side of the "
-                                                                               "images; None: the data set's")
+    data.add_argument("--resolution", type=at_least(1), metavar="PIXELS",
+                      help="side of the images; None: the data set's")
     data.add_argument("--num-classes", type=at_least(1), metavar="N", help="number of classes; None: the data set's")
     data.add_argument("--num-workers", type=at_least(0), default=4, metavar="N", help="data loader processes per rank")
     data.add_argument("--cached-features", choices=("auto", "off", "require"), default="auto",
@@ -156,12 +152,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--exp-name", metavar="NAME", help="name of the experiment; None: from method and model")
     output.add_argument("--report-to", choices=("none", "wandb", "tensorboard"), default="none",
                         help="tracker beside metrics.jsonl")
-    output.add_argument("--logging-steps", type=at_least(1), default=100, metavar="STEPS", help="steps between log "
-                                                                                                "lines")
+    output.add_argument("--logging-steps", type=at_least(1), default=100, metavar="STEPS",
+                        help="steps between log lines")
     output.add_argument("--checkpointing-steps", type=at_least(1), default=50_000, metavar="STEPS",
                         help="steps between checkpoints")
-    output.add_argument("--keep-last", type=at_least(0), default=0, metavar="K", help="checkpoints "
-                                                                                      "to keep, the newest; 0: all")
+    output.add_argument("--keep-last", type=at_least(0), default=0, metavar="K",
+                        help="checkpoints to keep, the newest; 0: all")
     output.add_argument("--keep-every", type=at_least(0), default=0, metavar="STEPS",
                         help="also keep the checkpoints of every STEPS steps; 0: none")
     output.add_argument("--resume", default="auto", metavar="FILE|auto|none",
@@ -191,22 +187,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=("reg", "repa", "sit"), default="reg",
                         help="reg: class-token slot and alignment; repa: alignment of patches; sit: neither")
-    method.add_argument("--align", choices=tuple(ALIGNED_TOKENS), help="aligned tokens; None: all "
-                                                                       "for reg, patches for repa")
+    method.add_argument("--align", choices=tuple(ALIGNED_TOKENS),
+                        help="aligned tokens; None: all for reg, patches for repa")
     method.add_argument("--proj-coeff", type=not_negative, default=0.5, metavar="LAMBDA",
                         help="weight of the alignment; 0: no projector is built")
-    method.add_argument("--cls", type=not_negative, default=0.03, metavar="BETA", help="weight of the "
-                                                                                       "class token's velocity loss")
+    method.add_argument("--cls", type=not_negative, default=0.03, metavar="BETA",
+                        help="weight of the class token's velocity loss")
     method.add_argument("--enc-type", default="dinov2-vit-b", metavar="NAMES",
                         help="encoders, comma-separated, the first gives the class token; "
                              "local-dir:FOLDER for a timm folder")
     method.add_argument("--encoder-weights", metavar="FILES", help="one file per encoder, instead of the hub")
-    method.add_argument("--encoder-depth", type=at_least(1), metavar="BLOCK", help="aligned "
-                                                                                   "block; None: T/S/B 4, L/XL 8")
-    method.add_argument("--projector-dim", type=at_least(1), default=2048, metavar="WIDTH", help="hidden width of the "
-                                                                                                 "projectors")
-    method.add_argument("--path-type", choices=tuple(PATHS), default="linear", help="interpolant between data and "
-                                                                                    "noise")
+    method.add_argument("--encoder-depth", type=at_least(1), metavar="BLOCK",
+                        help="aligned block; None: T/S/B 4, L/XL 8")
+    method.add_argument("--projector-dim", type=at_least(1), default=2048, metavar="WIDTH",
+                        help="hidden width of the projectors")
+    method.add_argument("--path-type", choices=tuple(PATHS), default="linear",
+                        help="interpolant between data and noise")
     method.add_argument("--weighting", choices=("uniform", "lognormal"), default="uniform", help="law of t")
     method.add_argument("--cfg-prob", type=share, default=0.1, metavar="P", help="share of labels dropped for guidance")
 
@@ -220,29 +216,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--init-weights", metavar="FILE", help="start a new run from a checkpoint's EMA weights")
 
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--max-train-steps", type=at_least(1), default=400_000, metavar="STEPS", help="global batches "
-                                                                                                     "to train on")
+    optim.add_argument("--max-train-steps", type=at_least(1), default=400_000, metavar="STEPS",
+                       help="global batches to train on")
     optim.add_argument("--batch-size", type=at_least(1), default=256, metavar="IMAGES",
                        help="images per step, over all processes and accumulation")
-    optim.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1, metavar="N", help="micro-batches "
-                                                                                                       "per step")
+    optim.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1, metavar="N",
+                       help="micro-batches per step")
     optim.add_argument("--learning-rate", type=not_negative, default=1e-4, metavar="LR", help="constant")
     optim.add_argument("--adam-beta1", type=below_one, default=0.9, metavar="BETA1", help="AdamW")
     optim.add_argument("--adam-beta2", type=below_one, default=0.999, metavar="BETA2", help="AdamW")
     optim.add_argument("--adam-epsilon", type=not_negative, default=1e-8, metavar="EPS", help="AdamW")
     optim.add_argument("--adam-weight-decay", type=not_negative, default=0.0, metavar="WD", help="AdamW")
-    optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM", help="gradients are clipped to "
-                                                                                           "this norm")
-    optim.add_argument("--ema-decay", type=share, default=0.9999, metavar="DECAY", help="of the "
-                                                                                        "averaged weights, per step")
+    optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM",
+                       help="gradients are clipped to this norm")
+    optim.add_argument("--ema-decay", type=share, default=0.9999, metavar="DECAY",
+                       help="of the averaged weights, per step")
     optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"),
                        help="autocast; None: bf16 where CUDA has it, else no")
     optim.add_argument("--compile", action=flag, help="torch.compile for networks and alignment; None: on CUDA")
     optim.add_argument("--allow-tf32", action=flag, default=True, help="TF32 for what stays in float32 on CUDA")
     optim.add_argument("--max-skipped-updates", type=at_least(1), default=20, metavar="K",
                        help="an update with non-finite gradients is skipped; K in a row end the run")
-    optim.add_argument("--seed", type=at_least(0), default=0, metavar="SEED", help="of initialisation, data order and "
-                                                                                   "noise")
+    optim.add_argument("--seed", type=at_least(0), default=0, metavar="SEED",
+                       help="of initialisation, data order and noise")
     return parser.parse_args(argv)
 
 
@@ -299,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     args = resolve(parse_args(argv))
     if args.dry_run:
         return dry_run(args)
-    with StopRequest() as stop:
+    with StopRequest(PATIENCE) as stop:
         # The door: what is wrong with data, launcher, checkpoint or weights shows before the first step.
         data, space, resolution = open_data(args)
         accelerator = open_accelerator(args)
@@ -396,9 +392,7 @@ SAME_RUN = ("method", "align", "model", "enc_type", "encoder_depth", "projector_
 
 
 def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace, fingerprint: str) -> None:
-    """Raise UserError if the checkpoint belongs to another model, other data or another data order; print other
-    changes.
-    """
+    """Raise UserError if the checkpoint is of another model, data set or data order; print other changed settings."""
     missing = checkpoint.RESUMED - state.keys()
     if missing:
         raise UserError(f"{path}: cannot be resumed without {', '.join(sorted(missing))}; start from its weights with "
@@ -540,9 +534,8 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
             notice(f"{means['skipped_updates']} update(s) skipped up to step {step}, not finite: {', '.join(bad)}")
         if in_a_row >= args.max_skipped_updates:
             save(step)
-            raise UserError(f"{in_a_row} updates in a row were skipped up to step {step}: go on from an older "
-                            "checkpoint with --resume FILE and a lower --learning-rate, or "
-                            "--mixed-precision bf16 or no")
+            raise UserError(f"--max-skipped-updates {args.max_skipped_updates}: {in_a_row} updates in a row skipped up "
+                            f"to step {step}; resume an older checkpoint with a lower --learning-rate")
 
     def save(step: int) -> None:
         done["saved"] = step
@@ -574,8 +567,8 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 
     run.every((args.logging_steps, args.checkpointing_steps), write_log)  # a checkpoint holds no half log line
     run.every((args.checkpointing_steps,), save)
-    run.every((args.sampling_steps,), draw)
-    run.every((args.eval_steps,), score)
+    run.every((args.sampling_steps,), draw, optional=True)
+    run.every((args.eval_steps,), score, optional=True)
     return close
 
 
@@ -637,9 +630,9 @@ def dry_run(args: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     at_inference = parameters - sum(p.numel() for p in model.projectors.parameters())
     settings = {**vars(args), "resolution": resolution, "num_classes": num_classes, "latent_space": space.to_record()}
-    print(json.dumps(settings, indent=2))
-    print(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "
-          f"projectors), {flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image "
+    say(json.dumps(settings, indent=2))
+    say(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "
+        f"projectors), {flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image "
           f"({flops.get_total_flops() / 2e9:.2f} GMAC)")
 
 

@@ -47,8 +47,7 @@ class FileStatistics:
 class ImageSet:
     """Images in a fixed order, read in blocks; opening it reads only headers and listings.
 
-    `blocks` maps increasing ranges to uint8 (n, H, W, 3) each. Count, size and blocks are None if there are statistics
-    only.
+    `blocks` maps increasing ranges to uint8 (n, H, W, 3) each. Without images count, size and blocks are None.
     """
 
     name: str                                                     # for messages

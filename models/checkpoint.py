@@ -153,8 +153,7 @@ def _likely_cause(name: str) -> str:
 def architecture_of(state: dict, model_name: str | None) -> dict:
     """The SiT constructor arguments of a checkpoint: stored by us, or read off the weights' shapes (released files).
 
-    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if it
-    contradicts.
+    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if they differ.
     """
     if "architecture" in state:
         stored = state["architecture"]
@@ -200,8 +199,7 @@ def build_for_sampling(state: dict, model_name: str | None = None, which: str = 
 # ----------------------------------------------------------------------------------------------------- weights to share
 
 def export(path: str | Path, out: str | Path, which: str = "ema", model_name: str | None = None) -> None:
-    """Write one set of a checkpoint's weights, without projectors, as safetensors that generate.py takes as a
-    checkpoint.
+    """Write one set of a checkpoint's weights, without projectors, as safetensors; generate.py reads the file.
 
     The file's metadata hold what sampling needs: architecture, latent space, path. Raises UserError as `read` does, and
     if `out` exists or does not end in .safetensors.
@@ -226,7 +224,9 @@ def _read_export(path: Path) -> dict:
             about = json.loads((file.metadata() or {})["reg"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         return {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of `python -m "
                       "models.checkpoint export`") from error
 
@@ -238,8 +238,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("ckpt", metavar="CKPT", help="checkpoint file, or experiment folder (its newest)")
     one.add_argument("out", metavar="OUT", help="the .safetensors file")
     one.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
-    one.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME", help="needed for released "
-                                                                                              "files")
+    one.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME",
+                     help="needed for released files")
     return parser.parse_args(argv)
 
 

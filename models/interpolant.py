@@ -20,9 +20,7 @@ def widen(t: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interpolant:
-    """alpha, sigma and their time derivatives as functions of t, and the transforms between data, velocity and
-    score.
-    """
+    """alpha, sigma and their time derivatives as functions of t; transforms between data, velocity and score."""
 
     alpha: Callable[[Tensor], Tensor]
     sigma: Callable[[Tensor], Tensor]
@@ -72,9 +70,7 @@ def get_path(path_type: str) -> Interpolant:
 
 
 def draw_t(uniform_or_lognormal: str, path_type: str, batch: int, device: torch.device) -> Tensor:
-    """Draw t (B,) in [0, 1]: uniform, or lognormal (sigma / alpha = exp(N(0, 1)) solved for t; EDM, arXiv
-    2206.00364).
-    """
+    """Draw t (B,) in [0, 1]: uniform, or lognormal, sigma / alpha = exp(N(0, 1)) (EDM, arXiv 2206.00364)."""
     if uniform_or_lognormal == "uniform":
         return torch.rand(batch, device=device)
     return lognormal_t(torch.randn(batch, device=device), path_type)

@@ -1,5 +1,6 @@
-"""SiT with or without REG's class-token slot (arXiv 2507.01467, §3; backbone: arXiv 2401.08740, projectors: arXiv
-2410.06940).
+"""SiT with or without REG's class-token slot (arXiv 2507.01467, section 3).
+
+Backbone: arXiv 2401.08740. Projectors: arXiv 2410.06940.
 
 Shape letters: B batch, C latent channels, H W latent size, P patch, N = HW/P^2, T = tokens (1+N with a slot, else N),
 D width, E encoder width.
@@ -20,9 +21,7 @@ MAX_PERIOD = 10_000
 
 
 def position_table(width: int, side: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine table (side * side, width): the first half of the width codes the column, the second the
-    row.
-    """
+    """Fixed 2-D sine-cosine table (side * side, width): first half of the width for the column, second for the row."""
     assert width % 4 == 0, "a 2-D sine-cosine table needs a width divisible by 4"
     omega = MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))  # (D/4,)
     angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega                         # (side, D/4)
@@ -233,9 +232,7 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.input_size, self.input_size)
 
     def _run(self, block, tokens, condition):
-        """One block; with `checkpointing` only its input is kept for the backward pass, which runs the block once
-        more.
-        """
+        """Run a block; with `checkpointing` keep only its input, and run it again in the backward pass."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(tokens, condition)
         # a block draws nothing

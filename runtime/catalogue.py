@@ -238,14 +238,14 @@ def _require_sound(kept: dict[str, np.ndarray], end: int) -> None:
     if kinds != ["S", "S", "i", "i"] or files.ndim != 1 or not keys.shape == order.shape == (len(keys),):
         raise ValueError(f"arrays of {kinds}")
     if not _are_plain(files) or not (files[1:] > files[:-1]).all() or not (keys[1:] > keys[:-1]).all():
-        raise ValueError("names or keys that cannot be")
+        raise ValueError("invalid names or keys")
     if order.min() < 0 or order.max() >= len(files):
-        raise ValueError("an order that cannot be")
+        raise ValueError("order out of range")
     if "labels" in kept and (labels.shape != keys.shape or labels.min() < 0 or labels.max() >= MAX_CLASSES):
-        raise ValueError("labels that cannot be")
+        raise ValueError("labels out of range")
     if "table" in kept:
         offset, size, inflated, method, _ = kept["table"].T
         stored, deflated = method == zipfile.ZIP_STORED, (method == zipfile.ZIP_DEFLATED) & (inflated <= MAX_INFLATED)
         outside = (kept["table"] < 0).any() or (offset > end - 30 - size).any()
         if outside or not (stored | deflated).all() or offset.shape != files.shape:
-            raise ValueError("places in the zip that cannot be")
+            raise ValueError("offsets outside the zip")

@@ -26,8 +26,7 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file atomically: `write(temporary path beside it)`, flush to the disk, rename.
 
-    `path` is whole or absent, even after a power cut. Raises UserError if it cannot be written; the old file then
-    stays.
+    `path` is whole or absent, even after a power cut. Raises UserError if it cannot be written; an old file stays.
     """
     partial = partial_name(path)
     try:
@@ -101,9 +100,7 @@ def as_size(count: int) -> str:
 
 
 def require_same_settings(found: object, wanted: dict, where: str, remedy: str) -> None:
-    """Raise UserError unless the settings that `where` was made with equal `wanted`: equal ones continue, others are
-    refused.
-    """
+    """Raise UserError unless `where` was made with the settings `wanted`: equal ones continue, others are refused."""
     wanted = json.loads(json.dumps(wanted))                       # tuples become lists, as in a file
     found = found if isinstance(found, dict) else {}
     other = [name for name in wanted if found.get(name) != wanted[name]]

@@ -58,8 +58,7 @@ class Meter:
              images_per_update: int) -> tuple[dict, list[str], int]:
         """Close the line: means over all ranks, names with non-finite values, longest row of skipped updates.
 
-        `reduce` sums a tensor over the ranks; it is called once, and is the one wait for the device. All ranks must
-        call `read`.
+        `reduce` sums a tensor over the ranks; its one call is the one wait for the device. All ranks must call `read`.
         """
         updates = torch.stack(self.updates).float()               # (updates, 2), equal on all ranks
         local = torch.stack([updates[:, 0].sum(), updates[:, 1].max(), updates.new_tensor(1.0)])           # (3,)
@@ -74,9 +73,7 @@ class Meter:
 
 
 class Log:
-    """metrics.jsonl of a run that starts or goes on after `step`: later lines are cut off, since they will be written
-    again.
-    """
+    """metrics.jsonl of a run that goes on after `step`; later lines are cut off, they will be written again."""
 
     def __init__(self, path: Path, step: int):
         self.path, self.pending = path, ""
@@ -123,9 +120,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_line(log: Log | None, accelerator: Accelerator, line: dict, shown: Iterable[str]) -> None:
-    """Send one line to metrics.jsonl (`log`, on the first process) and the tracker, and the names in `shown` to the
-    terminal.
-    """
+    """Write one line to metrics.jsonl (`log`, first process) and the tracker, and names in `shown` to the terminal."""
     numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
     accelerator.log(numbers, step=line["step"])
     if log is not None:

@@ -11,9 +11,8 @@ import numpy as np
 
 from runtime.files import UNREADABLE, write_whole
 from runtime.messages import UserError
-from runtime.stores import shown
+from runtime.stores import MAX_INFLATED, shown
 
-MAX_INFLATED = 2**30  # bytes that a compressed array loaded whole may have; Inception's sigma has a thirtieth
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 

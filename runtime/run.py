@@ -37,15 +37,16 @@ class Run:
     def __init__(self, start: int, last: int, stop: StopRequest):
         self.step, self.last, self.stop = start, last, stop
         self.meter = Meter()
-        self.due: list[tuple[tuple[int, ...], Callable[[int], None]]] = []
+        self.due: list[tuple[tuple[int, ...], Callable[[int], None], bool]] = []
 
-    def every(self, periods: tuple[int, ...], action: Callable[[int], None]) -> None:
-        """Call `action(step)` after each step that a number in `periods` divides (0: never), and after the last
-        step.
+    def every(self, periods: tuple[int, ...], action: Callable[[int], None], optional: bool = False) -> None:
+        """Call `action(step)` after each step that a number in `periods` divides (0: never), and after the last one.
+
+        An `optional` action is left out when a signal has come, so that the run can save.
         """
         periods = tuple(period for period in periods if period)
         if periods:
-            self.due.append((periods, action))
+            self.due.append((periods, action, optional))
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to take, to `last`; after a signal it ends early, on all ranks at the same step."""
@@ -55,8 +56,9 @@ class Run:
     def after(self, step: int) -> None:
         """Do what is due after `step`, in the order of the table. The meter's images per second count training only."""
         self.step = step
-        for periods, action in self.due:
-            if step == self.last or any(step % period == 0 for period in periods):
+        for periods, action, optional in self.due:
+            due = step == self.last or any(step % period == 0 for period in periods)
+            if due and not (optional and step < self.last and self.stop.agreed()):
                 self.meter.pause(action, step)
 
     @property
@@ -101,8 +103,7 @@ def find(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, run: Run, settings: dict, accelerator: Accelerator) -> Iterator[Log | None]:
-    """Lock the experiment, cut it back to where the run starts, start log and tracker. Yields the log on the first
-    process.
+    """Lock the experiment, cut it back to the run's start, start log and tracker; yield the log (first process).
 
     Raises UserError if another process trains it, or if the processes do not see the same checkpoints.
     """
@@ -124,11 +125,9 @@ def open_folder(folder: Path, run: Run, settings: dict, accelerator: Accelerator
         yield log
 
 
-def lock(experiment: Path) -> FileLock:
-    """Lock the experiment for this process, until it ends or releases the lock.
-
-    Raises UserError if another one holds it.
-    """
+@contextlib.contextmanager
+def lock(experiment: Path) -> Iterator[None]:
+    """Hold the experiment's lock inside. Raises UserError if another process holds it."""
     held = FileLock(make_folder(experiment) / ".lock")
     try:
         held.acquire(timeout=LOCK_PATIENCE)
@@ -137,15 +136,16 @@ def lock(experiment: Path) -> FileLock:
                         "or use another --exp-name") from None
     except OSError as error:
         raise UserError(f"{experiment}: cannot be locked ({error.strerror}); use another --output-dir") from error
-    return held
+    try:
+        yield
+    finally:
+        held.release()
 
 
 # ----------------------------------------------------------------------------------------------------- reading, writing
 
 def save(experiment: Path, state: dict) -> Path:
-    """Write the checkpoint of `state["steps"]` atomically. Raises UserError if it cannot be written; older ones
-    stay.
-    """
+    """Write the checkpoint of `state["steps"]` atomically. Raises UserError if that fails; older ones stay."""
     path = checkpoint_path(experiment, state["steps"])
 
     def write(partial: Path) -> None:
@@ -160,9 +160,7 @@ def save(experiment: Path, state: dict) -> Path:
 
 
 def prune(experiment: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints (0: none) and those whose step `keep_every` divides (0:
-    none).
-    """
+    """Remove checkpoints but the newest `keep_last` (0: keep all) and those of every `keep_every` steps (0: none)."""
     older = list(saved(experiment).items())[:-keep_last] if keep_last else []
     for step, path in older:
         if not keep_every or step % keep_every:

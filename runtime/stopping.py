@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,11 @@ class StopRequest:
     """Context manager: the first signal sets `asked`, a later second one ends the process at once with status 128 + N.
 
     A rank ignores the second signal: its launcher has a StopRequest of its own, and ends the ranks with itself.
+    `patience`: how long ranks wait for each other in `agreed`, for example while one of them saves.
     """
 
-    def __init__(self):
+    def __init__(self, patience: timedelta = timedelta(hours=1)):
+        self.patience = patience
         self.asked: signal.Signals | None = None
         self.shield = Shield()
         self._group = None
@@ -49,7 +52,7 @@ class StopRequest:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.asked is not None
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")          # CPU tensors, also where the default group is NCCL
+            self._group = dist.new_group(backend="gloo", timeout=self.patience)   # CPU tensors, also beside NCCL
         asked = torch.tensor(0 if self.asked is None else int(self.asked))
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         if asked and self.asked is None:

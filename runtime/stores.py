@@ -120,8 +120,8 @@ class ZipStore:
 
     zipfile keeps an object per entry and one file position for all readers. Here the central directory becomes arrays
     and every read has its own offset, so threads and forked or spawned workers can share the store. Raises UserError
-    like FolderStore; the first access raises it for a damaged directory, a hostile or repeated name, and sizes or
-    offsets that cannot be.
+    like FolderStore; the first access raises it for a damaged directory, a hostile or repeated name, and impossible
+    sizes or offsets.
     """
 
     def __init__(self, path: str | Path):
