@@ -633,7 +633,7 @@ def dry_run(args: argparse.Namespace) -> None:
     say(json.dumps(settings, indent=2))
     say(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "
         f"projectors), {flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image "
-          f"({flops.get_total_flops() / 2e9:.2f} GMAC)")
+        f"({flops.get_total_flops() / 2e9:.2f} GMAC)")
 
 
 if __name__ == "__main__":
