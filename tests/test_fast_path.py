@@ -187,7 +187,7 @@ def test_a_step_waits_for_nothing(encoder_folder, checkpointing, cached, scaled)
     encoders = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32, grid=4)
     seen = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     if cached:
-        record = FeaturesRecord("", "", "", None, 32, grid=4, width=32, class_token=True, dtype="float16")
+        record = FeaturesRecord("", "", None, 32, grid=4, width=32, class_token=True, dtype="float16")
         encoders = [CachedEncoder(record, 4)]
         seen = {"class_token": torch.ones(4, 32), "patches": torch.ones(4, 16, 32).half()}
     model = small(in_channels=4, cls_token_dim=32, z_dims=(32,))

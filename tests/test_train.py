@@ -455,7 +455,7 @@ def test_processes_that_are_not_joined_are_refused(train_flags, monkeypatch, cap
     (["--batch-size", "0"], "--batch-size 0"),
     (["--model", "SiT-M/2"], "SiT-M/2"),
     (["--encoder-depth", "7"], "6 blocks"),
-    (["--enc-type", "nothing"], "'nothing'"),
+    (["--enc-type", "nothing"], "--enc-type nothing"),
     (["--enc-type", "dinov2-vit-s", "--encoder-weights", "nowhere"], "nowhere"),
     (["--vae", "nowhere", "--sampling-steps", "1"], "nowhere"),
     (["--method", "repa", "--align", "class"], "--align class"),
