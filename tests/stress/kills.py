@@ -58,12 +58,10 @@ def runs(pid: int) -> bool:
         return False
 
 
-def kill_and_restart(start: Callable, progress: Callable[[], object], victims: Iterable[int], rng: random.Random,
-                     most: int) -> None:
-    """Kill the process of `start()` after 1 to `most` changes of `progress()`, once per victim; then let it end.
+def kill(start: Callable, progress: Callable[[], object], victims: Iterable[int], rng: random.Random, most: int):
+    """Start a process once per victim, and kill the victim after 1 to `most` changes of `progress()`.
 
-    A victim is 0 for the process itself, n for its child n. No process of its family may be left. Raises
-    AssertionError.
+    A victim is 0 for the process of `start()`, n for its child n. Raises AssertionError if one of its family is left.
     """
     for victim in victims:
         process = start()
@@ -76,7 +74,6 @@ def kill_and_restart(start: Callable, progress: Callable[[], object], victims: I
         while any(map(runs, members)) and time.monotonic() < gone_at:
             time.sleep(0.05)
         assert not any(map(runs, members)), f"processes are left after victim {victim} was killed"
-    assert start().wait() == 0
 
 
 def wait_for_changes(progress: Callable[[], object], process, wanted: int) -> None:
@@ -154,8 +151,8 @@ def main() -> None:
     data, output = folder / "data", open(folder / "output.txt", "ab")  # noqa: SIM115  (until the end)
     tools = ["-m", "preprocessing.dataset_tools"]
 
-    def do(*line) -> None:
-        assert program(*line, output=output)().wait() == 0, f"{line} failed"
+    def do(*line, **environment) -> None:
+        assert program(*line, output=output, **environment)().wait() == 0, f"{line} failed"
 
     encode = [*tools, "encode", "--source", data / "images", "--model-url", "toy/networks/vae", "--batch-size", "4",
               "--dest"]
@@ -175,20 +172,22 @@ def main() -> None:
         ours, theirs = folder / name / "killed", folder / name / "undisturbed"
         if name == "encode":
             do(*encode, theirs)
-            kill_and_restart(program(*encode, ours, output=output), files_written(ours), n * [0], rng, 8)
+            kill(program(*encode, ours, output=output), files_written(ours), n * [0], rng, 8)
+            do(*encode, ours)
             assert_same_files(ours, theirs)
         elif name == "generate":
             do(*sample, theirs)
-            kill_and_restart(program(*sample, ours, output=output), files_written(ours), n * [0], rng, 20)
+            kill(program(*sample, ours, output=output), files_written(ours), n * [0], rng, 20)
+            do(*sample, ours)
             assert_same_files(ours, theirs)
         else:
             ranks = 2 if name == "train-2" else 1
             launcher = ["-m", "runtime.launch"] if ranks == 2 else []
             line = [*launcher, *train, "--max-train-steps", 12 * n, "--output-dir"]
-            start = program(*line, ours, output=output, NUM_GPUS=str(ranks))
-            assert program(*line, theirs, output=output, NUM_GPUS=str(ranks))().wait() == 0
             victims = [rng.randint(0, 2) if ranks == 2 else 0 for _ in range(n)]
-            kill_and_restart(start, log_written(ours / "run"), victims, rng, 10)
+            do(*line, theirs, NUM_GPUS=str(ranks))
+            kill(program(*line, ours, output=output, NUM_GPUS=str(ranks)), log_written(ours / "run"), victims, rng, 10)
+            do(*line, ours, NUM_GPUS=str(ranks))
             assert_same_run(ours / "run", theirs / "run")
 
     failed = False
