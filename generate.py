@@ -240,6 +240,8 @@ def main(argv=None) -> None:
         if done:
             notice(f"continuing: {done} of {len(folder.blocks)} blocks are done")
         if first:
+            if not done and folder.npz()[0].exists():
+                notice(f"{folder.path}: its samples are of another checkpoint file; they are made again")
             folder.begin(settings, keep=done > 0)
         world.wait_for_everyone()
         make_blocks(folder, missing[world.process_index::world.num_processes], model, codec, how, compiled, show=first)

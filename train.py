@@ -1,7 +1,8 @@
 """Train REG (arXiv 2507.01467), REPA or SiT on prepared latents: `bash train.sh`, or `python train.py --help`.
 
 The algorithm is `train`, below; the objective is in loss.py. `main` opens data, networks and experiment in chapters.
-Saving, logging and stopping are in runtime/. Data position and randomness follow from (seed, step, micro-batch, rank).
+In runtime/, launch.py starts the ranks, run.py writes checkpoints, log.py the log, and stopping.py handles signals.
+Data position and randomness follow from (seed, step, micro-batch, rank).
 """
 
 import argparse
@@ -402,6 +403,9 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
         raise UserError(f"{path}: trained on other files or labels than --data-dir {settings['data_dir']}; use its "
                         "data set, or another --exp-name")
     before = {**state["args"], "processes": state.get("processes")}
+    if settings["init_weights"] not in (None, before.get("init_weights")):
+        raise UserError(f"--init-weights {settings['init_weights']}: {path} goes on with its own weights; leave it out, "
+                        "or use another --exp-name")
     for name in SAME_RUN:
         if before.get(name) != settings[name]:
             raise UserError(f"--{name.replace('_', '-')} {settings[name]}: {path} was trained with {before.get(name)}; "

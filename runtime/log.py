@@ -125,7 +125,8 @@ def write_line(log: Log | None, accelerator: Accelerator, line: dict, shown: Ite
     accelerator.log(numbers, step=line["step"])
     if log is not None:
         log.append(line)
-        say(" · ".join([f"step {line['step']:7d}", *(f"{name} {line[name]:.4f}" for name in shown if name in line)]))
+        numbers = [f"{name} {line[name]:.{'4f' if abs(line[name]) < 1e6 else '3e'}}" for name in shown if name in line]
+        say(" · ".join([f"step {line['step']:7d}", *numbers]))
 
 
 def require_tracker(name: str) -> None:
