@@ -404,8 +404,8 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
                         "data set, or another --exp-name")
     before = {**state["args"], "processes": state.get("processes")}
     if settings["init_weights"] not in (None, before.get("init_weights")):
-        raise UserError(f"--init-weights {settings['init_weights']}: {path} goes on with its own weights; leave it out, "
-                        "or use another --exp-name")
+        raise UserError(f"--init-weights {settings['init_weights']}: {path} has weights of its own; leave it "
+                        "out, or use another --exp-name")
     for name in SAME_RUN:
         if before.get(name) != settings[name]:
             raise UserError(f"--{name.replace('_', '-')} {settings[name]}: {path} was trained with {before.get(name)}; "
