@@ -13,8 +13,11 @@
 #               NUM_GPUS            default all; without a GPU the number of CPU processes, default 1
 #               PYTHON              default python
 # Relative paths start at the folder of this script.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"                  # `sh eval.sh`
 set -euo pipefail
 cd "$(dirname "$0")"
+[ -f generate.py ] || cd "${SLURM_SUBMIT_DIR:-$OLDPWD}"              # sbatch runs a copy in a folder of its own
+[ -f generate.py ] || { echo "error: $PWD: holds no generate.py; submit eval.sh from its own folder" >&2; exit 2; }
 
 EXP_DIR=${1:-}; shift || true
 PYTHON=${PYTHON:-python}

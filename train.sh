@@ -9,8 +9,11 @@
 #
 # SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit with status 75; a second signal kills.
 # Relative paths start at this folder. Several nodes need OUTPUT_DIR on a shared disk.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"                  # `sh train.sh`
 set -euo pipefail
 cd "$(dirname "$0")"
+[ -f train.py ] || cd "${SLURM_SUBMIT_DIR:-$OLDPWD}"              # sbatch runs a copy in a folder of its own
+[ -f train.py ] || { echo "error: $PWD: holds no train.py; submit train.sh from its own folder" >&2; exit 2; }
 
 RECIPE=${1:-}; shift || true
 for flag in "$RECIPE" "$@"; do

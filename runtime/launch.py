@@ -18,10 +18,12 @@ status and end a rank that takes long to save, and it does not react to signals 
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
@@ -69,6 +71,12 @@ def _node_rank(environment: Mapping[str, str]) -> str | None:
     return environment.get("NODE_RANK") or environment.get("SLURM_NODEID")
 
 
+def _first_host(environment: Mapping[str, str]) -> str:
+    """The first name of Slurm's list of nodes, as in `node[03-17],big1`; empty without Slurm."""
+    short = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    return re.sub(r"\[(\w+)[^]]*]", r"\1", short).split(",")[0]
+
+
 def is_first_node(environment: Mapping[str, str]) -> bool:
     """Whether this node is the one that writes files shared by all nodes."""
     return _nodes(environment) == 1 or _node_rank(environment) == "0"
@@ -93,10 +101,10 @@ def launch_plan(environment: Mapping[str, str], gpus: int, cores: int) -> Plan:
     variables = {name: value for name, value in variables.items() if not environment.get(name)}
     if nodes == 1:
         return Plan(processes, variables)
-    node, address = _node_rank(environment), environment.get("MASTER_ADDR")
-    if not address and (short := environment.get("SLURM_JOB_NODELIST")):                  # as in node[03-17]
-        command = ["scontrol", "show", "hostnames", short]
-        address = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    if "SLURM_JOB_ID" in environment and "SLURM_STEP_NUM_NODES" not in environment and not environment.get("NNODES"):
+        raise UserError(f"SLURM_NNODES={nodes}: sbatch runs a script on the first node alone; submit one that calls "
+                        "`srun --ntasks-per-node=1 bash train.sh ...`")
+    node, address = _node_rank(environment), environment.get("MASTER_ADDR") or _first_host(environment)
     if not node or not address:
         raise UserError(f"NNODES={nodes}: NODE_RANK or MASTER_ADDR is not set; set both on each node, or use srun")
     if not node.isdecimal() or int(node) >= nodes:
@@ -119,7 +127,7 @@ def launch(program: list[str]) -> int:
     logging.disable(logging.ERROR)                                # the agent's: a rank's own message says more
     try:
         with StopRequest() as stop, TemporaryDirectory(prefix="ranks-") as folder:
-            status = _watch(LocalElasticAgent(spec, DefaultLogsSpecs(folder)), stop)
+            status = _watch(LocalElasticAgent(spec, DefaultLogsSpecs(folder)), stop, plan)
     except dist.DistError as error:
         raise UserError(f"MASTER_ADDR={plan.address} MASTER_PORT={port}: {str(error).splitlines()[0]}") from error
     finally:
@@ -133,12 +141,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _watch(agent: LocalElasticAgent, stop: StopRequest) -> int:
+def _watch(agent: LocalElasticAgent, stop: StopRequest, plan: Plan) -> int:
     """Run the agent and forward the first signal, once, to each rank; returns the exit status."""
-    outcome, told = ThreadPool(1).apply_async(agent.run), set()
+    outcome, told, remind = ThreadPool(1).apply_async(agent.run), set(), time.monotonic() + 10
     while not outcome.ready():
+        ranks = {worker.id for worker in agent.get_worker_group().workers if worker.id}   # process ids
+        if not ranks and time.monotonic() > remind:
+            remind += 300
+            notice(f"node {plan.node} waits for all {plan.nodes} nodes to reach {plan.address}:{plan.port}")
         if stop.asked:
-            ranks = {worker.id for worker in agent.get_worker_group().workers if worker.id}  # process ids
             if not ranks:                                         # the other nodes have not arrived
                 return 128 + stop.asked
             for rank in ranks - told:

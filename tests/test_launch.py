@@ -44,11 +44,10 @@ def children(pid: int) -> list[int]:
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A stand-in that appends its arguments to the file returned here, knows two nodes, and holds job 13."""
+    """A stand-in that appends its arguments to the file returned here, and holds job 13."""
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\n[ "$1" = show ] && printf "node0\\nnode1\\n" && exit\n'
-                       f'echo "$@" >> {tmp_path}/asked\n[ "$2" != 13 ] || {{ echo job is held >&2; exit 1; }}\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$2" != 13 ] || {{ echo job is held >&2; exit 1; }}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     return tmp_path / "asked"
@@ -64,8 +63,10 @@ def scontrol(tmp_path, monkeypatch):
     ({"NUM_GPUS": "2"}, 0, Plan(2, {**CPU, "OMP_NUM_THREADS": "4"})),
     ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, 1, Plan(1, {}, 2, 1, "a", 7)),
     ({**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, 1, Plan(1, {}, 2, 1, "node0", 29500)),
+    ({**SLURM, "SLURM_STEP_NODELIST": "rack[07-09,12]-n[3,5],big1"}, 1, Plan(1, {}, 2, 1, "rack07-n3", 29500)),
+    ({**SLURM, "SLURM_JOB_NODELIST": "big1,node[0-1]"}, 1, Plan(1, {}, 2, 1, "big1", 29500)),
 ])
-def test_a_plan_follows_the_machine_and_the_environment(scontrol, environment, gpus, plan):
+def test_a_plan_follows_the_machine_and_the_environment(environment, gpus, plan):
     assert launch_plan(environment, gpus, cores=9) == plan
 
 
@@ -77,6 +78,7 @@ def test_a_plan_follows_the_machine_and_the_environment(scontrol, environment, g
     ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK"),
     ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK=2"),
     ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, "--ntasks-per-node=1"),
+    ({**SLURM, "SLURM_JOB_ID": "42"}, "srun"),                                # the batch script: no other node runs it
 ])
 def test_an_impossible_plan_is_refused(environment, word):
     with pytest.raises(UserError, match=word):
@@ -196,7 +198,30 @@ def test_no_rank_outlives_the_launcher(tmp_path, signals):
     wait_for(lambda: not any(map(alive, ranks)))
 
 
+def test_a_node_says_that_it_waits_for_others_and_a_signal_ends_it():
+    environment = {**os.environ, "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    launcher = subprocess.Popen([sys.executable, "-m", "runtime.launch", "train.py"], cwd=ROOT, text=True,
+                                stderr=subprocess.PIPE, env=environment)
+    assert "127.0.0.1:29517" in launcher.stderr.readline()
+    launcher.terminate()
+    assert launcher.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
 # ---- train.sh
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh"])
+def test_a_script_works_as_slurm_s_copy_and_with_sh(tmp_path, script):
+    """`sbatch train.sh` runs a copy in a spool folder. Both end at the first check: recipe, experiment."""
+    copy = tmp_path / "slurm_script"
+    copy.write_bytes((ROOT / script).read_bytes())
+    elsewhere = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)}
+    for command, environment, word in ((["bash", copy], {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT)}, "[flags of"),
+                                       (["bash", copy], elsewhere, "its own folder"),
+                                       (["sh", script], os.environ, "[flags of")):
+        ended = subprocess.run(command, cwd=tmp_path if command[1] is copy else ROOT, env=environment, text=True,
+                               capture_output=True)
+        assert ended.returncode == 2 and word in ended.stderr and ended.stderr.count("\n") == 1
+
 
 def test_train_sh_stops_two_ranks_at_one_step_and_resumes(train_flags, data_dir, tmp_path, scontrol):
     """With loader workers, which are signalled too."""

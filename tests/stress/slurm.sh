@@ -67,6 +67,9 @@ submit() {  # submit NAME [flags of sbatch]; wait until the job has ended, reque
         sleep 1
     done
 }
+# Slurm runs its own copy of a script that is submitted, outside the project's folder.
+sbatch --wait --nodes=1 --output="$T/submitted.log" train.sh toy --data-dir "$T/data" --output-dir "$T/submitted" \
+    --batch-size 16 --sampling-steps 0 --max-train-steps 5 >/dev/null || { cat "$T/submitted.log" >&2; exit 1; }
 REQUEUE=1 submit disturbed --requeue --time=5 --signal=USR1@$((300 - DELAY))
 submit straight --time=60
 
