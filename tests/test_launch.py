@@ -47,7 +47,8 @@ def scontrol(tmp_path, monkeypatch):
     """A stand-in that appends its arguments to the file returned here, and holds job 13."""
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$2" != 13 ] || {{ echo job is held >&2; exit 1; }}\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+                       '[ "$2" != 13 ] || { echo job is held >&2; exit 1; }\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     return tmp_path / "asked"

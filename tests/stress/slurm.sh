@@ -59,17 +59,23 @@ cat > "$T/job.sh" <<'JOB'
 #!/usr/bin/env bash
 srun nice bash train.sh toy --batch-size 16 --logging-steps 1 --sampling-steps 0 --max-train-steps "$STEPS"
 JOB
-submit() {  # submit NAME [flags of sbatch]; wait until the job has ended, requeues included
-    local name=$1; shift
-    DATA_DIR="$T/data" OUTPUT_DIR="$T/$name" STEPS=$STEPS sbatch --parsable --nodes=2 --ntasks-per-node=1 \
-        --open-mode=append --output="$T/$name.log" "$@" "$T/job.sh" >"$T/id"
-    until squeue --noheader --states=all --jobs="$(cat "$T/id")" --format=%t | grep -qx 'CD\|F\|TO\|CA'; do
-        sleep 1
-    done
+ended() {   # ended JOB: wait until it has ended, requeues included
+    until squeue --noheader --states=all --jobs="$1" --format=%t | grep -qx 'CD\|F\|TO\|CA'; do sleep 1; done
 }
-# Slurm runs its own copy of a script that is submitted, outside the project's folder.
-sbatch --wait --nodes=1 --output="$T/submitted.log" train.sh toy --data-dir "$T/data" --output-dir "$T/submitted" \
-    --batch-size 16 --sampling-steps 0 --max-train-steps 5 >/dev/null || { cat "$T/submitted.log" >&2; exit 1; }
+submit() {  # submit NAME [flags of sbatch]
+    local name=$1; shift
+    ended "$(DATA_DIR="$T/data" OUTPUT_DIR="$T/$name" STEPS=$STEPS sbatch --parsable --nodes=2 --ntasks-per-node=1 \
+        --open-mode=append --output="$T/$name.log" "$@" "$T/job.sh")"
+}
+# train.sh itself: Slurm runs its own copy, outside the project's folder, and signals it with --batch.
+job=$(REQUEUE=1 sbatch --parsable --nodes=1 --requeue --open-mode=append --output="$T/batch.log" train.sh toy \
+    --data-dir "$T/data" --output-dir "$T/batch" --batch-size 16 --logging-steps 1 --sampling-steps 0 --max-train-steps 60)
+for _ in $(seq 120); do grep -q '^step      10' "$T/batch.log" 2>/dev/null && break; sleep 0.5; done
+scancel --batch --signal=USR1 "$job"
+ended "$job"
+grep -q 'stopped by SIGUSR1' "$T/batch.log" && grep -q '^saved .*/0000060.pt' "$T/batch.log" || {
+    cat "$T/batch.log" >&2; exit 1
+}
 REQUEUE=1 submit disturbed --requeue --time=5 --signal=USR1@$((300 - DELAY))
 submit straight --time=60
 
