@@ -18,13 +18,14 @@ import torch
 from tqdm import tqdm
 
 from runtime import stores
-from runtime.catalogue import write_catalogue
-from runtime.files import make_folder, require_room, require_same_settings, write_whole
+from runtime.catalogue import sample_digests, write_catalogue
+from runtime.files import make_folder, require_room, require_same_settings, to_npy, write_whole
 from runtime.messages import UserError
-from runtime.stores import METADATA, UNFINISHED, FolderStore, Store, few, shown
+from runtime.stores import METADATA, UNFINISHED, FolderStore, few, shown
 
 LONGEST_NAME = 255  # bytes of a file's name, without folders: the limit of nearly all file systems
 BLOCK = 4096        # bytes to which nearly all file systems round up a file's size
+SOURCE_NAMES = ".tmp/source.npy"
 
 
 def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in_order: bool = True) -> Iterator:
@@ -36,10 +37,30 @@ def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in
                                            in_order=in_order)
 
 
-def digest(store: Store, names: np.ndarray) -> str:
-    """Hash of a source's file names and dataset.json, 16 hex digits."""
-    metadata = json.dumps(stores.read_metadata(store), sort_keys=True).encode()
-    return hashlib.sha256(names.tobytes() + metadata).hexdigest()[:16]
+def digest(names: np.ndarray, metadata: dict) -> str:
+    """Hash of a source's file names and the content of its dataset.json, 16 hex digits."""
+    return hashlib.sha256(names.tobytes() + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def working_folder(path: str) -> Path:
+    """Where the files of a destination are written: in a folder itself; those of a zip beside it."""
+    return Path(f"{Path(path)}.partial" if Path(path).suffix == ".zip" else path)
+
+
+def names_when_begun(path: str, names: np.ndarray) -> np.ndarray:
+    """The source's names (n,) when an unfinished destination was begun: images keep their numbers if some are removed.
+
+    `names` (m,) are those of today. Raises UserError if some of them are new.
+    """
+    store = FolderStore(working_folder(path))
+    if SOURCE_NAMES not in store or UNFINISHED not in store:
+        return names
+    begun = stores.read_npy(store, SOURCE_NAMES.encode())
+    added = np.setdiff1d(names, begun)
+    if len(added):
+        raise UserError(f"--dest {shown(path)}: begun before {len(added)} pictures ({few(added)}) were in the source; "
+                        "choose another --dest, or remove them")
+    return begun
 
 
 def listed(names: np.ndarray, labels: np.ndarray | None) -> list | None:
@@ -65,7 +86,7 @@ class Destination:
         self.path, self.names, self.extensions, self.settings = Path(path), names, extensions, settings
         self.where = f"--dest {shown(path)}"                      # for messages
         self.zipped = self.path.suffix == ".zip"
-        self.folder = self.path.with_name(self.path.name + ".partial") if self.zipped else self.path
+        self.folder = working_folder(path)
         if Path(source).resolve() in (self.path.resolve(), *self.path.resolve().parents):
             raise UserError(f"{self.where}: lies in the source {shown(source)}; choose a --dest outside of it")
         if self.path.exists() and self.path.is_dir() == self.zipped:
@@ -122,10 +143,15 @@ class Destination:
         count, blocks = int(self.is_missing().sum()) + self.zipped * len(self.names), -(-size // BLOCK)
         return require_room(self.folder, count * blocks * BLOCK, "make room, or choose a --dest on another disk")
 
-    def begin(self) -> None:
-        """Create the folder with its record of the settings. Raises UserError if that fails."""
+    def begin(self, source_names: np.ndarray | None = None) -> None:
+        """Create the folder with its record of the settings, and of what `names_when_begun` will return.
+
+        Raises UserError if that fails.
+        """
         make_folder(self.folder / ".tmp")
         self._write_record(UNFINISHED, self.settings)
+        if source_names is not None:
+            write_whole(self.folder / SOURCE_NAMES, lambda partial: partial.write_bytes(to_npy(source_names)))
 
     def write(self, name: bytes, data: bytes) -> None:
         """Write a file atomically, without flushing it to the disk. Raises UserError if it cannot be written."""
@@ -141,13 +167,20 @@ class Destination:
     def _write_record(self, name: str, content: dict) -> None:
         write_whole(self.folder / name, lambda partial: partial.write_bytes(json.dumps(content).encode()))
 
+    def leave_out(self, names: np.ndarray) -> None:
+        """Finish without these of the names; their files are removed."""
+        for name in names.tolist():
+            (self.folder / os.fsdecode(name)).unlink(missing_ok=True)
+        self.names = self.names[~np.isin(self.names, names)]
+
     def finish(self, metadata: dict) -> None:
         """Write dataset.json, the zip and the catalogue. Raises UserError if a file is missing."""
         missing = self.is_missing()
         if missing.any():  # one process of several failed, or a network folder does not show its files yet
             raise UserError(f"{shown(self.folder)}: lacks {missing.sum()} of {len(missing)} files "
                             f"({few(self.names[missing])}); give the same command again")
-        self._write_record(METADATA, {**metadata, "made_with": self.settings})
+        sample = sample_digests(FolderStore(self.folder), self.names)
+        self._write_record(METADATA, {**metadata, "made_with": self.settings, "sample": sample})
         if self.zipped:
             names = [*map(os.fsdecode, np.sort(self.names)), METADATA]
             files = ((name, (self.folder / name).read_bytes()) for name in tqdm(names, "zip", unit="file"))
