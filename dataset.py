@@ -66,9 +66,9 @@ class LatentDataset(torch.utils.data.Dataset):
         features: stored features, each yielded after the label as a dict of tensors (see `FeaturesRecord.layout`)
         only: keys (n,) to which images and moments are limited; the others need no partner
 
-    Attributes: `keys` (n,) bytes; `labels` (n,) int64; `num_classes`; `classes_seen` (k,) int64, those that have images;
-    `moments_shape` (2C, H, W); `vae_record`, the content of "vae" in the moments' dataset.json or None; `resolution`,
-    None if neither argument, images nor features tell it; `fingerprint`, sha256 of keys and labels in hex.
+    Attributes: `keys` (n,) bytes; `labels` (n,) int64; `num_classes`; `classes_seen` (k,) int64, those with images,
+    sorted; `moments_shape` (2C, H, W); `vae_record`, the content of "vae" in the moments' dataset.json or None;
+    `resolution`, None if neither arguments nor data tell it; `fingerprint`, sha256 of keys and labels in hex.
 
     Raises UserError if images, moments, labels, features and arguments do not fit together, for which it opens only the
     first pair; `dataset[i]` raises UserError for a damaged file. `models.vae.read_space` checks the VAE's record.
@@ -79,13 +79,12 @@ class LatentDataset(torch.utils.data.Dataset):
         data_dir = Path(data_dir)
         if not data_dir.is_dir():
             raise UserError(f"{shown(data_dir)}: no such data folder; expected one with images/ and vae-sd/")
-        self.moments = _find(data_dir, MOMENTS, "moments")
-        self.images = _find(data_dir, IMAGES, "images") if with_images else None
+        self.moments = find_store(data_dir, MOMENTS, "moments")
+        self.images = find_store(data_dir, IMAGES, "images") if with_images else None
         moments = Catalogue(self.moments, MOMENTS_EXTENSIONS)
         images = Catalogue(self.images, IMAGE_EXTENSIONS) if with_images else None
-        for catalogue in (moments, images):
-            if only is not None and catalogue is not None:
-                catalogue.keep(only)
+        for catalogue in filter(None, (moments, images) if only is not None else ()):
+            catalogue.keep(only)
         self.keys, self._moments_names = moments.keys, moments.names
         if images is not None:
             self._image_names = images.names
@@ -180,7 +179,8 @@ class LatentDataset(torch.utils.data.Dataset):
         return image, moments, int(self.labels[i]), *features
 
 
-def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
+def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
+    """The first of the candidates that exists. Raises UserError if none does."""
     for name in candidates:
         if (data_dir / name).exists():
             return open_store(data_dir / name)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, LatentDataset, read_image, read_moments
+from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, LatentDataset, find_store, read_image, read_moments
 from models.cached_features import Features, feature_stores
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from preprocessing.destination import in_workers
@@ -21,7 +21,7 @@ from runtime.stores import IMAGE_EXTENSIONS, shown
 
 CHUNK = 64   # entries that a worker reads at a time
 SHOWN = 8    # entries in the picture
-LARGEST = 1e5  # of moments that a VAE writes: diffusers limits stds to exp(10), and means are of the order of 1 / scale
+LARGEST = 1e5  # a VAE's moments are below: diffusers limits stds to exp(10), and means are of the order of 1 / scale
 
 
 def _unpaired(catalogues: list[Catalogue]) -> tuple[dict[bytes, str], np.ndarray]:
@@ -37,7 +37,8 @@ def _unpaired(catalogues: list[Catalogue]) -> tuple[dict[bytes, str], np.ndarray
     while len(paired):
         image, moment = (one.names[one.keys == paired[0]][0] for one in (images, moments))
         try:
-            read_image(images.store, image), read_moments(moments.store, moment)
+            read_image(images.store, image)
+            read_moments(moments.store, moment)
             break
         except UserError as error:
             faults[bytes(paired[0])], paired = str(error), paired[1:]
@@ -66,11 +67,9 @@ def _fault(entries: LatentDataset, i: int) -> str | None:
         _, moments, _, *features = entries[i]
     except UserError as error:
         return str(error)
-    if not torch.isfinite(moments).all():
-        return f"{entries.key(i)}: its moments are not finite; remove them and encode again"
-    if moments.abs().max() > LARGEST or moments[len(moments) // 2:].min() < 0:
-        return (f"{entries.key(i)}: no moments of a VAE (a std below 0, or a number above {LARGEST:.0e}); remove them "
-                "and encode again")
+    mean, std = moments.chunk(2)
+    if not (mean.abs().max() <= LARGEST and std.min() >= 0 and std.max() <= LARGEST):         # false for nan
+        return f"{entries.key(i)}: its moments are not finite, or too large, or a std is negative; encode it again"
     if not all(torch.isfinite(part).all() for one in features for part in one.values()):
         return f"{entries.key(i)}: its features are not finite; remove them and encode again"
     return None
@@ -94,8 +93,8 @@ def _refuse(faults: dict[bytes, str], count: int, source: str) -> None:
     for key in sorted(faults):
         notice(faults[key])
     if faults:
-        raise UserError(f"{shown(source)}: {len(faults)} of {count} entries are faulty, named above; remove their files, "
-                        "then convert or encode again")
+        raise UserError(f"{shown(source)}: {len(faults)} of {count} entries are faulty, named above; remove their "
+                        "files, then convert or encode again")
 
 
 def check(source: str, output: str, workers: int, model_url: str | None = None) -> None:
@@ -108,14 +107,11 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
     if picture.suffix != ".png" or not picture.parent.is_dir():
         raise UserError(f"--output {shown(output)}: not the name of a .png in a folder that exists")
     features = feature_stores(source)
-    stores = {Path(source, name): IMAGE_EXTENSIONS for name in IMAGES} | dict.fromkeys(
-        [*(Path(source, name) for name in MOMENTS), *features], MOMENTS_EXTENSIONS)
-    # First: files may have been added or removed by hand.
-    catalogues = {path: write_catalogue(path, end) for path, end in stores.items() if path.exists()}
-    pair = [[catalogues[path] for path in (Path(source, name) for name in names) if path in catalogues][:1]
-            for names in (IMAGES, MOMENTS)]
-    used = [*pair[0], *pair[1], *(catalogues[path] for path in features)]
-    faults, good = _unpaired(used) if all(pair) else ({}, None)   # the data set says what is not there
+    found = [(find_store(Path(source), kind, what).path, extensions) for kind, what, extensions in (
+        (IMAGES, "images", IMAGE_EXTENSIONS), (MOMENTS, "moments", MOMENTS_EXTENSIONS))]
+    found += [(path, MOMENTS_EXTENSIONS) for path in features]
+    catalogues = [write_catalogue(*one) for one in found]         # first: files may have been added or removed by hand
+    faults, good = _unpaired(catalogues)
     if faults and not len(good):
         _refuse(faults, len(faults), source)
     entries = LatentDataset(source, features=[Features(path) for path in features], only=good)
@@ -129,7 +125,7 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
             faults |= found
             bar.update(done)
     readable = set(entries.keys.tolist()) - faults.keys()
-    for one in used:
+    for one in catalogues:
         faults |= _replaced(one, readable)
     _refuse(faults, count, source)
 

@@ -20,8 +20,7 @@ from runtime.messages import UserError, notice, say
 from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, list_names, open_store, shown
 
 TRANSFORMS = ("center-crop-dhariwal", "none")
-CHUNK = 16       # pictures that a worker converts at a time
-TOO_MANY = 1000  # bad pictures, beyond those allowed, after which the rest is not tried: it is of their kind
+CHUNK = 16  # pictures that a worker converts at a time
 
 
 def parse_resolution(text: str) -> int:
@@ -56,29 +55,25 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
         raise UserError(f"{where}: {loose.sum()} pictures lie beside its class folders "
                         f"({few(names[loose])}); move them into folders, or list all labels in dataset.json")
     classes, labels = np.unique(folders, return_inverse=True)
-    below = np.unique(np.array([name.rpartition(b"/")[0] for name in names.tolist()], dtype=bytes))
-    below = below[~np.isin(below, classes)]
+    below = np.setdiff1d([name.rpartition(b"/")[0] for name in names.tolist()], classes)
     if len(below):
         notice(f"{where}: the classes are its {len(classes)} top-level folders ({few(classes)}), not the {len(below)} "
                f"folders below them ({few(below)}); for those, name the folder above them")
-    inside = os.listdir(os.fsencode(store.path)) if os.path.isdir(store.path) else []
-    empty = np.array([name for name in inside if not name.startswith(b".") and os.path.isdir(
-        os.path.join(os.fsencode(store.path), name))], dtype=bytes)
-    empty = np.setdiff1d(empty, classes)
+    inside = os.scandir(os.fsencode(store.path)) if os.path.isdir(store.path) else ()
+    empty = np.setdiff1d([entry.name for entry in inside if entry.is_dir() and entry.name[:1] != b"."], classes)
     if len(empty):
-        notice(f"{where}: {len(empty)} folders hold no pictures and count as no class ({few(empty)}); the labels of "
-               "later folders are smaller for it")
-    return labels.astype(np.int64), list(map(os.fsdecode, classes)), f"from {len(classes)} sorted folders ({few(classes)})"
+        notice(f"{where}: {len(empty)} folders hold no pictures and are no classes ({few(empty)}); folders behind them "
+               "have smaller labels for it")
+    return labels.astype(np.int64), [*map(os.fsdecode, classes)], f"from {len(classes)} sorted folders ({few(classes)})"
 
 
 def spread(labels: np.ndarray | None, count: int, most: int | None) -> np.ndarray:
     """Indices of at most `most` of `count` pictures, sorted: the first ones of each class, or without labels of all."""
     if labels is None or most is None:
         return np.arange(count)[:most]
-    by_class = np.argsort(labels, kind="stable")
-    rank = np.empty(count, dtype=np.int64)                        # of each picture in its class
-    rank[by_class] = np.arange(count) - np.searchsorted(labels[by_class], labels[by_class])
-    return np.sort(np.argsort(rank, kind="stable")[:most])
+    order = np.argsort(labels, kind="stable")
+    rank = np.arange(count) - np.searchsorted(labels[order], labels[order])       # of each picture in its class
+    return np.sort(order[np.lexsort((order, rank))][:most])
 
 
 def image_name(i: int) -> str:
@@ -123,31 +118,27 @@ def convert_chunk(store: Store, names: np.ndarray, destination: Destination, res
 
 def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
                     present: np.ndarray, workers: int, skip_bad: int) -> np.ndarray:
-    """Convert those of the pictures `names` (n,) that are `present` and missing; whether the image (n,) exists.
+    """Convert what is missing of the pictures `names` (n,) that are `present` (n,); return whether each image exists.
 
-    Goes to the end over pictures that cannot be converted and names them all. Raises UserError if they are more than
+    Goes on over pictures that cannot be converted, and names them. Raises UserError at the end if they are more than
     `skip_bad`, or no image exists.
     """
     missing = np.flatnonzero(destination.is_missing() & present)
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
     work = partial(convert_chunk, store, names, destination, resolution, transform)
-    faults: dict[int, str] = {}
+    bad: list[int] = []
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
         for count, found in in_workers(work, chunks, workers, in_order=False):
-            faults |= found
+            for i, fault in found.items():
+                bad.append(i)
+                bar.clear()
+                notice(fault)
             bar.update(count)
-            if len(faults) > skip_bad + TOO_MANY:
-                break
-    bad = sorted(faults)
-    for i in bad:
-        notice(faults[i])
-    exists = present.copy()
-    exists[bad] = False
+    exists = present & ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
-        least = "at least " if len(bad) > skip_bad + TOO_MANY else ""
-        raise UserError(f"{shown(store.path)}: {least}{len(bad)} of {len(names)} pictures cannot be converted "
-                        f"({few(names[bad])}), named above; replace or remove them and give the same command again, or "
-                        f"add --skip-bad {len(bad)}")
+        raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} pictures cannot be converted "
+                        f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
+                        f"again, or add --skip-bad {len(bad)}")
     return exists
 
 
@@ -183,5 +174,4 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
     destination.leave_out(outputs[~exists])
     destination.finish({"labels": listed(outputs[exists], None if labels is None else labels[exists]),
                         "classes": classes, "transform": {"name": transform, "resolution": resolution}})
-    left_out = f", {(~exists).sum()} pictures left out" if not exists.all() else ""
-    say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution}, labels {origin}{left_out}")
+    say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")

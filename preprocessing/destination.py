@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from runtime import stores
 from runtime.catalogue import sample_digests, write_catalogue
-from runtime.files import make_folder, require_room, require_same_settings, to_npy, write_whole
+from runtime.files import make_folder, require_room, require_same_settings, write_whole
 from runtime.messages import UserError
 from runtime.stores import METADATA, UNFINISHED, FolderStore, few, shown
 
 LONGEST_NAME = 255  # bytes of a file's name, without folders: the limit of nearly all file systems
 BLOCK = 4096        # bytes to which nearly all file systems round up a file's size
-SOURCE_NAMES = ".tmp/source.npy"
 
 
 def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in_order: bool = True) -> Iterator:
@@ -47,15 +46,24 @@ def working_folder(path: str) -> Path:
     return Path(f"{Path(path)}.partial" if Path(path).suffix == ".zip" else path)
 
 
+def begun_with(folder: Path) -> Any:
+    """What `begin` recorded in an unfinished folder, or None. Raises UserError if it is damaged."""
+    store = FolderStore(folder)
+    try:
+        return json.loads(store.read(UNFINISHED)) if UNFINISHED in store else None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(folder)} to begin again") from error
+
+
 def names_when_begun(path: str, names: np.ndarray) -> np.ndarray:
     """The source's names (n,) when an unfinished destination was begun: images keep their numbers if some are removed.
 
     `names` (m,) are those of today. Raises UserError if some of them are new.
     """
-    store = FolderStore(working_folder(path))
-    if SOURCE_NAMES not in store or UNFINISHED not in store:
+    record = begun_with(working_folder(path))
+    if not isinstance(record, dict) or "source_names" not in record:
         return names
-    begun = stores.read_npy(store, SOURCE_NAMES.encode())
+    begun = np.array([os.fsencode(name) for name in record["source_names"]], dtype=bytes)
     added = np.setdiff1d(names, begun)
     if len(added):
         raise UserError(f"--dest {shown(path)}: begun before {len(added)} pictures ({few(added)}) were in the source; "
@@ -101,15 +109,9 @@ class Destination:
         if self.path.exists() and (self.zipped or METADATA in FolderStore(self.path)):
             self._require_same(stores.read_metadata(stores.open_store(self.path)).get("made_with"))
             return True
-        store = FolderStore(self.folder)
-        if UNFINISHED in store:
-            try:
-                begun_with = json.loads(store.read(UNFINISHED))
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(self.folder)} to begin again"
-                                ) from error
-            self._require_same(begun_with)
-        elif self.folder.exists() and len(store.names()):
+        if (record := begun_with(self.folder)) is not None:
+            self._require_same(record)
+        elif self.folder.exists() and len(FolderStore(self.folder).names()):
             raise UserError(f"--dest {shown(self.folder)}: holds other files; choose another --dest or empty it")
         return False
 
@@ -149,9 +151,8 @@ class Destination:
         Raises UserError if that fails.
         """
         make_folder(self.folder / ".tmp")
-        self._write_record(UNFINISHED, self.settings)
-        if source_names is not None:
-            write_whole(self.folder / SOURCE_NAMES, lambda partial: partial.write_bytes(to_npy(source_names)))
+        names = {} if source_names is None else {"source_names": [*map(os.fsdecode, source_names.tolist())]}
+        self._write_record(UNFINISHED, {**self.settings, **names})
 
     def write(self, name: bytes, data: bytes) -> None:
         """Write a file atomically, without flushing it to the disk. Raises UserError if it cannot be written."""
