@@ -117,13 +117,13 @@ def convert_chunk(store: Store, names: np.ndarray, destination: Destination, res
 
 
 def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
-                    present: np.ndarray, workers: int, skip_bad: int) -> np.ndarray:
-    """Convert what is missing of the pictures `names` (n,) that are `present` (n,); return whether each image exists.
+                    workers: int, skip_bad: int) -> np.ndarray:
+    """Convert what is missing of the pictures `names` (n,); return whether each image (n,) exists now.
 
     Goes on over pictures that cannot be converted, and names them. Raises UserError at the end if they are more than
     `skip_bad`, or no image exists.
     """
-    missing = np.flatnonzero(destination.is_missing() & present)
+    missing = np.flatnonzero(destination.is_missing())
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
     work = partial(convert_chunk, store, names, destination, resolution, transform)
     bad: list[int] = []
@@ -134,7 +134,7 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
                 bar.clear()
                 notice(fault)
             bar.update(count)
-    exists = present & ~np.isin(np.arange(len(names)), bad)
+    exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
         raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} pictures cannot be converted "
                         f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
@@ -163,15 +163,18 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
                 "images": len(names), "transform": transform, "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
+    here = np.isin(names, present)
+    destination.leave_out(outputs[~here])
+    names, outputs, labels = names[here], outputs[here], None if labels is None else labels[here]
     if destination.is_finished():
         destination.close()
         say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     destination.require_room(resolution * (3 * resolution + 1))   # a PNG's rows
     destination.begin(all_names)
-    exists = convert_missing(store, names, destination, resolution, transform, np.isin(names, present), workers,
-                             skip_bad)
+    exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
     destination.leave_out(outputs[~exists])
     destination.finish({"labels": listed(outputs[exists], None if labels is None else labels[exists]),
-                        "classes": classes, "transform": {"name": transform, "resolution": resolution}})
+                        "classes": classes, "transform": {"name": transform, "resolution": resolution},
+                        "removed": [*map(os.fsdecode, np.setdiff1d(all_names, present))]})
     say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")

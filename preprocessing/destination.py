@@ -38,7 +38,8 @@ def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in
 
 def digest(names: np.ndarray, metadata: dict) -> str:
     """Hash of a source's file names and the content of its dataset.json, 16 hex digits."""
-    return hashlib.sha256(names.tobytes() + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
+    plain = np.array(names.tolist(), dtype=bytes).tobytes()       # as wide as the longest of them, not of other files
+    return hashlib.sha256(plain + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def working_folder(path: str) -> Path:
@@ -56,13 +57,15 @@ def begun_with(folder: Path) -> Any:
 
 
 def names_when_begun(path: str, names: np.ndarray) -> np.ndarray:
-    """The source's names (n,) when an unfinished destination was begun: images keep their numbers if some are removed.
+    """The source's names (n,) when a destination was begun: images keep their numbers if pictures are removed since.
 
     `names` (m,) are those of today. Raises UserError if some of them are new.
     """
-    record = begun_with(working_folder(path))
+    record, folder = begun_with(working_folder(path)), os.path.isdir(path)
     if not isinstance(record, dict) or "source_names" not in record:
-        return names
+        finished = METADATA in FolderStore(path) if folder else path.endswith(".zip") and os.path.isfile(path)
+        removed = stores.read_metadata(stores.open_store(path)).get("removed") if finished else None
+        return np.union1d(names, [os.fsencode(name) for name in removed]) if removed else names
     begun = np.array([os.fsencode(name) for name in record["source_names"]], dtype=bytes)
     added = np.setdiff1d(names, begun)
     if len(added):
@@ -169,7 +172,7 @@ class Destination:
         write_whole(self.folder / name, lambda partial: partial.write_bytes(json.dumps(content).encode()))
 
     def leave_out(self, names: np.ndarray) -> None:
-        """Finish without these of the names; their files are removed."""
+        """Go on without these of the names; their files are removed."""
         for name in names.tolist():
             (self.folder / os.fsdecode(name)).unlink(missing_ok=True)
         self.names = self.names[~np.isin(self.names, names)]

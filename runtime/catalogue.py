@@ -106,8 +106,6 @@ def _is_labelled(entry: object) -> bool:
             and type(entry[1]) is int and 0 <= entry[1] < 2**63 - 1)
 
 
-# ---- contents --------------------------------------------------------------------------------------------------------
-
 def digest_of(store: Store, name: bytes) -> str:
     """Hash of a file, 16 hex digits."""
     return hashlib.sha256(store.read(name)).hexdigest()[:16]

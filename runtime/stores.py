@@ -174,9 +174,7 @@ class ZipStore:
         hidden = [name.startswith((b".", b"__MACOSX/")) or b"/." in name for name in names.tolist()]
         return names[~np.array(hidden, dtype=bool)], names[np.array(hidden, dtype=bool)]
 
-    def names(self) -> np.ndarray:
-        """The files of `listing`, (n,)."""
-        return self.listing()[0]
+    names = FolderStore.names
 
     def where(self, name: bytes | str) -> str:
         return shown(f"{self.path}:{os.fsdecode(name)}")
