@@ -598,6 +598,14 @@ def test_images_of_another_size_are_refused(mine, vae_folder, tmp_path, refused)
     assert not (tmp_path / "z").exists()
 
 
+def test_a_vae_whose_latents_are_zeros_is_refused(prepared, vae_folder, tmp_path, refused):
+    vae = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.0}))
+    assert "scale" in refused(encode, prepared / "data/images", tmp_path / "x", f"--model-url={vae}")
+    assert not (tmp_path / "x").exists()
+
+
 def test_incomplete_labels_are_refused(mine, tmp_path, refused):
     fill(mine / "photos", {"loose.png": as_file(picture(40, 40), "png")})
     assert "loose.png" in refused(convert, mine / "photos", tmp_path / "x")
