@@ -43,6 +43,16 @@ def read_moments(store: Store, name: bytes, shape: tuple[int, int, int] | None =
     return moments.astype(np.float32)
 
 
+def classes_with_images(labels: np.ndarray, num_classes: int, where: str) -> np.ndarray:
+    """The classes (k,) int64, sorted, among labels (n,). A notice names those of `num_classes` that have no image."""
+    seen = np.unique(labels)
+    if len(seen) < num_classes:
+        empty = np.setdiff1d(np.arange(min(num_classes, len(seen) + 4)), seen)[:4].astype(bytes)
+        notice(f"{where}: {num_classes - len(seen)} of {num_classes} classes have no image ({few(empty)}) and are not "
+               "learned")
+    return seen
+
+
 class LatentDataset(torch.utils.data.Dataset):
     """`dataset[i]` -> image uint8 (3, R, R), moments float32 (2C, H, W), label int, and each encoder's features.
 
@@ -54,24 +64,27 @@ class LatentDataset(torch.utils.data.Dataset):
         num_classes: None: the largest label + 1
         with_images: False neither needs nor reads images; the image is then an empty tensor (0,)
         features: stored features, each yielded after the label as a dict of tensors (see `FeaturesRecord.layout`)
+        only: keys (n,) to which images and moments are limited; the others need no partner
 
-    Attributes: `keys` (n,) bytes; `labels` (n,) int64; `num_classes`; `moments_shape` (2C, H, W); `vae_record`, the
-    content of "vae" in the moments' dataset.json or None; `resolution`, None if neither argument, images nor features
-    tell it; `fingerprint`, sha256 of keys and labels in hex.
+    Attributes: `keys` (n,) bytes; `labels` (n,) int64; `num_classes`; `classes_seen` (k,) int64, those with images,
+    sorted; `moments_shape` (2C, H, W); `vae_record`, the content of "vae" in the moments' dataset.json or None;
+    `resolution`, None if neither arguments nor data tell it; `fingerprint`, sha256 of keys and labels in hex.
 
     Raises UserError if images, moments, labels, features and arguments do not fit together, for which it opens only the
     first pair; `dataset[i]` raises UserError for a damaged file. `models.vae.read_space` checks the VAE's record.
     """
 
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None,
-                 with_images: bool = True, features: Sequence[Features] = ()):
+                 with_images: bool = True, features: Sequence[Features] = (), only: np.ndarray | None = None):
         data_dir = Path(data_dir)
         if not data_dir.is_dir():
             raise UserError(f"{shown(data_dir)}: no such data folder; expected one with images/ and vae-sd/")
-        self.moments = _find(data_dir, MOMENTS, "moments")
-        self.images = _find(data_dir, IMAGES, "images") if with_images else None
+        self.moments = find_store(data_dir, MOMENTS, "moments")
+        self.images = find_store(data_dir, IMAGES, "images") if with_images else None
         moments = Catalogue(self.moments, MOMENTS_EXTENSIONS)
         images = Catalogue(self.images, IMAGE_EXTENSIONS) if with_images else None
+        for catalogue in filter(None, (moments, images) if only is not None else ()):
+            catalogue.keep(only)
         self.keys, self._moments_names = moments.keys, moments.names
         if images is not None:
             self._image_names = images.names
@@ -81,6 +94,7 @@ class LatentDataset(torch.utils.data.Dataset):
                             "`preprocessing.dataset_tools encode`")
         self.labels = self._join_labels(data_dir, moments, images)
         self.num_classes = self._count_classes(num_classes)
+        self.classes_seen = classes_with_images(self.labels, self.num_classes, shown(data_dir))
         self.fingerprint = hashlib.sha256(self.keys.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
         self.moments_shape = read_moments(self.moments, self._moments_names[0]).shape
@@ -165,7 +179,8 @@ class LatentDataset(torch.utils.data.Dataset):
         return image, moments, int(self.labels[i]), *features
 
 
-def _find(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
+def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
+    """The first of the candidates that exists. Raises UserError if none does."""
     for name in candidates:
         if (data_dir / name).exists():
             return open_store(data_dir / name)

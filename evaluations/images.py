@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from preprocessing.crop import center_crop, to_rgb
-from runtime.files import UNREADABLE
-from runtime.messages import UserError
+from runtime.catalogue import read_labels
+from runtime.messages import UserError, notice
 from runtime.npz import load_npz, npz_names, read_npz_rows, read_npz_shape
 from runtime.stores import (
     IMAGE_EXTENSIONS,
@@ -24,7 +24,6 @@ from runtime.stores import (
     decode_image,
     list_names,
     open_store,
-    read_metadata,
     shown,
 )
 
@@ -130,12 +129,11 @@ def _size(image: np.ndarray) -> str:
 
 
 def _folder_labels(store: Store, names: np.ndarray) -> np.ndarray | None:
-    """Labels (N,) from dataset.json, or None unless it has a whole number for every image: no score depends on them."""
+    """Labels (N,) from dataset.json; None, with a notice, if they do not fit: no distance depends on them."""
     try:
-        listed = dict(read_metadata(store)["labels"])
-        labels = [listed[os.fsdecode(name)] for name in names.tolist()]
-        return np.array(labels, dtype=np.int64) if all(type(label) is int for label in labels) else None
-    except UNREADABLE:                                            # UserError is among them
+        return read_labels(store, names, key=bytes)
+    except UserError as error:
+        notice(f"{error} (read without labels)")
         return None
 
 

@@ -4,7 +4,6 @@ Conventions are diffusers': latents = (raw - shift) * scale, and a VAE without a
 Shape letters: B batch, C latent channels, H W latent size, R image size; R = H * downsampling.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,12 +33,14 @@ class LatentSpace:
 
     @classmethod
     def from_record(cls, record: object, where: str = "the VAE record") -> "LatentSpace":
-        """The inverse of `to_record`. Raises UserError, naming `where`, unless whole numbers are > 0 and all finite."""
+        """The inverse of `to_record`. Raises UserError, naming `where`, unless all numbers are finite and > 0, but for
+        the shift, and the scale leaves of latents neither zeros nor infinities.
+        """
         known = record if isinstance(record, dict) else {}
         for field in fields(cls):
             value = known.get(field.name)
             if field.type is float:
-                fits = type(value) in (float, int) and abs(value) <= sys.float_info.max
+                fits = type(value) in (float, int) and abs(value) <= 1e6 and (value >= 1e-6 or field.name == "shift")
             else:
                 fits = type(value) is field.type and (field.type is str or value > 0)
             if not fits:

@@ -4,17 +4,19 @@ import argparse
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
+from dataset import classes_with_images
 from preprocessing.crop import center_crop, to_rgb
-from preprocessing.destination import Destination, digest, in_workers, listed
+from preprocessing.destination import Destination, digest, in_workers, listed, names_when_begun
 from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
-from runtime.messages import UserError, say
+from runtime.messages import UserError, notice, say
 from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, list_names, open_store, shown
 
 TRANSFORMS = ("center-crop-dhariwal", "none")
@@ -30,23 +32,48 @@ def parse_resolution(text: str) -> int:
     return side
 
 
-def source_labels(store: Store, names: np.ndarray) -> tuple[np.ndarray | None, str]:
-    """Labels (n,) int64 of the pictures or None, and their origin in words.
+def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable[[bytes], bytes] = bytes
+                  ) -> tuple[np.ndarray | None, list | None, str]:
+    """Labels (n,) int64 of the pictures or None, the names of the classes or None, and their origin in words.
 
-    They are read from the source's dataset.json; without one, a label is the rank of the picture's top-level folder in
-    sorted order. Raises UserError if only some pictures have a label.
+    They are read from the source's dataset.json, whose content is `metadata`, and matched by `key`; without labels
+    there, a label is the rank of the picture's top-level folder in sorted order. Notices tell of classes without
+    pictures and of folders that are not classes. Raises UserError if only some pictures have a label.
     """
-    if "labels" in stores.read_metadata(store):
-        return read_labels(store, names, key=lambda name: name), "from its dataset.json"
+    where = shown(store.path)
+    if "labels" in metadata:
+        keys = np.array([key(name) for name in names.tolist()], dtype=bytes)
+        labels = read_labels(store, keys, key, metadata)
+        if labels is not None:
+            classes_with_images(labels, int(labels.max()) + 1, where)
+        return labels, metadata.get("classes"), "from its dataset.json"
     folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
     loose = folders == b""
     if loose.all():
-        return None, "none in a flat folder"
+        return None, None, "none in a flat folder"
     if loose.any():
-        raise UserError(f"{shown(store.path)}: {loose.sum()} pictures lie beside its class folders "
+        raise UserError(f"{where}: {loose.sum()} pictures lie beside its class folders "
                         f"({few(names[loose])}); move them into folders, or list all labels in dataset.json")
     classes, labels = np.unique(folders, return_inverse=True)
-    return labels.astype(np.int64), f"from {len(classes)} sorted folders ({few(classes)})"
+    below = np.setdiff1d([name.rpartition(b"/")[0] for name in names.tolist()], classes)
+    if len(below):
+        notice(f"{where}: the classes are its {len(classes)} top-level folders ({few(classes)}), not the {len(below)} "
+               f"folders below them ({few(below)}); for those, name the folder above them")
+    inside = os.scandir(os.fsencode(store.path)) if os.path.isdir(store.path) else ()
+    empty = np.setdiff1d([entry.name for entry in inside if entry.is_dir() and entry.name[:1] != b"."], classes)
+    if len(empty):
+        notice(f"{where}: {len(empty)} folders hold no pictures and are no classes ({few(empty)}); folders behind them "
+               "have smaller labels for it")
+    return labels.astype(np.int64), [*map(os.fsdecode, classes)], f"from {len(classes)} sorted folders ({few(classes)})"
+
+
+def spread(labels: np.ndarray | None, count: int, most: int | None) -> np.ndarray:
+    """Indices of at most `most` of `count` pictures, sorted: the first ones of each class, or without labels of all."""
+    if labels is None or most is None:
+        return np.arange(count)[:most]
+    order = np.argsort(labels, kind="stable")
+    rank = np.arange(count) - np.searchsorted(labels[order], labels[order])       # of each picture in its class
+    return np.sort(order[np.lexsort((order, rank))][:most])
 
 
 def image_name(i: int) -> str:
@@ -71,51 +98,83 @@ def to_png(image: np.ndarray) -> bytes:
 
 
 def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
-                  chunk: np.ndarray) -> int:
-    """Convert and write the pictures with the indices in `chunk`, and return their number."""
+                  chunk: np.ndarray) -> tuple[int, dict[int, str]]:
+    """Convert and write the pictures with the indices in `chunk`; return their number and what is wrong with some."""
+    faults = {}
     for i in chunk.tolist():
         where = store.where(names[i])
-        image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
-        if transform != "none":
-            image = center_crop(image, resolution, where)
+        try:
+            image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
+            image = image if transform == "none" else center_crop(image, resolution, where)
+        except UserError as error:
+            faults[i] = str(error)
+            continue
         if image.size != (resolution, resolution):
             raise UserError(f"{where}: {image.width}x{image.height} px, expected {resolution}x{resolution}; "
                             "use --transform=center-crop-dhariwal")
         destination.write(destination.names[i], to_png(np.asarray(image)))
-    return len(chunk)
+    return len(chunk), faults
 
 
-def convert(source: str, dest: str, resolution: int, transform: str, workers: int, max_images: int | None = None
-            ) -> None:
+def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
+                    workers: int, skip_bad: int) -> np.ndarray:
+    """Convert what is missing of the pictures `names` (n,); return whether each image (n,) exists now.
+
+    Goes on over pictures that cannot be converted, and names them. Raises UserError at the end if they are more than
+    `skip_bad`, or no image exists.
+    """
+    missing = np.flatnonzero(destination.is_missing())
+    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
+    work = partial(convert_chunk, store, names, destination, resolution, transform)
+    bad: list[int] = []
+    with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
+        for count, found in in_workers(work, chunks, workers, in_order=False):
+            for i, fault in found.items():
+                bad.append(i)
+                bar.clear()
+                notice(fault)
+            bar.update(count)
+    exists = ~np.isin(np.arange(len(names)), bad)
+    if len(bad) > skip_bad or not exists.any():
+        raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} pictures cannot be converted "
+                        f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
+                        f"again, or add --skip-bad {len(bad)}")
+    return exists
+
+
+def convert(source: str, dest: str, resolution: int, transform: str, workers: int, max_images: int | None = None,
+            skip_bad: int = 0) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
-    Raises UserError if source or settings are wrong, `dest` holds something else, or a picture cannot be read.
+    At most `skip_bad` pictures that cannot be read are left out; their numbers, and those of pictures removed from the
+    source since the work was begun, stay free. Raises UserError if source or settings are wrong, `dest` holds something
+    else, or, after all others are done, more pictures cannot be read.
     """
     store = open_store(source)
-    names = list_names(store, IMAGE_EXTENSIONS)
-    if not len(names):
+    present, metadata = list_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
+    if not len(present):
         raise UserError(f"--source {shown(source)}: holds no pictures; "
                         f"expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
-    labels, origin = source_labels(store, names)
-    names = names[:max_images]
-    settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(store, names),
+    all_names = names_when_begun(dest, present)
+    labels, classes, origin = source_labels(store, all_names, metadata)
+    chosen = spread(labels, len(all_names), max_images)
+    names, labels = all_names[chosen], None if labels is None else labels[chosen]
+    settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(names, metadata),
                 "images": len(names), "transform": transform, "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
+    here = np.isin(names, present)
+    destination.leave_out(outputs[~here])
+    names, outputs, labels = names[here], outputs[here], None if labels is None else labels[here]
     if destination.is_finished():
         destination.close()
         say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     destination.require_room(resolution * (3 * resolution + 1))   # a PNG's rows
-    destination.begin()
-
-    missing = np.flatnonzero(destination.is_missing())
-    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
-    work = partial(convert_chunk, store, names, destination, resolution, transform)
-    with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
-        for count in in_workers(work, chunks, workers, in_order=False):
-            bar.update(count)
-
-    destination.finish({"labels": listed(outputs, None if labels is None else labels[:max_images]),
-                        "transform": {"name": transform, "resolution": resolution}})
-    say(f"{shown(dest)}: {len(names)} images of {resolution}x{resolution}, labels {origin}")
+    destination.begin(all_names)
+    exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
+    destination.leave_out(outputs[~exists])
+    destination.finish({"labels": listed(outputs[exists], None if labels is None else labels[exists]),
+                        "classes": classes, "transform": {"name": transform, "resolution": resolution},
+                        "removed": [*map(os.fsdecode, np.setdiff1d(all_names, present))]})
+    say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")

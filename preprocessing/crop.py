@@ -10,12 +10,17 @@ from runtime.stores import MAX_PIXELS
 def to_rgb(image: Image.Image, where: str) -> Image.Image:
     """Convert to RGB as ADM does: drop transparency, ignore EXIF orientation. 16-bit greys keep their upper 8 bits.
 
-    Raises UserError for floating-point pictures, whose range is unknown.
+    Raises UserError for pictures of unknown range: floating-point, and integers that do not look like 16 bits. Cameras
+    and scanners store 12 or 14 bits in 16, and 32 bits hold anything.
     """
     if image.mode == "F":
         raise UserError(f"{where}: a floating-point picture; expected 8 or 16 bits per channel")
     if image.mode.startswith("I"):                                # PIL would clip 16 bits at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or not 2**14 <= grey.max() < 2**16:
+            raise UserError(f"{where}: greys from {grey.min()} to {grey.max()}, of unknown range; scale them to 0 to "
+                            "65535, or save it with 8 bits")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -77,7 +77,8 @@ def build_parser() -> Parser:
                   dest="images: a folder or a name ending in .zip")
     one.add_argument("--resolution", type=parse_resolution, default="256x256", help="of the images, square, in pixels")
     one.add_argument("--transform", default=TRANSFORMS[0], choices=TRANSFORMS, help="none: pictures must fit")
-    one.add_argument("--max-images", type=at_least(1), **optional, help="the first in sorted order (default: all)")
+    one.add_argument("--max-images", type=at_least(1), **optional, help="the first of each class (default: all)")
+    one.add_argument("--skip-bad", type=at_least(0), default=0, metavar="N", help="leave out up to N unreadable ones")
     one.add_argument("--workers", type=at_least(0), default=cores, help="processes that convert; 0: this one alone")
 
     two = command(encode, "encode images to VAE moments, or with --enc-type to an encoder's features",

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from runtime import stores
-from runtime.catalogue import write_catalogue
+from runtime.catalogue import sample_digests, write_catalogue
 from runtime.files import make_folder, require_room, require_same_settings, write_whole
 from runtime.messages import UserError
-from runtime.stores import METADATA, UNFINISHED, FolderStore, Store, few, shown
+from runtime.stores import METADATA, UNFINISHED, FolderStore, few, shown
 
 LONGEST_NAME = 255  # bytes of a file's name, without folders: the limit of nearly all file systems
 BLOCK = 4096        # bytes to which nearly all file systems round up a file's size
@@ -36,10 +36,42 @@ def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in
                                            in_order=in_order)
 
 
-def digest(store: Store, names: np.ndarray) -> str:
-    """Hash of a source's file names and dataset.json, 16 hex digits."""
-    metadata = json.dumps(stores.read_metadata(store), sort_keys=True).encode()
-    return hashlib.sha256(names.tobytes() + metadata).hexdigest()[:16]
+def digest(names: np.ndarray, metadata: dict) -> str:
+    """Hash of a source's file names and the content of its dataset.json, 16 hex digits."""
+    plain = np.array(names.tolist(), dtype=bytes).tobytes()       # as wide as the longest of them, not of other files
+    return hashlib.sha256(plain + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def working_folder(path: str) -> Path:
+    """Where the files of a destination are written: in a folder itself; those of a zip beside it."""
+    return Path(f"{Path(path)}.partial" if Path(path).suffix == ".zip" else path)
+
+
+def begun_with(folder: Path) -> Any:
+    """What `begin` recorded in an unfinished folder, or None. Raises UserError if it is damaged."""
+    store = FolderStore(folder)
+    try:
+        return json.loads(store.read(UNFINISHED)) if UNFINISHED in store else None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(folder)} to begin again") from error
+
+
+def names_when_begun(path: str, names: np.ndarray) -> np.ndarray:
+    """The source's names (n,) when a destination was begun: images keep their numbers if pictures are removed since.
+
+    `names` (m,) are those of today. Raises UserError if some of them are new.
+    """
+    record, folder = begun_with(working_folder(path)), os.path.isdir(path)
+    if not isinstance(record, dict) or "source_names" not in record:
+        finished = METADATA in FolderStore(path) if folder else path.endswith(".zip") and os.path.isfile(path)
+        removed = stores.read_metadata(stores.open_store(path)).get("removed") if finished else None
+        return np.union1d(names, [os.fsencode(name) for name in removed]) if removed else names
+    begun = np.array([os.fsencode(name) for name in record["source_names"]], dtype=bytes)
+    added = np.setdiff1d(names, begun)
+    if len(added):
+        raise UserError(f"--dest {shown(path)}: begun before {len(added)} pictures ({few(added)}) were in the source; "
+                        "choose another --dest, or remove them")
+    return begun
 
 
 def listed(names: np.ndarray, labels: np.ndarray | None) -> list | None:
@@ -65,7 +97,7 @@ class Destination:
         self.path, self.names, self.extensions, self.settings = Path(path), names, extensions, settings
         self.where = f"--dest {shown(path)}"                      # for messages
         self.zipped = self.path.suffix == ".zip"
-        self.folder = self.path.with_name(self.path.name + ".partial") if self.zipped else self.path
+        self.folder = working_folder(path)
         if Path(source).resolve() in (self.path.resolve(), *self.path.resolve().parents):
             raise UserError(f"{self.where}: lies in the source {shown(source)}; choose a --dest outside of it")
         if self.path.exists() and self.path.is_dir() == self.zipped:
@@ -80,15 +112,9 @@ class Destination:
         if self.path.exists() and (self.zipped or METADATA in FolderStore(self.path)):
             self._require_same(stores.read_metadata(stores.open_store(self.path)).get("made_with"))
             return True
-        store = FolderStore(self.folder)
-        if UNFINISHED in store:
-            try:
-                begun_with = json.loads(store.read(UNFINISHED))
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(self.folder)} to begin again"
-                                ) from error
-            self._require_same(begun_with)
-        elif self.folder.exists() and len(store.names()):
+        if (record := begun_with(self.folder)) is not None:
+            self._require_same(record)
+        elif self.folder.exists() and len(FolderStore(self.folder).names()):
             raise UserError(f"--dest {shown(self.folder)}: holds other files; choose another --dest or empty it")
         return False
 
@@ -122,10 +148,14 @@ class Destination:
         count, blocks = int(self.is_missing().sum()) + self.zipped * len(self.names), -(-size // BLOCK)
         return require_room(self.folder, count * blocks * BLOCK, "make room, or choose a --dest on another disk")
 
-    def begin(self) -> None:
-        """Create the folder with its record of the settings. Raises UserError if that fails."""
+    def begin(self, source_names: np.ndarray | None = None) -> None:
+        """Create the folder with its record of the settings, and of what `names_when_begun` will return.
+
+        Raises UserError if that fails.
+        """
         make_folder(self.folder / ".tmp")
-        self._write_record(UNFINISHED, self.settings)
+        names = {} if source_names is None else {"source_names": [*map(os.fsdecode, source_names.tolist())]}
+        self._write_record(UNFINISHED, {**self.settings, **names})
 
     def write(self, name: bytes, data: bytes) -> None:
         """Write a file atomically, without flushing it to the disk. Raises UserError if it cannot be written."""
@@ -141,13 +171,20 @@ class Destination:
     def _write_record(self, name: str, content: dict) -> None:
         write_whole(self.folder / name, lambda partial: partial.write_bytes(json.dumps(content).encode()))
 
+    def leave_out(self, names: np.ndarray) -> None:
+        """Go on without these of the names; their files are removed."""
+        for name in names.tolist():
+            (self.folder / os.fsdecode(name)).unlink(missing_ok=True)
+        self.names = self.names[~np.isin(self.names, names)]
+
     def finish(self, metadata: dict) -> None:
         """Write dataset.json, the zip and the catalogue. Raises UserError if a file is missing."""
         missing = self.is_missing()
         if missing.any():  # one process of several failed, or a network folder does not show its files yet
             raise UserError(f"{shown(self.folder)}: lacks {missing.sum()} of {len(missing)} files "
                             f"({few(self.names[missing])}); give the same command again")
-        self._write_record(METADATA, {**metadata, "made_with": self.settings})
+        sample = sample_digests(FolderStore(self.folder), self.names)
+        self._write_record(METADATA, {**metadata, "made_with": self.settings, "sample": sample})
         if self.zipped:
             names = [*map(os.fsdecode, np.sort(self.names)), METADATA]
             files = ((name, (self.folder / name).read_bytes()) for name in tqdm(names, "zip", unit="file"))

@@ -12,14 +12,15 @@ from tqdm import tqdm
 from dataset import MOMENTS_EXTENSIONS, read_image
 from models.cached_features import FeaturesRecord, file_size, pack
 from models.encoders import load_encoder, sha256_of_named
-from models.vae import SHORTHANDS, load_codec
+from models.vae import SHORTHANDS, LatentSpace, load_codec
+from preprocessing.convert import source_labels
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import speed
-from runtime.catalogue import list_keyed, read_labels
+from runtime.catalogue import key_of, list_keyed
 from runtime.files import as_size, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
-from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, shown
+from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown
 
 # Precision of the VAE's arithmetic. With the toy's VAE, the images' means differ from fp32's by 0.0003 (tf32) and 0.004
 # (bf16) on average, and their stds by 0.00002 and 0.0004; storing them as float16 changes them by 0.0002 and 0.00001.
@@ -63,7 +64,7 @@ class Moments:
     def open(self, resolution: int, batch_size: int) -> int:
         """Load the VAE and return the bytes of one file. Raises UserError if it fails or R does not fit."""
         self.codec, self.batch_size = load_codec(self.name, self.device), batch_size
-        space = self.codec.space
+        space = LatentSpace.from_record(self.codec.space.to_record(), f"--model-url {self.name}")
         if resolution % space.downsampling:
             raise UserError(f"--model-url {self.name}: cannot encode images of {resolution} px; "
                             f"expected a multiple of {space.downsampling} px")
@@ -156,9 +157,10 @@ def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tup
 def encode(source: str, dest: str, network: Moments | Features, batch_size: int, workers: int) -> None:
     """Encode the images of `source`, all RGB of one size, into `dest`, with one process or many; both folder or zip.
 
-    Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source. Batches
-    are the same consecutive images however the work is divided or interrupted, because results may differ by float
-    noise between batch sizes. Raises UserError as `convert` does, and if the network does not load.
+    Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source and the
+    names of its classes, see `source_labels`. Batches are the same consecutive images however the work is divided or
+    interrupted, because results may differ by float noise between batch sizes. Raises UserError as `convert` does, and
+    if the network does not load.
     """
     store = open_store(source)
     keys, names = list_keyed(store, IMAGE_EXTENSIONS)
@@ -167,9 +169,14 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     resolution = read_image(store, names[0]).shape[-1]
     state = join_processes()
     # Not the images' path: the data folder may move meanwhile.
-    settings = {"command": "encode", "source_contents": digest(store, names), "images": len(names), **network.settings}
+    metadata = read_metadata(store)
+    settings = {"command": "encode", "source_contents": digest(names, metadata), "images": len(names),
+                **network.settings}
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
-    labels = {"labels": listed(outputs, read_labels(store, keys))} if network.kind == "moments" else {}
+    labels = {}
+    if network.kind == "moments":
+        values, classes, _ = source_labels(store, names, metadata, key_of)
+        labels = {"labels": listed(outputs, values), "classes": classes}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         if state.is_main_process:

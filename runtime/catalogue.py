@@ -13,6 +13,7 @@ counts, which copies the memory that fork shares), so names and labels are numpy
 import contextlib
 import functools
 import gc
+import hashlib
 import json
 import os
 import zipfile
@@ -27,7 +28,7 @@ from runtime.messages import UserError, notice
 from runtime.stores import MAX_INFLATED, METADATA, Store, ZipStore, few, list_names, open_store, read_metadata, shown
 
 MAX_CLASSES = 10**7     # an embedding of XL's width for each takes 46 GB
-SAMPLE = 64             # names that must exist for a catalogue to count
+SAMPLE = 64             # names that must exist for a catalogue to count; files whose content is recorded
 
 
 def key_of(name: bytes) -> bytes:
@@ -55,12 +56,15 @@ def list_keyed(store: Store, extensions: tuple[bytes, ...]) -> tuple[np.ndarray,
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
-def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of) -> np.ndarray | None:
+def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of, metadata: dict | None = None
+                ) -> np.ndarray | None:
     """The labels (n,) int64 of `keys` from dataset.json, None if it has none; `key` maps its names to keys.
 
-    Raises UserError if a label is no whole number >= 0 or beyond MAX_CLASSES, or a key has no label or two.
+    `metadata`, the content of dataset.json, saves parsing it again. Raises UserError if a label is no whole number >= 0
+    or beyond MAX_CLASSES, or a key has no label or two.
     """
-    return _match(read_metadata(store).get("labels"), store.where(METADATA), keys, key)
+    metadata = read_metadata(store) if metadata is None else metadata
+    return _match(metadata.get("labels"), store.where(METADATA), keys, key)
 
 
 def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of,
@@ -102,6 +106,17 @@ def _is_labelled(entry: object) -> bool:
             and type(entry[1]) is int and 0 <= entry[1] < 2**63 - 1)
 
 
+def digest_of(store: Store, name: bytes) -> str:
+    """Hash of a file, 16 hex digits."""
+    return hashlib.sha256(store.read(name)).hexdigest()[:16]
+
+
+def sample_digests(store: Store, names: np.ndarray) -> dict[str, str]:
+    """`digest_of` some of the names (n,), for dataset.json: files that are replaced under their names are noticed."""
+    some = names[np.unique(np.linspace(0, len(names) - 1, SAMPLE).astype(int))]
+    return {os.fsdecode(name): digest_of(store, name) for name in some.tolist()}
+
+
 # ---- the catalogue ---------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -136,6 +151,11 @@ class Catalogue:
             self.keys, self.names = list_keyed(store, extensions)
             self.metadata = read_metadata(store)
 
+    def keep(self, keys: np.ndarray) -> None:
+        """Forget all entries but those of `keys`."""
+        labels, kept = self.labels, np.isin(self.keys, keys)
+        self.keys, self.names, self.labels = self.keys[kept], self.names[kept], None if labels is None else labels[kept]
+
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys, names=self.names)
@@ -146,10 +166,10 @@ def catalogue_file(path: str | Path) -> Path:
     return Path(path, "catalogue.npz") if os.path.isdir(path) else Path(f"{path}.catalogue.npz")
 
 
-def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
+def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> Catalogue:
     """List a finished folder or zip and write its catalogue. If it cannot be written, that is reported once.
 
-    Raises UserError as Catalogue does.
+    Returns what was listed. Raises UserError as Catalogue does.
     """
     store = open_store(path)
     found = Catalogue(store, extensions, recall=False)
@@ -157,7 +177,7 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
     # A zip's readers need all of its files that are not hidden, a folder's only those with a key.
     files = store.names() if isinstance(store, ZipStore) else np.sort(names)
     if not len(keys) or not _are_plain(files):
-        return
+        return found
     arrays = {"extensions": np.array(extensions), "files": files, "keys": keys,
               "order": np.searchsorted(files, names.astype(files.dtype)),         # (n,): names are files[order]
               "metadata": np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)}
@@ -177,6 +197,7 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> None:
         write_whole(catalogue_file(path), write)
     except UserError as error:
         _notice_once(f"{error} (without this file a large data set takes half a minute to open)")
+    return found
 
 
 _notice_once = functools.cache(notice)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from runtime.files import UNREADABLE, write_whole
-from runtime.messages import UserError
+from runtime.messages import UserError, notice
 
 METADATA = "dataset.json"
 UNFINISHED = ".unfinished.json"  # marks a folder that is still being written, and holds the settings it is written with
@@ -23,6 +23,8 @@ IMAGE_EXTENSIONS = (b".png", b".jpg", b".jpeg", b".jfif", b".webp", b".bmp", b".
                     b".pgm")
 # Pillow's decoders of these extensions; for some others it would start Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+OWN = {METADATA.encode(), UNFINISHED.encode(), b".tmp", b"catalogue.npz"}        # passed over without a notice
 
 # Limits on files from elsewhere, which may be damaged or malicious.
 MAX_PIXELS = 2**27      # per picture: half a GiB decoded, in each worker; nearly all cameras make less
@@ -50,12 +52,14 @@ class FolderStore:
     def __init__(self, path: str | Path):
         self.path = str(path)
 
-    def names(self) -> np.ndarray:
-        """Relative paths (n,) of all files that are not hidden, sorted, as bytes with `/`. Opens no file.
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Relative paths (n,) of all files that are not hidden, sorted, as bytes with `/`; and what is hidden, (m,),
+        where a folder counts as one. Opens no file.
 
         Links are followed. Raises UserError for a folder that cannot be listed, or a link to a folder that contains it.
         """
         found: list[bytes] = []
+        hidden: list[bytes] = []
         todo: list[tuple[bytes, frozenset]] = [(b"", frozenset())]                # a folder, and the folders above it
         while todo:
             prefix, above = todo.pop()
@@ -67,14 +71,18 @@ class FolderStore:
                 with os.scandir(self._path(prefix)) as entries:
                     for entry in entries:
                         if entry.name.startswith(b"."):
-                            continue
-                        if entry.is_dir():
+                            hidden.append(prefix + entry.name)
+                        elif entry.is_dir():
                             todo.append((prefix + entry.name + b"/", inside))
                         elif entry.is_file() or not os.path.exists(entry.path):   # no pipes; `read` names broken links
                             found.append(prefix + entry.name)
             except OSError as error:
                 raise UserError(f"{shown(error.filename)}: cannot be listed ({error.strerror})") from error
-        return np.sort(np.array(found, dtype=bytes))
+        return np.sort(np.array(found, dtype=bytes)), np.sort(np.array(hidden, dtype=bytes))
+
+    def names(self) -> np.ndarray:
+        """The files of `listing`, (n,)."""
+        return self.listing()[0]
 
     def _path(self, name: bytes | str) -> bytes:
         return os.path.join(os.fsencode(self.path), os.fsencode(name))
@@ -157,14 +165,16 @@ class ZipStore:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
 
-    def names(self) -> np.ndarray:
-        """As FolderStore.names."""
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        """As FolderStore.listing."""
         names, _ = self.directory
         text = names.tobytes()                                    # each name in as many bytes as the longest has
         if not (b"/." in text or b"__MACOSX/" in text or b"." in names.astype("S1")):
-            return names                                          # the usual case, without a loop over the names
+            return names, names[:0]                               # the usual case, without a loop over the names
         hidden = [name.startswith((b".", b"__MACOSX/")) or b"/." in name for name in names.tolist()]
-        return names[~np.array(hidden, dtype=bool)]
+        return names[~np.array(hidden, dtype=bool)], names[np.array(hidden, dtype=bool)]
+
+    names = FolderStore.names
 
     def where(self, name: bytes | str) -> str:
         return shown(f"{self.path}:{os.fsdecode(name)}")
@@ -254,9 +264,16 @@ def read_npy(store: Store, name: bytes) -> np.ndarray:
 
 
 def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
-    """The store's names (n,) bytes, sorted, that end in one of `extensions` (any case)."""
-    names = store.names()
-    return names[np.array([name.lower().endswith(extensions) for name in names.tolist()], dtype=bool)]
+    """The store's names (n,) bytes, sorted, that end in one of `extensions` (any case). A notice counts all others.
+
+    Every program lists with it: conversion, encoding, training and evaluation see the same files.
+    """
+    names, hidden = store.listing()
+    fits = np.array([name.lower().endswith(extensions) for name in names.tolist()], dtype=bool)
+    other = np.array([name for name in [*hidden.tolist(), *names[~fits].tolist()] if name not in OWN], dtype=bytes)
+    if len(other):
+        notice(f"{shown(store.path)}: {len(other)} hidden or other files or folders passed over ({few(other)})")
+    return names[fits]
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:

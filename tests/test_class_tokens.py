@@ -120,9 +120,10 @@ def test_tokens_are_read_as_generate_writes_them(tmp_path):
 @pytest.mark.parametrize("arrays, word", [
     (dict(labels=np.zeros(5)), "no class_tokens"),
     (dict(class_tokens=np.zeros((5, 8))), "no class_tokens"),
-    (dict(class_tokens=np.zeros((5, 8)), labels=np.zeros(4)), "for 5 images"),
-    (dict(class_tokens=np.zeros((6, 8)), labels=np.zeros(6)), "for 5 images"),
-    (dict(class_tokens=np.zeros(5), labels=np.zeros(5)), "for 5 images"),
+    (dict(class_tokens=np.zeros((5, 8)), labels=np.zeros(4, int)), "for 5 images"),
+    (dict(class_tokens=np.zeros((6, 8)), labels=np.zeros(6, int)), "for 5 images"),
+    (dict(class_tokens=np.zeros(5), labels=np.zeros(5, int)), "for 5 images"),
+    (dict(class_tokens=np.zeros((5, 8)), labels=np.full(5, np.nan)), "labels of float64"),
     (dict(class_tokens=np.zeros((5, 8), int), labels=np.zeros(5)), "int64"),
     (dict(class_tokens=np.full((5, 8), np.nan), labels=np.zeros(5)), "not finite"),
     (dict(class_tokens=np.array([None] * 5), labels=np.zeros(5)), "not a readable npz"),

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from dataset import GlobalBatchSampler, LatentDataset
+from models.vae import read_space
 from runtime.catalogue import key_of
 from runtime.messages import UserError
 from runtime.stores import MAX_INFLATED, ZipStore, decode_image, open_store
@@ -231,6 +232,17 @@ def test_no_labels_are_one_class_with_a_notice(data, capsys, monkeypatch):
     assert entries.num_classes == 1 and entries.labels.tolist() == [0] * COUNT and entries.vae_record is None
 
 
+@pytest.mark.parametrize(("labels", "num_classes", "seen", "words"), [
+    ([0, 500, 999] * 2, None, [0, 500, 999], ["997 of 1000", "(1, 2, 3, ...)"]),
+    ([1, 2, 3] * 2, None, [1, 2, 3], ["1 of 4", "(0)"]),          # labels that begin with 1
+    (LABELS, 10, [0, 1, 2], ["7 of 10", "(3, 4, 5, ...)"]), (LABELS, 3, [0, 1, 2], [])])
+def test_classes_without_images_are_said(tmp_path, capsys, labels, num_classes, seen, words):
+    entries = LatentDataset(write_data(tmp_path, labels), num_classes=num_classes)
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and bool(words) == bool(said)
+    assert entries.classes_seen.tolist() == seen and entries.classes_seen.dtype == np.int64
+
+
 def test_labels_may_list_more_files_and_fewer_classes(data):
     for folder, name in (("images", image_name), ("vae-sd", moments_name)):
         (data / folder / name(0)).unlink()
@@ -300,6 +312,15 @@ def test_what_does_not_fit_is_refused(data, changes, settings, word):
     for change in changes:
         change(data)
     refuse(word, data, **settings)
+
+
+@pytest.mark.parametrize(("field", "value"), [("scale", 0), ("scale", -0.5), ("scale", 1e-30), ("scale", 1e30),
+                                              ("shift", 1e30)])
+def test_a_latent_space_that_makes_zeros_or_infinities_is_refused(data, field, value):
+    put(data / "vae-sd", {}, {"vae": {**VAE, field: value}})
+    entries = LatentDataset(data)
+    with pytest.raises(UserError, match=field):
+        read_space(entries.vae_record, entries.moments_shape, entries.resolution, "data")
 
 
 def test_no_data_folder(tmp_path):

@@ -220,7 +220,7 @@ def test_stats_crops_pictures_of_every_size_and_kind_as_adm_did(sets):
     kinds = {"RGB": "png", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA": "png", "I;16": "png"}
     for i, (mode, suffix) in enumerate(kinds.items()):
         picture = Image.fromarray(random_images(1, 20 + i, 31, seed=i)[0])
-        wide = Image.fromarray(np.full((20, 20), 300 * i, np.uint16))
+        wide = Image.fromarray(np.full((20, 20), 10_000 * i, np.uint16))
         (wide if mode == "I;16" else picture.convert(mode)).save(sets / "raw" / f"{i}.{suffix}")
     run("stats", sets / "raw", sets / "out.npz", "--adm-crop", 16, "--device", "cpu", "--features",
         f"local-dir:{sets / 'tiny'}")

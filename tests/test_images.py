@@ -210,16 +210,41 @@ def test_a_folder_of_tif_is_convertible_and_scorable(tmp_path):
         assert np.array_equal(np.concatenate(blocks(open_images(tmp_path / folder), 2)), images)
 
 
-def test_labels_of_a_folder_come_from_dataset_json_by_name(tmp_path):
+def test_the_evaluator_and_convert_see_the_same_files_and_say_what_they_pass_over(tmp_path, capsys):
+    """Thumbnails and what was deleted lie in hidden folders; scores depend on every file."""
+    images, raw = random_images(8), tmp_path / "raw"
+    for folder in ("raw/a", "raw/.ipynb_checkpoints", "raw/a/.Trash-1000/files", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = ["a/0.png", "a/1.bmp", "a/2.TIF", "a/3.gif", "a/4.jfif", "b/5.jpeg", "b/6.png", "b/7.webp"]
+    (raw / "b").symlink_to(tmp_path / "elsewhere")
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).convert("L").save(raw / name)
+    for name in (".ipynb_checkpoints/0-checkpoint.png", "a/.Trash-1000/files/9.png", "a/.8.png"):
+        Image.fromarray(images[0]).save(raw / name)
+    (raw / "notes.txt").write_text("")
+    opened = open_images(raw, crop=16)                            # also pictures with a palette
+    assert "4 hidden or other" in (said := capsys.readouterr().err) and "raw" in said
+    dataset_tools(["convert", "--source", str(raw), "--dest", str(tmp_path / "images"), "--resolution", "16",
+                   "--workers", "0"])
+    assert "4 hidden or other" in capsys.readouterr().err
+    converted = open_images(tmp_path / "images")
+    assert np.array_equal(np.concatenate(blocks(opened, 3)), np.concatenate(blocks(converted, 3)))
+    assert opened.count == 8 and not capsys.readouterr().err     # our own files are not mentioned
+
+
+def test_labels_of_a_folder_come_from_dataset_json_by_name(tmp_path, capsys):
     write_folder(tmp_path, random_images(6))
     labels = [[f"{i // 4:05d}/img{i:08d}.png", 10 * i] for i in range(6)]
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
     assert open_images(tmp_path).labels.tolist() == [0, 10, 20, 30, 40, 50]
     hostile = [json.dumps({"labels": [*labels[1:], [labels[0][0], wrong]]}) for wrong in (0.5, True, None, [1], 2**64)]
-    for text in (json.dumps({"labels": labels[1:]}), json.dumps({"labels": None}), "{}", "{", "[]", "[" * 100_000,
+    for text in ("{}", json.dumps({"labels": None})):
+        (tmp_path / "dataset.json").write_text(text)
+        assert open_images(tmp_path).labels is None and not capsys.readouterr().err
+    for text in (json.dumps({"labels": labels[1:]}), "{", "[]", "[" * 100_000,
                  json.dumps({"labels": [[{}, 1]]}), json.dumps({"labels": 7}), *hostile):
         (tmp_path / "dataset.json").write_text(text)
-        assert open_images(tmp_path).labels is None
+        assert open_images(tmp_path).labels is None and "dataset.json" in capsys.readouterr().err
 
 
 def eps(path):

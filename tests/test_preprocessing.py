@@ -161,6 +161,22 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert (pixels(tmp_path / "b") == literal_adm_crop(expected, SIDE)).all()
 
 
+def grey(kind: type, brightest: int) -> Image.Image:
+    """A grey picture whose numbers go from 0 to `brightest`."""
+    return Image.fromarray((np.arange(40 * 40).reshape(40, 40) % 100 * brightest / 99).astype(kind))
+
+
+@pytest.mark.parametrize("kind, brightest, form", [
+    (np.int32, 255, "tiff"), (np.int32, 10**6, "tiff"), (np.int32, -5, "tiff"), (np.float32, 255, "tiff"),
+    (np.uint16, 255, "png"), (np.uint16, 4095, "png"), (np.uint16, 4095, "tiff"), (np.uint16, 16383, "png")])
+def test_greys_of_unknown_range_are_refused(tmp_path, capsys, kind, brightest, form):
+    """They would become black, or white."""
+    fill(tmp_path / "a", {f"x.{form}": as_file(grey(kind, brightest), form)})
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "a", tmp_path / "b")
+    assert f"x.{form}: " in (said := capsys.readouterr().err) and "8 " in said and not data_files(tmp_path / "b")
+
+
 def test_exif_orientation_is_not_applied():
     exif = Image.Exif()
     exif[0x0112] = 6                                              # a quarter turn
@@ -216,12 +232,62 @@ def test_labels_of_dataset_json_are_kept(mine, tmp_path):
     photos = mine / "photos"
     names = sorted(str(file.relative_to(photos)) for file in photos.rglob("*.png"))
     (photos / "dataset.json").write_text(json.dumps({"labels": [[name, 9 - i] for i, name in enumerate(names)][::-1]}))
-    convert(photos, tmp_path / "a", "--max-images=3")
+    convert(photos, tmp_path / "a", "--max-images=3")             # each picture has a class of its own
     assert [label for _, label in record(tmp_path / "a")["labels"]] == [9, 8, 7]
     (photos / "dataset.json").write_text('{"labels": null}')
     convert(photos, tmp_path / "b")
     convert(photos / "cat", tmp_path / "flat")
     assert record(tmp_path / "b")["labels"] is record(tmp_path / "flat")["labels"] is None
+
+
+def test_max_images_are_spread_over_the_classes(tmp_path, mine):
+    (mine / "photos/dog").rename(mine / "photos/ant")             # cat is the second class now
+    for file in list((mine / "photos/cat").iterdir())[1:]:
+        file.unlink()                                             # and has one picture
+    for most, labels in ((1, [0]), (2, [0, 1]), (4, [0, 0, 0, 1])):
+        convert(mine / "photos", tmp_path / f"{most}", f"--max-images={most}")
+        assert [label for _, label in record(tmp_path / f"{most}")["labels"]] == labels
+    first = literal_adm_crop(Image.open(mine / "photos/ant/p0.png"), SIDE)
+    assert (pixels(tmp_path / "1") == first).all()
+    convert(mine / "photos/ant", tmp_path / "flat", "--max-images=3")
+    assert len(data_files(tmp_path / "flat")) == 3
+
+
+def test_class_names_are_kept(prepared, mine, vae_folder, tmp_path):
+    assert record(prepared / "data/images")["classes"] == record(prepared / "data/vae-sd")["classes"] == ["cat", "dog"]
+    convert(prepared / "data/images", tmp_path / "again")
+    assert record(tmp_path / "again")["classes"] == ["cat", "dog"]
+    assert record(tmp_path / "again")["labels"] == record(prepared / "data/images")["labels"]
+
+
+def test_encode_keeps_the_labels_of_class_folders(tmp_path, vae_folder, refused):
+    files = {f"{name}/p{i}.png": as_file(picture(32, 32, i), "png") for i, name in enumerate(["dog", "cat", "dog"])}
+    fill(tmp_path / "images", files)
+    encode(tmp_path / "images", tmp_path / "vae-sd", f"--model-url={vae_folder}")
+    assert record(tmp_path / "vae-sd")["classes"] == ["cat", "dog"]
+    entries = LatentDataset(tmp_path)
+    assert {entries.key(i): entries[i][2] for i in range(3)} == {"cat/p1": 0, "dog/p0": 1, "dog/p2": 1}
+    fill(tmp_path / "images", {"loose.png": as_file(picture(32, 32), "png")})
+    assert "loose.png" in refused(encode, tmp_path / "images", tmp_path / "x", f"--model-url={vae_folder}")
+
+
+@pytest.mark.parametrize("names, labels, words", [
+    (["ant/a.png", "bee/", "cat/c.png"], None, ["1 folders hold no pictures", "(bee)"]),
+    (["ant/a.png", "bee/b.heic", "cat/c.png"], None, ["1 folders hold no pictures", "(bee)", "(bee/b.heic)"]),
+    (["train/ant/a.png", "train/cat/c.png"], None, ["1 top-level folders (train)", "the 2 folders below"]),
+    (["train/ant/a.png", "val/ant/c.png"], None, ["2 top-level folders", "the 2 folders below"]),
+    (["a.png", "b.png", "c.png"], [0, 500, 999], ["997 of 1000"]),
+    (["a.png", "b.png", "c.png"], [1, 2, 3], ["1 of 4", "(0)"]),
+    (["ant/a.png", "cat/c.png"], None, []), (["a.png", "b.png", "c.png"], [0, 1, 2], [])])
+def test_classes_that_may_not_be_meant_are_said_at_the_door(tmp_path, capsys, names, labels, words):
+    source = fill(tmp_path / "photos", {name: as_file(picture(32, 32), "png") for name in names if name[-1] != "/"})
+    for name in names:
+        (source / name).parent.mkdir(exist_ok=True) if name[-1] != "/" else (source / name).mkdir()
+    if labels:
+        fill(source, {"dataset.json": json.dumps({"labels": list(zip(names, labels, strict=True))}).encode()})
+    convert(source, tmp_path / "out")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(source))]
+    assert bool(said) == bool(words) and all(word in "".join(said) for word in words)
 
 
 def test_jfif_and_tif_are_pictures(tmp_path, vae_folder):
@@ -335,6 +401,65 @@ def test_the_same_command_continues_after_a_damaged_picture(mine, vae_folder, tm
     if begun == tmp_path / dest:
         assert all(file.stat().st_mtime_ns == time for file, time in early.items())
     assert not list(tmp_path.glob("*.partial")) and not list((tmp_path / dest).glob(".*"))
+
+
+def spoil(photos: Path, *names: str) -> None:
+    for name in names:
+        (photos / name).write_bytes((photos / name).read_bytes()[:90])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_all_bad_pictures_are_named_and_the_work_goes_on_without_them(mine, tmp_path, capsys, refused, workers, dest):
+    """Two are bad: one is removed from the source, the other allowed; numbers and labels of the others stay."""
+    photos, out, flag = mine / "photos", tmp_path / dest, f"--workers={workers}"
+    convert(photos, tmp_path / "whole")
+    whole = data_files(tmp_path / "whole")
+    spoil(photos, "cat/p1.png", "dog/p3.png")
+    with pytest.raises(SystemExit):
+        convert(photos, out, flag)
+    said = capsys.readouterr().err
+    assert all(said.count(f"{name}: not a readable image") == 1 for name in ("cat/p1.png", "dog/p3.png"))
+    assert "2 of 10" in said and not (out / "dataset.json").exists()
+    begun = tmp_path / f"{dest}.partial" if dest.endswith(".zip") else out
+    times = {file: file.stat().st_mtime_ns for file in begun.rglob("*.png")}
+    assert len(times) == 8
+    (photos / "cat/p1.png").unlink()
+    assert "1 of 9" in refused(convert, photos, out)
+    for _ in range(2):                                            # a folder is filled again, as after `check`
+        convert(photos, out, "--skip-bad=1", flag)
+    assert begun != out or all(file.stat().st_mtime_ns == time for file, time in times.items())
+    left = [name for i, name in enumerate(sorted(whole)) if i not in (1, 8)]
+    assert data_files(out) == {name: whole[name] for name in left}
+    assert record(out)["labels"] == [entry for entry in record(tmp_path / "whole")["labels"] if entry[0] in left]
+    assert not list(tmp_path.glob("*.partial")) and not list(out.glob(".*"))
+    assert Catalogue(open_store(out), IMAGE_EXTENSIONS).names.tolist() == [name.encode() for name in left]
+
+
+def test_pictures_removed_from_the_source_of_unfinished_work_are_not_in_the_data(mine, tmp_path, refused, capsys):
+    """Also those that were converted before, and with --max-images; one that is new would have no number."""
+    photos = mine / "photos"
+    convert(photos, tmp_path / "whole", "--max-images=6")
+    whole = data_files(tmp_path / "whole")
+    spoil(photos, "dog/p1.png")
+    fill(photos, {"a note whose name is longer than those of the pictures.txt": b""})
+    refused(convert, photos, tmp_path / "out", "--max-images=6")
+    shutil.copytree(photos / "dog", photos / "emu")
+    assert "--dest" in (line := refused(convert, photos, tmp_path / "out", "--max-images=6")) and "emu/p0.png" in line
+    shutil.rmtree(photos / "emu")
+    for gone in ("a note whose name is longer than those of the pictures.txt", "cat/p0.png", "dog/p1.png"):
+        (photos / gone).unlink()
+    convert(photos, tmp_path / "out", "--max-images=6")
+    convert(photos, tmp_path / "out", "--max-images=6")
+    assert "finished" in capsys.readouterr().out
+    left = [name for i, name in enumerate(sorted(whole)) if i not in (0, 4)]
+    assert data_files(tmp_path / "out") == {name: whole[name] for name in left}
+    assert [label for _, label in record(tmp_path / "out")["labels"]] == [0, 0, 1, 1]
+
+
+def test_a_data_set_of_bad_pictures_alone_is_refused(tmp_path, refused):
+    fill(tmp_path / "a", {"x.png": b"", "y.png": b""})
+    assert "2 of 2" in refused(convert, tmp_path / "a", tmp_path / "b", "--skip-bad=9")
 
 
 @pytest.mark.parametrize("command", ["convert", "encode"])
@@ -473,6 +598,14 @@ def test_images_of_another_size_are_refused(mine, vae_folder, tmp_path, refused)
     assert not (tmp_path / "z").exists()
 
 
+def test_a_vae_whose_latents_are_zeros_is_refused(prepared, vae_folder, tmp_path, refused):
+    vae = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.0}))
+    assert "scale" in refused(encode, prepared / "data/images", tmp_path / "x", f"--model-url={vae}")
+    assert not (tmp_path / "x").exists()
+
+
 def test_incomplete_labels_are_refused(mine, tmp_path, refused):
     fill(mine / "photos", {"loose.png": as_file(picture(40, 40), "png")})
     assert "loose.png" in refused(convert, mine / "photos", tmp_path / "x")
@@ -559,6 +692,59 @@ def test_check_names_every_damaged_file(mine, encoder_folder, tmp_path, capsys):
     assert "5 of 10" in printed and not (tmp_path / "look.png").exists()
     for i in (2, 3, 5, 7, 8):
         assert f"0000000{i}" in printed
+
+
+def checked(data: Path, capsys) -> str:
+    """What `check` prints about a faulty data set."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["check", f"--source={data}", f"--output={data / 'look.png'}", "--workers=0"])
+    assert not (data / "look.png").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_check_notices_files_replaced_under_their_names(mine, encoder_folder, tmp_path, capsys, zipped):
+    """By others that are as good to read: the moments of another image, say."""
+    data, folder = mine / "data", features_folder(f"local-dir:{encoder_folder}")
+    encode(data / "images", data / folder, f"--enc-type=local-dir:{encoder_folder}")
+    for first, second in (("images/00000/img00000002.png", "images/00000/img00000003.png"),
+                          ("vae-sd/00000/img-mean-std-00000005.npy", "vae-sd/00000/img-mean-std-00000006.npy"),
+                          (f"{folder}/00000/img00000008.npy", f"{folder}/00000/img00000009.npy")):
+        shutil.copy(data / first, data / second)
+    (data / "images/00000/img00000000.png").write_bytes(b"")      # is unreadable, and not said to be replaced as well
+    if zipped:
+        zip_of(data / "vae-sd")
+        shutil.rmtree(data / "vae-sd")
+    said = checked(data, capsys)
+    assert said.count("replaced") == 3 and "4 of 10" in said
+    assert all(f"0000000{i}" in said for i in (0, 3, 6, 9))
+
+
+@pytest.mark.parametrize("place, value", [(0, 3e38), (0, -1e6), (5, -1e-3), (5, 3e38), (5, np.nan), (5, np.inf)])
+def test_check_names_moments_that_no_vae_writes(mine, capsys, place, value):
+    """(8, 8, 8): the mean is first, then the standard deviation."""
+    path = mine / "data/vae-sd/00000/img-mean-std-00000005.npy"
+    moments = np.load(path)
+    moments[place, 0, 0] = value
+    np.save(path, moments)
+    assert "00000005: its moments" in (said := checked(mine / "data", capsys)) and "1 of 10" in said
+
+
+def test_check_lists_files_without_a_partner_beside_all_other_faults(mine, encoder_folder, capsys):
+    data, folder = mine / "data", features_folder(f"local-dir:{encoder_folder}")
+    encode(data / "images", data / folder, f"--enc-type=local-dir:{encoder_folder}")
+    for name in ("images/00000/img00000001.png", "vae-sd/00000/img-mean-std-00000003.npy",
+                 f"{folder}/00000/img00000004.npy"):
+        (data / name).unlink()
+    for name in ("images/00000/img00000000.png", "vae-sd/00000/img-mean-std-00000002.npy",
+                 "vae-sd/00000/img-mean-std-00000007.npy"):       # the first pair that is whole is the sixth
+        (data / name).write_bytes(b"damaged")
+    said = checked(data, capsys)
+    assert "6 of 10" in said and all(f"0000000{i}" in said for i in (0, 1, 2, 3, 4, 7)) and "00000005" not in said
+    for file in (data / "vae-sd").rglob("*.npy"):
+        file.write_bytes(b"")
+    assert "10 of 10" in checked(data, capsys)
 
 
 @pytest.mark.parametrize("fault, word", [("no moments", "vae-sd"), ("no partner", "1 of 10"),
