@@ -16,6 +16,7 @@ from runtime.messages import UserError, notice
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 # The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.
 DECODERS = {SHORTHANDS["mse"]: SHORTHANDS["ema"]}
+LARGEST = 1024  # channels, and pixels per latent
 PIECE = 32  # images or latents in the network at a time; a decoder's feature map of 32 takes 2 GiB at 256 px in float32
 
 
@@ -34,16 +35,23 @@ class LatentSpace:
 
     @classmethod
     def from_record(cls, record: object, where: str = "the VAE record") -> "LatentSpace":
-        """The inverse of `to_record`. Raises UserError, naming `where`, unless whole numbers are > 0 and all finite."""
+        """The inverse of `to_record`. Raises UserError, naming `where`, for what no VAE has: other types, a scale of 0,
+        whole numbers beyond LARGEST, a name that is no hub id and no path.
+        """
         known = record if isinstance(record, dict) else {}
         for field in fields(cls):
             value = known.get(field.name)
             if field.type is float:
                 fits = type(value) in (float, int) and abs(value) <= sys.float_info.max
+                fits = fits and (value > 0 or field.name == "shift")
+            elif field.type is int:
+                fits = type(value) is int and 0 < value <= LARGEST
             else:
-                fits = type(value) is field.type and (field.type is str or value > 0)
+                fits = type(value) is str and value.isprintable() and len(value) <= 4096 and \
+                    max(len(part.encode()) for part in value.split("/")) <= 255
             if not fits:
-                raise UserError(f"{where}: the VAE's {field.name} is {value!r}; encode the data set again")
+                raise UserError(f"{where}: the VAE's {field.name} is {repr(value)[:99]}; use another file, or encode "
+                                "the data set again")
         return cls(**{field.name: known[field.name] for field in fields(cls)})
 
     def to_record(self) -> dict:

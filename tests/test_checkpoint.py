@@ -71,7 +71,7 @@ def test_everything_is_restored_but_the_optimisers_settings(tmp_path):
     scaler.scale(torch.zeros(()))
     scaler.unscale_(optimizer)
     scaler.update()
-    about = {"args": {}, "latent_space": {}, "data": "", "processes": 1}
+    about = {"args": {}, "latent_space": LatentSpace().to_record(), "data": "", "processes": 1}
     state = checkpoint.content(model, small(), optimizer, scaler, about, 7)
     path = disk.save(tmp_path, state)
 
