@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.encoders import LOCAL, cannot_build, load_encoder, sha256_of_parameters, timm_weights
+from models.encoders import (
+    LOCAL,
+    MAX_INPUT,
+    build_with_weights,
+    cannot_build,
+    load_encoder,
+    read_weights,
+    sha256_of_parameters,
+    timm_weights,
+)
 from runtime.files import sha256
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
@@ -177,8 +186,7 @@ def _load_inception(path: Path) -> Inception:
     """Raises UserError unless the file is a state dict of exactly this network's entries and shapes."""
     inception = Inception()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        inception.network.load_state_dict(dict(state))            # batch counters may be missing: converters omit them
+        inception.network.load_state_dict(read_weights(path))     # batch counters may be missing: converters omit them
     except Exception as error:                                    # garbage can make the unpickler raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: not the Inception of 2015-12-05 ({lines[min(1, len(lines) - 1)].strip()}); "
@@ -213,17 +221,17 @@ class TimmFeatures(nn.Module):
         config = model.pretrained_cfg
         self.model = model
         self.size = tuple(config["input_size"][1:])                               # (height, width)
+        if not all(type(side) is int and 0 < side <= MAX_INPUT for side in self.size):
+            raise ValueError(f"input_size {self.size}")
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
 
     @classmethod
     def load(cls, folder: Path) -> "TimmFeatures":
         """Read timm's own folder form. The classifier is loaded with it, so `num_classes` stays what the file says."""
-        import timm  # slow to import, and Inception does not need it
-
-        timm_weights(folder)
+        file = timm_weights(folder)
         try:
-            return cls(timm.create_model(f"{LOCAL}{folder}", pretrained=True))
+            return cls(build_with_weights(f"{LOCAL}{folder}", file))
         except Exception as error:                                # an edited config.json can make timm raise anything
             raise cannot_build(folder, error) from error
 

@@ -119,9 +119,9 @@ def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.opti
             if any(moment.layout != torch.strided or moment.is_meta or moment.shape not in ((), parameter.shape)
                    for moment in moments.values()):
                 raise ValueError("of other shapes")
-        if scaler is not None and state["scaler"] is not None:
+        if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{path}: holds the state of another optimiser ({error}); start from its weights with "
                         f"--init-weights {path} and another --exp-name") from error
     for group in optimizer.param_groups:
@@ -170,10 +170,10 @@ def plain_weights(state: dict) -> dict[str, torch.Tensor]:
     Raises UserError for what is no dense tensor, for tensors that claim more numbers than are stored, and if two
     entries have one name.
     """
-    if not _is_state_dict(state):
-        raise UserError("no state dict of names and tensors: name another file")
     plain, claimed, stored = {}, 0, {}
     for name, tensor in state.items():
+        if not _is_state_dict({name: tensor}):
+            raise UserError(f"{shown(str(name))} is a {type(tensor).__name__}, no tensor with a name: name another file")
         if (tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
                 or tensor.is_complex() or not tensor.numel()):
             raise UserError(f"{shown(name)} is an empty or no plain tensor ({tensor.layout}, {tensor.dtype}, "
