@@ -5,7 +5,7 @@ A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ou
     architecture   the constructor arguments of models.sit.SiT
     latent_space   the meaning of the latents (models.vae.LatentSpace)
     data           fingerprint of the data set's keys and labels
-    encoder_files  SHA-256 of each local encoder's files (models.encoders.sha256_of_named), None for the hub's
+    encoders       what identifies the encoders (models.encoders.encoder_ids); older checkpoints lack it
     processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
@@ -37,7 +37,7 @@ from runtime.stores import shown
 # Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
 # ones out.
 KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "processes": int, "architecture": dict,
-         "data": str, "encoder_files": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
+         "data": str, "encoders": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
 LARGEST = 2**20      # of any number in an architecture
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
 PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
@@ -88,7 +88,7 @@ def _require_architecture(path: Path, found: dict) -> None:
             return isinstance(value, list | tuple) and all(fits(one, int) for one in value)
         if kind is bool or value is None:
             return isinstance(value, kind)
-        return type(value) is int and 0 < value <= LARGEST or kind is float and type(value) is float and 0 <= value <= 64
+        return type(value) is int and 0 < value <= LARGEST or kind is type(value) is float and 0 <= value <= LARGEST
 
     kinds = {name: one.annotation for name, one in inspect.signature(SiT).parameters.items()}
     wrong = [name for name, kind in kinds.items() if name not in found or not fits(found[name], kind)]
@@ -99,7 +99,7 @@ def _require_architecture(path: Path, found: dict) -> None:
 
 def content(model: SiT, ema: SiT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, about: dict,
             step: int) -> dict:
-    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes."""
+    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes, encoders."""
     return {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "steps": step,
             "scaler": None if scaler is None else scaler.state_dict(), "architecture": model.config, **about}
 
@@ -151,8 +151,8 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
     weights = {}
     for name, tensor in plain_weights(state).items():
         if name.startswith("decoder_blocks."):
-            raise UserError(f"{shown(name)}: the checkpoint is of an early REPA, with the blocks behind --encoder-depth "
-                            "under another name: rename decoder_blocks.i to blocks.(i + that depth)")
+            raise UserError(f"{shown(name)}: the checkpoint is of an early REPA, which kept the blocks behind "
+                            "--encoder-depth apart: rename decoder_blocks.i to blocks.(i + that depth)")
         for released, ours in RELEASED_NAMES.items():
             if name.startswith(released):
                 name = ours + name.removeprefix(released)
@@ -165,7 +165,7 @@ def _is_state_dict(state: dict) -> bool:
 
 
 def plain_weights(state: dict) -> dict[str, torch.Tensor]:
-    """A state dict without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`), wherever they are.
+    """A state dict without DataParallel's prefix `module.` and torch.compile's `_orig_mod.`, wherever they are.
 
     Raises UserError for what is no dense tensor, for tensors that claim more numbers than are stored, and if two
     entries have one name.
@@ -173,7 +173,7 @@ def plain_weights(state: dict) -> dict[str, torch.Tensor]:
     plain, claimed, stored = {}, 0, {}
     for name, tensor in state.items():
         if not _is_state_dict({name: tensor}):
-            raise UserError(f"{shown(str(name))} is a {type(tensor).__name__}, no tensor with a name: name another file")
+            raise UserError(f"{shown(str(name))} is a {type(tensor).__name__}, no named tensor: name another file")
         if (tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
                 or tensor.is_complex() or not tensor.numel()):
             raise UserError(f"{shown(name)} is an empty or no plain tensor ({tensor.layout}, {tensor.dtype}, "
@@ -182,7 +182,7 @@ def plain_weights(state: dict) -> dict[str, torch.Tensor]:
         claimed, stored[storage.data_ptr()] = claimed + tensor.numel() * tensor.element_size(), storage.nbytes()
         plain[re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", name)] = tensor
     if claimed > sum(stored.values()) or len(plain) < len(state):
-        raise UserError("the weights claim more numbers than are stored, or two of them have one name: name another file")
+        raise UserError("the weights claim more numbers than are stored, or two have one name: name another file")
     return plain
 
 
@@ -210,8 +210,8 @@ def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema"
     model.load_state_dict(weights)
 
 
-LEARN_SIGMA = ("it predicts a variance, too (learn_sigma of SiT's and DiT's own releases, whose time runs otherwise); use "
-               "a checkpoint of REG, REPA or this program")
+LEARN_SIGMA = ("it predicts a variance, too (learn_sigma of SiT's and DiT's own releases, whose time runs otherwise); "
+               "use a checkpoint of REG, REPA or this program")
 CAUSES = {
     ("cls_embedder", "cls_norm", "final_layer.linear_cls"):
         "only one of them has a class-token slot (REG) of this width; choose the same --method and --enc-type",

@@ -229,6 +229,19 @@ def _weights_file(weights: str | Path) -> Path:
     return Path(weights)
 
 
+def encoder_ids(enc_type: str, weights: str | None) -> list[str]:
+    """What identifies each encoder when a run resumes: `name:`, and the SHA-256 of its files if they are local."""
+    return [f"{'local-dir' if name.startswith(LOCAL) else name}:{sha256_of_named(name, file) or ''}"
+            for name, file in with_weights(enc_type, weights)]
+
+
+def same_encoders(before: list[str], now: list[str]) -> bool:
+    """Whether two lists of `encoder_ids` mean the same encoders; the hub's weights equal those of any file."""
+    pairs = [(str(a).partition(":"), b.partition(":")) for a, b in zip(before, now, strict=False)]
+    same = all(a[0] == b[0] and (a[2] == b[2] or "" in (a[2], b[2])) for a, b in pairs)
+    return same and len(before) == len(now)
+
+
 def require_made_by(record: FeaturesRecord, path: Path, name: str, weights: str | Path | None) -> None:
     """Raise UserError unless the features at `path` were made by the encoder `name` with the weights in use.
 

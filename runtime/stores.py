@@ -243,7 +243,8 @@ def read_metadata(store: Store) -> dict:
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{store.where(METADATA)}: not JSON ({error or 'not enough memory'}); write it again") from error
+        reason = str(error) or "not enough memory"
+        raise UserError(f"{store.where(METADATA)}: not JSON ({reason}); write it again") from error
     if not isinstance(metadata, dict):
         raise UserError(f'{store.where(METADATA)}: must be an object like '
                         '{"labels": [["00000/img00000000.png", 7], ...]}')
@@ -282,6 +283,6 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: not a readable image ({', '.join(FORMATS)}); replace or remove it") from error
     except UNREADABLE as error:
-        raise UserError(f"{where}: not a readable image ({shown(str(error)) or type(error).__name__}); replace or remove "
-                        "it") from error
+        reason = shown(str(error)) or type(error).__name__
+        raise UserError(f"{where}: not a readable image ({reason}); replace or remove it") from error
     return image
