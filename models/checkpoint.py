@@ -56,8 +56,8 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     for name, kind in KINDS.items():
         value = state.get(name)
         if name in state and (not isinstance(value, kind) or kind is int and not 0 <= value < 2**63):
-            raise Damaged(f"{path}: {name} is a {type(value).__name__}, expected {getattr(kind, '__name__', kind)}; "
-                          "use another file")
+            expected = "a count" if kind is int else getattr(kind, "__name__", kind)
+            raise Damaged(f"{path}: {name} is a {type(value).__name__}, expected {expected}; use another file")
     if "args" in state:
         args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
         state["args"] = {str(name): _as_json(value) for name, value in args.items()}
@@ -74,7 +74,7 @@ def read(path: str | Path, mmap: bool = True) -> dict:
 def _as_json(value: object) -> str | int | float | bool | None:
     """A setting as JSON has it; of a type that no setting has, its name."""
     value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, str | float | None) or isinstance(value, int) and value.bit_length() < 64:
+    if isinstance(value, str | int | float | None):
         return value
     written = isinstance(value, PurePath | torch.device | torch.dtype | datetime.date | datetime.timedelta)
     return str(value) if written else type(value).__name__
@@ -312,7 +312,7 @@ def _read_export(path: Path) -> dict:
             about = json.loads((file.metadata() or {})["reg"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         return {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of `python -m "

@@ -6,7 +6,6 @@ Shape letters: B batch, C latent channels, H W latent size, R image size; R = H 
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,8 +47,7 @@ class LatentSpace:
         for field in fields(cls):
             value = known.get(field.name)
             if field.type is float:
-                fits = type(value) in (float, int) and abs(value) <= sys.float_info.max
-                fits = fits and (value > 0 or field.name == "shift")
+                fits = type(value) in (float, int) and abs(value) <= 1e6 and (value >= 1e-6 or field.name == "shift")
             elif field.type is int:
                 fits = type(value) is int and 0 < value <= LARGEST
             else:
