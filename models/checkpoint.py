@@ -64,10 +64,7 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     if "architecture" in state:
         _require_architecture(path, state["architecture"])
     if "latent_space" in state:
-        try:
-            LatentSpace.from_record(state["latent_space"], str(path))
-        except UserError as error:
-            raise Damaged(str(error)) from error
+        LatentSpace.from_record(state["latent_space"], str(path))
     return state
 
 
@@ -135,10 +132,7 @@ def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.opti
 # ------------------------------------------------------------------------------------------------------ loading weights
 
 def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
-    """The state dict in a file, a whole checkpoint or a bare state dict, under our names; each weight is in the file.
-
-    Raises UserError for what is no plain tensor, and for tensors that claim more numbers than are stored.
-    """
+    """The `plain_weights` of a file, a whole checkpoint or a bare state dict, under our names."""
     state = source if isinstance(source, dict) else read(source)
     if not _is_state_dict(state):
         if which not in state:
@@ -172,12 +166,9 @@ def plain_weights(state: dict) -> dict[str, torch.Tensor]:
     """
     plain, claimed, stored = {}, 0, {}
     for name, tensor in state.items():
-        if not _is_state_dict({name: tensor}):
-            raise UserError(f"{shown(str(name))} is a {type(tensor).__name__}, no named tensor: name another file")
-        if (tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
-                or tensor.is_complex() or not tensor.numel()):
-            raise UserError(f"{shown(name)} is an empty or no plain tensor ({tensor.layout}, {tensor.dtype}, "
-                            f"{tensor.device}): name another file")
+        if (not _is_state_dict({name: tensor}) or tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta
+                or tensor.is_quantized or tensor.is_complex() or not tensor.numel()):
+            raise UserError(f"{shown(str(name))} is no plain tensor (dense, real, not empty): name another file")
         storage = tensor.untyped_storage()
         claimed, stored[storage.data_ptr()] = claimed + tensor.numel() * tensor.element_size(), storage.nbytes()
         plain[re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", name)] = tensor

@@ -28,8 +28,7 @@ from runtime.stores import shown
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-# What a config.json may ask for: the largest number, pixels of the network's input, and patches in a row.
-MAX_NUMBER, MAX_INPUT, MAX_ROW = 2**16, 2**12, 2**8
+MAX_NUMBER, MAX_ROW = 2**13, 2**8          # what a config.json may ask for: any size, and patches in a row
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -169,10 +168,11 @@ def build_with_weights(timm_name: str, file: Path, **settings) -> nn.Module:
     """
     state = read_weights(file)
     if timm_name.startswith(LOCAL):
-        sizes = json.loads(Path(timm_name.removeprefix(LOCAL), "config.json").read_text()).get("model_args", {})
+        config = json.loads(Path(timm_name.removeprefix(LOCAL), "config.json").read_text())
+        sizes = {"input_size": config["pretrained_cfg"].get("input_size", ()), **config.get("model_args", {})}
         if any(number > (len(state) if "depth" in name or "layers" in name else MAX_NUMBER)
                for name, value in sizes.items() for number in np.ravel(value) if isinstance(number, int | np.integer)):
-            raise ValueError("model_args beyond the weights")
+            raise ValueError("config.json asks for more than the weights")
     with torch.device("meta"):
         model = timm.create_model(timm_name, pretrained=False, **settings)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -270,9 +270,9 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
         raise UserError(f"--enc-type {name}: no weights on the hub; give its file with --encoder-weights")
     # Patches of 14 and 16 see 16 image pixels each (224 px for a 256 px image and patch 14); others keep their input.
     input_size = patch * (resolution // 16) if native is None or patch in (14, 16) else native
-    if not (type(input_size) is int and patch <= input_size <= min(MAX_INPUT, MAX_ROW * patch)):
+    if not (type(input_size) is int and patch <= input_size <= min(MAX_NUMBER, MAX_ROW * patch)):
         raise UserError(f"--enc-type {name}: an input of {input_size} px in patches of {patch}; expected at most "
-                        f"{MAX_INPUT} px and {MAX_ROW} patches in a row")
+                        f"{MAX_NUMBER} px and {MAX_ROW} patches in a row")
     model = _create(name, spec, input_size, pretrained, weights)
     encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
     return encoder.to(device).eval().requires_grad_(False)

@@ -196,10 +196,8 @@ def read_file(path: Path, mmap: bool = True) -> dict:
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(PLAIN):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
-    except MemoryError as error:
-        raise UserError(f"{path}: needs more memory than there is; use another file or machine") from error
     except Exception as error:                                    # the unpickler raises anything on other files
         raise Damaged(f"{path}: cannot be read as a checkpoint ({type(error).__name__}): damaged, or more than weights"
                       f"{_more_than_weights(path)}; use another file, or delete it") from error
