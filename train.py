@@ -33,7 +33,16 @@ from evaluations.scoring import choose, evaluate, measure_reference
 from loss import ALIGNED_TOKENS, SILoss, Terms, weighted
 from models import checkpoint
 from models.cached_features import Features, features_folder, features_path
-from models.encoders import CachedEncoder, Encoder, load_encoders, require_class_tokens, require_made_by, with_weights
+from models.encoders import (
+    CachedEncoder,
+    Encoder,
+    encoder_ids,
+    load_encoders,
+    require_class_tokens,
+    require_made_by,
+    same_encoders,
+    with_weights,
+)
 from models.interpolant import PATHS
 from models.sit import SiT, SiT_models
 from models.vae import Codec, LatentSpace, load_codec, read_space
@@ -306,9 +315,11 @@ def main(argv: list[str] | None = None) -> None:
         settings = {**vars(args), "resolution": resolution, "num_classes": data.num_classes,
                     "cached_features": "require" if data.features else "off"}
         folder = Path(args.output_dir) / args.exp_name
+        ids = encoder_ids(args.enc_type, args.encoder_weights) if needs_encoder(args) else []
         resumed = disk.resumable(folder, args.resume, checkpoint.read)
         if resumed is not None:
-            require_same_run(*resumed, {**settings, "processes": accelerator.num_processes}, space, data.fingerprint)
+            require_same_run(*resumed, {**settings, "processes": accelerator.num_processes}, space, data.fingerprint,
+                             ids)
         with accelerator.local_main_process_first():              # one process downloads, the others find the cache
             encoders = open_encoders(args, space, resolution, accelerator.device, features=data.features)
             scoring = open_scoring(args, accelerator.device)
@@ -320,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
 
         run = disk.Run(start, args.max_train_steps, stop)
         about = {"args": settings, "latent_space": space.to_record(), "data": data.fingerprint,
-                 "processes": accelerator.num_processes}
+                 "processes": accelerator.num_processes, "encoders": ids}
         capture = partial(checkpoint.content, model, ema, optimizer, accelerator.scaler, about)
         with disk.open_folder(folder, run, settings, accelerator) as log:
             close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, accelerator)
@@ -392,8 +403,12 @@ SAME_RUN = ("method", "align", "model", "enc_type", "encoder_depth", "projector_
             "weighting", "resolution", "num_classes", "batch_size", "seed")
 
 
-def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace, fingerprint: str) -> None:
-    """Raise UserError if the checkpoint is of another model, data set or data order; print other changed settings."""
+def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace, fingerprint: str,
+                     encoders: list[str]) -> None:
+    """Raise UserError if the checkpoint is of another model, data set or data order; print other changed settings.
+
+    Encoders are known by their `encoder_ids`; in a checkpoint without them, by their names.
+    """
     missing = checkpoint.RESUMED - state.keys()
     if missing:
         raise UserError(f"{path}: cannot be resumed without {', '.join(sorted(missing))}; start from its weights with "
@@ -407,8 +422,11 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
         raise UserError(f"--init-weights {settings['init_weights']}: {path} has weights of its own; leave it "
                         "out, or use another --exp-name")
     for name in SAME_RUN:
-        if before.get(name) != settings[name]:
-            raise UserError(f"--{name.replace('_', '-')} {settings[name]}: {path} was trained with {before.get(name)}; "
+        found, same = before.get(name), before.get(name) == settings[name]
+        if name == "enc_type" and encoders and state.get("encoders"):
+            found, same = f"other files of {found}" if same else found, same_encoders(state["encoders"], encoders)
+        if not same:
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]}: {path} was trained with {found}; "
                             "keep it, or use another --exp-name")
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value]
     if changed:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.encoders import LOCAL, cannot_build, load_encoder, sha256_of_parameters, timm_weights
+from models import encoders
 from runtime.files import sha256
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
@@ -94,16 +94,16 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weig
             network = network.to(memory_format=torch.channels_last)               # 1.5 times as fast on a CPU
     elif spec == "dinov2":
         try:
-            encoder = load_encoder(DINOV2, "cpu", resolution=256, weights=dinov2_weights)     # resizes 256 px to 224
+            encoder = encoders.load_encoder(DINOV2, "cpu", resolution=256, weights=dinov2_weights)  # resizes to 224
         except UserError as error:                                # train.py's flag has another name
             raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
         network, name = DinoFeatures(encoder), "dinov2"
-        digest = sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
-    elif spec.startswith(LOCAL):
-        folder = Path(spec.removeprefix(LOCAL))
-        network, name, digest = TimmFeatures.load(folder), folder.resolve().name, sha256(timm_weights(folder))
+        digest = encoders.sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
+    elif spec.startswith(encoders.LOCAL):
+        folder = Path(spec.removeprefix(encoders.LOCAL))
+        network, name, digest = TimmFeatures.load(folder), folder.resolve().name, sha256(encoders.timm_weights(folder))
     else:
-        raise UserError(f"--features {spec}: expected 'inception', 'dinov2' or '{LOCAL}FOLDER' with a timm model")
+        raise UserError(f"--features {spec}: expected inception, dinov2 or {encoders.LOCAL}FOLDER with a timm model")
     network = network.to(device).eval().requires_grad_(False)
     return Extractor(network, device, name, digest, verified, classifier)
 
@@ -177,8 +177,7 @@ def _load_inception(path: Path) -> Inception:
     """Raises UserError unless the file is a state dict of exactly this network's entries and shapes."""
     inception = Inception()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        inception.network.load_state_dict(dict(state))            # batch counters may be missing: converters omit them
+        inception.network.load_state_dict(encoders.read_weights(path))  # batch counters may be missing
     except Exception as error:                                    # garbage can make the unpickler raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: not the Inception of 2015-12-05 ({lines[min(1, len(lines) - 1)].strip()}); "
@@ -219,13 +218,11 @@ class TimmFeatures(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "TimmFeatures":
         """Read timm's own folder form. The classifier is loaded with it, so `num_classes` stays what the file says."""
-        import timm  # slow to import, and Inception does not need it
-
-        timm_weights(folder)
+        file = encoders.timm_weights(folder)
         try:
-            return cls(timm.create_model(f"{LOCAL}{folder}", pretrained=True))
+            return cls(encoders.build_with_weights(f"{encoders.LOCAL}{folder}", file))
         except Exception as error:                                # an edited config.json can make timm raise anything
-            raise cannot_build(folder, error) from error
+            raise encoders.cannot_build(folder, error) from error
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()                                                        # (B, 3, H, W)

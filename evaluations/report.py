@@ -21,7 +21,7 @@ def read_result(metrics: Path) -> dict | None:
     """What the evaluator wrote for samples of generate.py; None, with a notice, if the file is of another form."""
     try:
         result = json.loads(metrics.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         result = {}
     if not isinstance(result, dict) or not {"asked", "settings", "weights_sha256"} <= result.keys():
         notice(f"{metrics}: not scores of samples that generate.py made; left out")

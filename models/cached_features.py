@@ -29,7 +29,7 @@ from runtime.stores import METADATA, open_store, read_npy, shown
 DTYPES = ("float16", "int8")
 FOLDER = "features-"     # begins the name of every folder of features
 EXTENSIONS = (b".npy",)
-LIMITS = {"resolution": 2**16, "grid": 2**10, "width": 2**16}     # of what a record may claim
+LIMITS = {"resolution": 2**16, "grid": 2**8, "width": 2**13}     # of what a record may claim
 
 
 def features_folder(enc_type: str) -> str:

@@ -5,6 +5,7 @@ A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ou
     architecture   the constructor arguments of models.sit.SiT
     latent_space   the meaning of the latents (models.vae.LatentSpace)
     data           fingerprint of the data set's keys and labels
+    encoders       what identifies the encoders (models.encoders.encoder_ids); older checkpoints lack it
     processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
@@ -13,23 +14,31 @@ writes the weights alone, to share: the file cannot hold code, and generate.py t
 """
 
 import argparse
+import datetime
 import inspect
 import json
-from pathlib import Path
+import math
+import re
+from pathlib import Path, PurePath
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
 from models.sit import SiT, SiT_models
+from models.vae import LatentSpace
 from runtime.arguments import Parser
 from runtime.files import write_whole
 from runtime.messages import UserError, notice, without_traceback
 from runtime.run import Damaged, find, read_file
+from runtime.stores import shown
 
 # Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
 # ones out.
-KINDS = {"args": dict, "steps": int, "draws": int, "architecture": dict, "latent_space": dict, "data": str}
+KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "processes": int, "architecture": dict,
+         "data": str, "encoders": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
+LARGEST = 2**20      # of any number in an architecture
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
 PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
@@ -43,17 +52,51 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     Raises UserError if the file is missing or cannot be read now, and Damaged if it is no whole checkpoint.
     """
     path = find(path)
-    state = _read_export(path) if path.suffix == ".safetensors" else read_file(path, mmap)
+    state = dict(_read_export(path) if path.suffix == ".safetensors" else read_file(path, mmap))
     for name, kind in KINDS.items():
-        if name in state and not isinstance(state[name], kind):
-            raise Damaged(f"{path}: {name} is a {type(state[name]).__name__}, expected "
-                          f"{kind.__name__}; use another file")
+        value = state.get(name)
+        if name in state and (not isinstance(value, kind) or kind is int and not 0 <= value < 2**63):
+            expected = "a count" if kind is int else getattr(kind, "__name__", kind)
+            raise Damaged(f"{path}: {name} is a {type(value).__name__}, expected {expected}; use another file")
+    if "args" in state:
+        args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
+        state["args"] = {str(name): _as_json(value) for name, value in args.items()}
+    if "architecture" in state:
+        _require_architecture(path, state["architecture"])
+    if "latent_space" in state:
+        LatentSpace.from_record(state["latent_space"], str(path))
     return state
+
+
+def _as_json(value: object) -> str | int | float | bool | None:
+    """A setting as JSON has it; of a type that no setting has, its name."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, str | int | float | None):
+        return value
+    written = isinstance(value, PurePath | torch.device | torch.dtype | datetime.date | datetime.timedelta)
+    return str(value) if written else type(value).__name__
+
+
+def _require_architecture(path: Path, found: dict) -> None:
+    """Raise Damaged unless these are the constructor arguments of SiT, each of its type and a possible number."""
+
+    def fits(value: object, kind: type) -> bool:
+        if kind == tuple[int, ...]:
+            return isinstance(value, list | tuple) and all(fits(one, int) for one in value)
+        if kind is bool or value is None:
+            return isinstance(value, kind)
+        return type(value) is int and 0 < value <= LARGEST or kind is type(value) is float and 0 <= value <= LARGEST
+
+    kinds = {name: one.annotation for name, one in inspect.signature(SiT).parameters.items()}
+    wrong = [name for name, kind in kinds.items() if name not in found or not fits(found[name], kind)]
+    if wrong or found.keys() != kinds.keys():
+        raise Damaged(f"{path}: the architecture is not described by the arguments of SiT ("
+                      f"{', '.join(wrong) or 'it has others'}); use another file")
 
 
 def content(model: SiT, ema: SiT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, about: dict,
             step: int) -> dict:
-    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes."""
+    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes, encoders."""
     return {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "steps": step,
             "scaler": None if scaler is None else scaler.state_dict(), "architecture": model.config, **about}
 
@@ -69,13 +112,17 @@ def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.opti
     settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     try:
         optimizer.load_state_dict(state["opt"])
-    except (ValueError, KeyError, TypeError) as error:
+        for parameter, moments in optimizer.state.items():
+            if any(moment.layout != torch.strided or moment.is_meta or moment.shape not in ((), parameter.shape)
+                   for moment in moments.values()):
+                raise ValueError("of other shapes")
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{path}: holds the state of another optimiser ({error}); start from its weights with "
                         f"--init-weights {path} and another --exp-name") from error
     for group in optimizer.param_groups:
         group.update(settings)
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
     if state.get("draws", state["steps"]) != state["steps"]:
         notice(f"{path}: {state['steps']} updates of {state['draws']} batches, as some were skipped; going "
                f"on at step {state['draws']}")
@@ -85,34 +132,56 @@ def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.opti
 # ------------------------------------------------------------------------------------------------------ loading weights
 
 def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
-    """The state dict in a file, a whole checkpoint or a bare state dict, under our names."""
+    """The `plain_weights` of a file, a whole checkpoint or a bare state dict, under our names."""
     state = source if isinstance(source, dict) else read(source)
     if not _is_state_dict(state):
         if which not in state:
-            found = ", ".join(map(str, {"ema", "model"} & state.keys() or state))
+            found = shown(", ".join({"ema", "model"} & state.keys() or list(map(str, state))[:9]))
             raise UserError(f"--weights {which}: the checkpoint has {found}; change --weights, or name another file")
         state = state[which]
         if not isinstance(state, dict) or not _is_state_dict(state):
             raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of "
                             "REG, REPA or this program")
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
+    weights = {}
+    for name, tensor in plain_weights(state).items():
+        if name.startswith("decoder_blocks."):
+            raise UserError(f"{shown(name)}: the checkpoint is of an early REPA, which kept the blocks behind "
+                            "--encoder-depth apart: rename decoder_blocks.i to blocks.(i + that depth)")
         for released, ours in RELEASED_NAMES.items():
             if name.startswith(released):
                 name = ours + name.removeprefix(released)
-        renamed[name] = tensor
-    return renamed
+        weights[name] = tensor
+    return weights
 
 
 def _is_state_dict(state: dict) -> bool:
-    return all(isinstance(value, torch.Tensor) for value in state.values())
+    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
+
+
+def plain_weights(state: dict) -> dict[str, torch.Tensor]:
+    """A state dict without DataParallel's prefix `module.` and torch.compile's `_orig_mod.`, wherever they are.
+
+    Raises UserError for what is no dense tensor, for tensors that claim more numbers than are stored, and if two
+    entries have one name.
+    """
+    plain, claimed, stored = {}, 0, {}
+    for name, tensor in state.items():
+        if (not _is_state_dict({name: tensor}) or tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta
+                or tensor.is_quantized or tensor.is_complex() or not tensor.numel()):
+            raise UserError(f"{shown(str(name))} is no plain tensor (dense, real, not empty): name another file")
+        storage = tensor.untyped_storage()
+        claimed, stored[storage.data_ptr()] = claimed + tensor.numel() * tensor.element_size(), storage.nbytes()
+        plain[re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", name)] = tensor
+    if claimed > sum(stored.values()) or len(plain) < len(state):
+        raise UserError("the weights claim more numbers than are stored, or two have one name: name another file")
+    return plain
 
 
 def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema") -> None:
     """Load weights strictly: ours, released REG or released REPA; a file, its content, or a bare state dict.
 
-    `which` chooses "ema" or "model" in a whole file. Projectors are dropped if the model has none.
+    `which` chooses "ema" or "model" in a whole file. Projectors are dropped if the model has none. A model on the meta
+    device is moved to the CPU.
     Raises UserError naming the first wrong key and the likely cause.
     """
     weights = _weights(path_or_dict, which)
@@ -124,10 +193,16 @@ def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema"
         if here is None or there is None or here.shape != there.shape:
             found = "absent" if there is None else f"of shape {tuple(there.shape)}"
             wanted = "no such parameter" if here is None else f"shape {tuple(here.shape)}"
-            raise UserError(f"{name} is {found} in the checkpoint, the model has {wanted}: {_likely_cause(name)}")
+            doubled = name.startswith("final_layer.linear.") and there is not None and len(there) == 2 * len(here)
+            raise UserError(f"{shown(name)} is {found} in the checkpoint, the model has {wanted}: "
+                            f"{LEARN_SIGMA if doubled else _likely_cause(name)}")
+    if model.pos_embed.is_meta:
+        model.to_empty(device="cpu")
     model.load_state_dict(weights)
 
 
+LEARN_SIGMA = ("it predicts a variance, too (learn_sigma of SiT's and DiT's own releases, whose time runs otherwise); "
+               "use a checkpoint of REG, REPA or this program")
 CAUSES = {
     ("cls_embedder", "cls_norm", "final_layer.linear_cls"):
         "only one of them has a class-token slot (REG) of this width; choose the same --method and --enc-type",
@@ -150,45 +225,49 @@ def _likely_cause(name: str) -> str:
     return "the model's size differs; choose the same --model"
 
 
-def architecture_of(state: dict, model_name: str | None) -> dict:
+def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> dict:
     """The SiT constructor arguments of a checkpoint: stored by us, or read off the weights' shapes (released files).
 
-    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if they differ.
+    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if they differ,
+    or if the shapes contradict what is stored, so that a model is never larger than its file.
     """
-    if "architecture" in state:
-        stored = state["architecture"]
-        if stored.keys() != inspect.signature(SiT).parameters.keys():
-            raise UserError("the checkpoint's architecture is not described by the arguments of SiT: use another file")
-        size = SiT_models[model_name].keywords if model_name else stored
-        if any(stored[key] != size[key] for key in ("depth", "hidden_size", "num_heads", "patch_size")):
-            raise UserError(f"--model {model_name}: the checkpoint describes another architecture; leave --model out")
-        return dict(stored)
-    if model_name is None:
+    size = SiT_models[model_name].keywords if model_name else {}
+    if not size and "architecture" not in state:
         raise UserError("this checkpoint does not describe its architecture, like all released files: "
                         "add --model, e.g. SiT-XL/2")
-    weights = _weights(state, "ema")
-    size = SiT_models[model_name].keywords
+    weights = _weights(state, which)
     try:
-        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-        tokens = weights["pos_embed"].shape[1]
+        _, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+        _, tokens, width = weights["pos_embed"].shape
         classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+        slot = weights["cls_embedder.weight"].shape[1] if "cls_embedder.weight" in weights else None
+        side = math.isqrt(tokens - (slot is not None))
     except KeyError as error:
         raise UserError(f"the checkpoint lacks {error.args[0]}: it is no SiT of REG, REPA or this program") from None
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    if (width, depth, patch) != (size["hidden_size"], size["depth"], size["patch_size"]):
+    except (ValueError, IndexError, TypeError):
+        raise UserError("the checkpoint's embeddings have other dimensions than SiT's: name another file") from None
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    found = {"hidden_size": width, "depth": depth, "patch_size": patch, "in_channels": channels, "num_classes": classes,
+             "input_size": side * patch, "cls_token_dim": slot,
+             "qk_norm": "blocks.0.attn.q_norm.weight" in weights}
+    if any(found.get(key, state.get("architecture", size)[key]) != size[key] for key in size if key != "encoder_depth"):
         raise UserError(f"--model {model_name}: the checkpoint has width {width}, depth {depth}, patch {patch}; name "
                         "the model it was trained as")
-    slot = weights.get("cls_embedder.weight")
-    side = int((tokens - (slot is not None)) ** 0.5)
-    return dict(size, input_size=side * patch, in_channels=channels, num_classes=classes,
-                qk_norm="blocks.0.attn.q_norm.weight" in weights, cls_token_dim=None if slot is None else slot.shape[1])
+    if "architecture" not in state:
+        return size | found
+    wrong = [key for key in found if found[key] != state["architecture"][key]]
+    if wrong:
+        raise UserError(f"the checkpoint's architecture says {wrong[0]} {state['architecture'][wrong[0]]}, its weights "
+                        f"{found[wrong[0]]}: use another file")
+    return dict(state["architecture"])
 
 
 def build_for_sampling(state: dict, model_name: str | None = None, which: str = "ema") -> SiT:
     """The model of a checkpoint with its weights, in evaluation mode, on the CPU, without projectors."""
-    architecture = {**architecture_of(state, model_name), "z_dims": ()}
+    architecture = {**architecture_of(state, model_name, which), "z_dims": ()}
     try:
-        model = SiT(**architecture)
+        with torch.device("meta"):                                # nothing is allocated until the shapes agree
+            model = SiT(**architecture)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("the checkpoint's architecture cannot be built "
                         f"({error or architecture}): use another file") from error
@@ -224,7 +303,7 @@ def _read_export(path: Path) -> dict:
             about = json.loads((file.metadata() or {})["reg"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         return {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of `python -m "

@@ -11,19 +11,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from models.cached_features import FeaturesRecord, unpack
+from models.checkpoint import plain_weights
 from runtime.files import sha256
 from runtime.messages import UserError
+from runtime.run import read_file
 from runtime.stores import shown
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+MAX_NUMBER, MAX_ROW = 2**13, 2**8          # what a config.json may ask for: any size, and patches in a row
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -155,16 +160,41 @@ def to_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
-def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights from timm's or the encoder's original release, under timm's names, resampled to the model's input."""
-    state = timm.models.load_state_dict(str(file), weights_only=True)
-    momentum_contrast = "base_encoder."                           # MoCo v3's prefix (timm drops "module.")
+def build_with_weights(timm_name: str, file: Path, **settings) -> nn.Module:
+    """timm's model with the weights in `file`, in timm's or the original release's form. timm never opens the file.
+
+    The model is first built on the meta device, so that a config.json cannot ask for more memory than the file needs.
+    Raises ValueError, RuntimeError or whatever else timm makes of a foreign file.
+    """
+    state = read_weights(file)
+    if timm_name.startswith(LOCAL):
+        config = json.loads(Path(timm_name.removeprefix(LOCAL), "config.json").read_text())
+        sizes = {"input_size": config["pretrained_cfg"].get("input_size", ()), **config.get("model_args", {})}
+        if any(number > (len(state) if "depth" in name or "layers" in name else MAX_NUMBER)
+               for name, value in sizes.items() for number in np.ravel(value) if isinstance(number, int | np.integer)):
+            raise ValueError("config.json asks for more than the weights")
+    with torch.device("meta"):
+        model = timm.create_model(timm_name, pretrained=False, **settings)
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    state = filter_fn(state, model) if filter_fn else state
+    state = {name: value for name, value in state.items()
+             if name in model.state_dict() or not name.startswith(("head.", "head_dist.", "fc_norm."))}
+    model.load_state_dict(state, assign=True)                     # compares names and shapes
+    model = timm.create_model(timm_name, pretrained=False, **settings)
+    model.load_state_dict(state)
+    return model
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a safetensors file or one of torch.save, read without running code in it."""
+    state = load_file(file) if file.suffix == ".safetensors" else read_file(file, mmap=False)
+    found = (state[key] for key in ("state_dict_ema", "model_ema", "state_dict", "model") if state.get(key) is not None)
+    state = plain_weights(next(found, state))
+    momentum_contrast = "base_encoder."                           # MoCo v3's prefix
     if any(name.startswith(momentum_contrast) for name in state):
         state = {name.removeprefix(momentum_contrast): value for name, value in state.items()
                  if name.startswith(momentum_contrast)}
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = filter_fn(state, model) if filter_fn else state
-    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
+    return state
 
 
 def timm_weights(folder: Path) -> Path:
@@ -199,6 +229,19 @@ def _weights_file(weights: str | Path) -> Path:
     return Path(weights)
 
 
+def encoder_ids(enc_type: str, weights: str | None) -> list[str]:
+    """What identifies each encoder when a run resumes: `name:`, and the SHA-256 of its files if they are local."""
+    return [f"{'local-dir' if name.startswith(LOCAL) else name}:{sha256_of_named(name, file) or ''}"
+            for name, file in with_weights(enc_type, weights)]
+
+
+def same_encoders(before: list[str], now: list[str]) -> bool:
+    """Whether two lists of `encoder_ids` mean the same encoders; the hub's weights equal those of any file."""
+    pairs = [(str(a).partition(":"), b.partition(":")) for a, b in zip(before, now, strict=False)]
+    same = all(a[0] == b[0] and (a[2] == b[2] or "" in (a[2], b[2])) for a, b in pairs)
+    return same and len(before) == len(now)
+
+
 def require_made_by(record: FeaturesRecord, path: Path, name: str, weights: str | Path | None) -> None:
     """Raise UserError unless the features at `path` were made by the encoder `name` with the weights in use.
 
@@ -225,36 +268,41 @@ def load_encoder(name: str, device: torch.device | str, resolution: int = 256, p
         raise UserError(f"--enc-type {name}: unknown encoder; use {', '.join(ENCODERS)} or {LOCAL}FOLDER")
     if pretrained and weights is None and not spec.on_hub:
         raise UserError(f"--enc-type {name}: no weights on the hub; give its file with --encoder-weights")
-    file = None if weights is None else _weights_file(weights)
-
     # Patches of 14 and 16 see 16 image pixels each (224 px for a 256 px image and patch 14); others keep their input.
     input_size = patch * (resolution // 16) if native is None or patch in (14, 16) else native
-    model = _create(name, spec, input_size, pretrained and file is None)
-    if file is not None:
-        try:
-            model.load_state_dict(read_weights(file, model))
-        except Exception as error:                                # the readers can raise anything for a foreign file
-            raise UserError(f"--encoder-weights {file}: not the weights of {name} ({_first_words(error)}); "
-                            "give files in the order of --enc-type") from error
+    if not (type(input_size) is int and patch <= input_size <= min(MAX_NUMBER, MAX_ROW * patch)):
+        raise UserError(f"--enc-type {name}: an input of {input_size} px in patches of {patch}; expected at most "
+                        f"{MAX_NUMBER} px and {MAX_ROW} patches in a row")
+    model = _create(name, spec, input_size, pretrained, weights)
     encoder = Encoder(name, model, spec, input_size, grid or resolution // 16)
     return encoder.to(device).eval().requires_grad_(False)
 
 
-def _create(name: str, spec: Spec, input_size: int, pretrained: bool) -> nn.Module:
+def _create(name: str, spec: Spec, input_size: int, pretrained: bool, weights: str | Path | None) -> nn.Module:
     """timm's model without a head. Raises UserError if it cannot be built, or its weights do not load."""
+    settings = {"num_classes": 0, "img_size": input_size, **dict(spec.model_args)}
+    folder = Path(name.removeprefix(LOCAL)) if name.startswith(LOCAL) else None
+    if weights is not None:
+        file = _weights_file(weights)
+    else:
+        file = timm_weights(folder) if folder is not None and pretrained else None
     try:
-        return timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, img_size=input_size,
-                                 **dict(spec.model_args))
-    except (OSError, RuntimeError, SafetensorError) as error:     # not on the hub or in its cache; damaged
+        if file is not None:
+            return build_with_weights(spec.timm_name, file, **settings)
+        return timm.create_model(spec.timm_name, pretrained=pretrained, **settings)
+    except Exception as error:                                    # timm can raise anything for a foreign file
+        if isinstance(error, TypeError) and "img_size" in str(error):
+            raise UserError(f"--enc-type {name}: no vision transformer of variable input size; use another") from error
+        if weights is not None:
+            raise UserError(f"--encoder-weights {file}: not the weights of {name} ({_first_words(error)}); "
+                            "give files in the order of --enc-type") from error
+        if folder is not None:
+            raise cannot_build(folder, error) from error
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):               # not on the hub; damaged
+            raise
         raise UserError(f"--enc-type {name}: weights of {spec.timm_name} missing, damaged or unfit "
                         f"({_first_words(error)}); download its model.safetensors, name it with --encoder-weights"
                         ) from error
-    except Exception as error:                                    # timm can raise anything for an edited config.json
-        if isinstance(error, TypeError) and "img_size" in str(error):
-            raise UserError(f"--enc-type {name}: no vision transformer of variable input size; use another") from error
-        if not name.startswith(LOCAL):
-            raise
-        raise cannot_build(Path(name.removeprefix(LOCAL)), error) from error
 
 
 def _local_spec(name: str) -> tuple[Spec, int, int | None]:
@@ -291,7 +339,8 @@ def _first_words(error: Exception) -> str:
 
 def cannot_build(folder: Path, error: Exception) -> UserError:
     """The error for a folder in timm's form that timm fails on."""
-    return UserError(f"{folder}: timm cannot build the model ({_first_words(error)}); expected save_for_hf's files")
+    return UserError(f"{folder}: timm cannot build the model, or its weights are damaged ({_first_words(error)}); "
+                     "expected save_for_hf's files")
 
 
 def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True,

@@ -4,17 +4,24 @@ Conventions are diffusers': latents = (raw - shift) * scale, and a VAE without a
 Shape letters: B batch, C latent channels, H W latent size, R image size; R = H * downsampling.
 """
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from runtime.messages import UserError, notice
+from runtime.run import read_file
+from runtime.stores import shown
 
 SHORTHANDS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 # The published recipe encodes with the MSE fine-tune and decodes with its EMA sibling: one latent space, two decoders.
 DECODERS = {SHORTHANDS["mse"]: SHORTHANDS["ema"]}
+WEIGHTS = "diffusion_pytorch_model"
+LARGEST, MAX_WIDTH = 2**10, 2**14  # channels of latents or pixels per latent; any number in a config.json
 PIECE = 32  # images or latents in the network at a time; a decoder's feature map of 32 takes 2 GiB at 256 px in float32
 
 
@@ -33,18 +40,22 @@ class LatentSpace:
 
     @classmethod
     def from_record(cls, record: object, where: str = "the VAE record") -> "LatentSpace":
-        """The inverse of `to_record`. Raises UserError, naming `where`, unless all numbers are finite and > 0, but for
-        the shift, and the scale leaves of latents neither zeros nor infinities.
+        """The inverse of `to_record`. Raises UserError, naming `where`, for what no VAE has: other types, a scale of 0,
+        whole numbers beyond LARGEST, a name that is no hub id and no path.
         """
         known = record if isinstance(record, dict) else {}
         for field in fields(cls):
             value = known.get(field.name)
             if field.type is float:
                 fits = type(value) in (float, int) and abs(value) <= 1e6 and (value >= 1e-6 or field.name == "shift")
+            elif field.type is int:
+                fits = type(value) is int and 0 < value <= LARGEST
             else:
-                fits = type(value) is field.type and (field.type is str or value > 0)
+                fits = type(value) is str and value.isprintable() and len(value) <= 4096 and \
+                    max(len(part.encode()) for part in value.split("/")) <= 255
             if not fits:
-                raise UserError(f"{where}: the VAE's {field.name} is {value!r}; encode the data set again")
+                raise UserError(f"{where}: the VAE's {field.name} is {repr(value)[:99]}; use another file, or encode "
+                                "the data set again")
         return cls(**{field.name: known[field.name] for field in fields(cls)})
 
     def to_record(self) -> dict:
@@ -100,8 +111,9 @@ class Codec:
     def __init__(self, vae: torch.nn.Module, name: str):
         config = vae.config
         self.vae = vae
-        self.space = LatentSpace(name, float(config.scaling_factor), float(config.shift_factor or 0.0),
-                                 int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1))
+        self.space = LatentSpace.from_record({
+            "vae": name, "scale": config.scaling_factor, "shift": config.shift_factor or 0.0,
+            "channels": config.latent_channels, "downsampling": 2 ** (len(config.block_out_channels) - 1)}, name)
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -147,20 +159,44 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     from diffusers import AutoencoderKL  # slow to import, and training without pictures does not need it
 
     name = SHORTHANDS.get(name, name)
-    folder = Path(name).is_dir()
+    folder = os.path.isdir(name)
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"no VAE at {name}: use an existing folder, a hub id like {SHORTHANDS['ema']}, or "
                         f"{' or '.join(SHORTHANDS)}")
     try:
+        if folder:
+            _require_whole(Path(name))
         vae, loading = AutoencoderKL.from_pretrained(name, output_loading_info=True)
         if loading["missing_keys"]:                               # diffusers leaves them uninitialised
             raise ValueError(f"{len(loading['missing_keys'])} weights are missing")
         codec = Codec(vae.eval().requires_grad_(False), name)
+    except UserError:
+        raise
     except Exception as error:                                    # diffusers raises anything for an edited config.json
         if not folder and not isinstance(error, (OSError, ValueError)):
             raise
         fault = "no readable AutoencoderKL in this folder" if folder else "VAE neither on the hub nor in its cache"
-        raise UserError(f"{name}: {fault}; name a folder with config.json and diffusion_pytorch_model.safetensors"
-                        ) from error
+        raise UserError(f"{name}: {fault} ({' '.join(str(error).split())[:200]}); name a folder with config.json and "
+                        f"{WEIGHTS}.safetensors") from error
     vae.to(device)
     return codec
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise UserError for a folder that is known to be no VAE, or holds code or absurd sizes. Code in it is not run."""
+    if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
+        raise UserError(f"{folder}: a pipeline with its VAE inside; name {folder / 'vae'}")
+    files = [path for path in (folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin") if path.exists()]
+    if not files and list(folder.glob(f"{WEIGHTS}.fp16.*")):
+        raise UserError(f"{folder}: has the fp16 variant only, which is rounded; download {WEIGHTS}.safetensors")
+    for path in files[:1]:                                        # diffusers prefers safetensors, too
+        with open(path, "rb") as file:
+            if file.read(100).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path}: a pointer of git-lfs, no weights; run `git lfs pull` there, or download it")
+        if path.suffix == ".bin":
+            read_file(path)                                       # refuses code before diffusers sees the file
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in config.items():
+        limit = 64 if name == "layers_per_block" else MAX_WIDTH
+        if any(isinstance(number, int | np.integer) and number > limit for number in np.ravel(value)):
+            raise UserError(f"{folder / 'config.json'}: {name} is {shown(str(value))[:99]}; expected at most {limit}")

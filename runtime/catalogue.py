@@ -25,7 +25,7 @@ import numpy as np
 
 from runtime.files import UNREADABLE, write_whole
 from runtime.messages import UserError, notice
-from runtime.stores import MAX_INFLATED, METADATA, Store, ZipStore, few, list_names, open_store, read_metadata, shown
+from runtime.stores import METADATA, Store, ZipStore, few, list_names, max_inflated, open_store, read_metadata, shown
 
 MAX_CLASSES = 10**7     # an embedding of XL's width for each takes 46 GB
 SAMPLE = 64             # names that must exist for a catalogue to count; files whose content is recorded
@@ -266,7 +266,8 @@ def _require_sound(kept: dict[str, np.ndarray], end: int) -> None:
         raise ValueError("labels out of range")
     if "table" in kept:
         offset, size, inflated, method, _ = kept["table"].T
-        stored, deflated = method == zipfile.ZIP_STORED, (method == zipfile.ZIP_DEFLATED) & (inflated <= MAX_INFLATED)
+        stored = method == zipfile.ZIP_STORED
+        deflated = (method == zipfile.ZIP_DEFLATED) & (inflated <= max_inflated(size))
         outside = (kept["table"] < 0).any() or (offset > end - 30 - size).any()
         if outside or not (stored | deflated).all() or offset.shape != files.shape:
             raise ValueError("offsets outside the zip")

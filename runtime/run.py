@@ -7,12 +7,15 @@ OUTPUT_DIR/EXP/metrics.jsonl              one line per log interval (runtime/log
 
 import argparse
 import contextlib
+import datetime
 import itertools
+import pathlib
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -21,9 +24,18 @@ from runtime.files import make_folder, partial_name, write_json, write_whole
 from runtime.log import Log, Meter, start_tracker
 from runtime.messages import UserError, notice, say
 from runtime.stopping import StopRequest
+from runtime.stores import shown
 
 CHECKPOINTS = "checkpoints"
 ASIDE = ".aside"     # ends the names of checkpoints later than the one a run has gone back to
+# Harmless types that the settings in a checkpoint may have beside torch's own, under the names that files give them.
+SCALAR = np.float64(0).__reduce__()[0]
+PLAIN = [argparse.Namespace, dict, list, int, datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone,
+         pathlib.PurePosixPath, *((pathlib.PurePosixPath, f"pathlib{module}.PosixPath") for module in ("", "._local")),
+         *((pathlib.PureWindowsPath, f"pathlib{module}.WindowsPath") for module in ("", "._local")),
+         np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+         *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+         (lambda *factory: {}, "collections.defaultdict")]
 LOCK_PATIENCE = 10   # seconds; the loader workers of a killed run hold its lock for up to five
 
 
@@ -168,31 +180,41 @@ def prune(experiment: Path, keep_last: int, keep_every: int) -> None:
 
 
 def read_file(path: Path, mmap: bool = True) -> dict:
-    """Read a checkpoint file without running code in it (`weights_only`); an argparse.Namespace in it becomes a dict.
+    """Read a file of torch.save without running code in it (`weights_only`); settings may hold the types of PLAIN.
 
     The file is read once for its checksums. With `mmap` tensors stay on disk until they are used.
-    Raises UserError if the file cannot be read now, and Damaged if it is not a whole checkpoint.
+    Raises UserError if the file cannot be read now, and Damaged if it is not a whole checkpoint, or holds more.
     """
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise zipfile.BadZipFile("it inflates")       # torch.save compresses nothing
                 damaged = archive.testzip()                       # torch.load does not look at the checksums
                 if damaged is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except (OSError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except Exception as error:                                    # the unpickler raises anything on other files
-        raise Damaged(f"{path}: cannot be read as a checkpoint ({type(error).__name__}): damaged, or more than "
-                      "weights; use another file, or delete it") from error
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({type(error).__name__}): damaged, or more than weights"
+                      f"{_more_than_weights(path)}; use another file, or delete it") from error
     if not isinstance(state, dict) or not state:
         raise Damaged(f"{path}: holds a {type(state).__name__}, no checkpoint; name a .pt file of "
                       "REG, REPA or this program")
-    if isinstance(state.get("args"), argparse.Namespace):
-        state["args"] = vars(state["args"])
     return state
+
+
+def _more_than_weights(path: Path) -> str:
+    """The names of what `read_file` refuses in a file, for its message."""
+    try:
+        with torch.serialization.safe_globals(PLAIN):
+            found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:                                             # no zip, or no pickle in it
+        return ""
+    return f" ({shown(', '.join(found))[:200]})" if found else ""
 
 
 def resumable(experiment: Path, resume: str, read: Callable[..., dict]) -> tuple[Path, dict] | None:

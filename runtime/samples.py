@@ -39,7 +39,7 @@ def read_settings(folder: Path) -> dict:
     """The content of a folder's settings.json, or {} if it is missing or not an object."""
     try:
         found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -28,7 +28,9 @@ OWN = {METADATA.encode(), UNFINISHED.encode(), b".tmp", b"catalogue.npz"}       
 
 # Limits on files from elsewhere, which may be damaged or malicious.
 MAX_PIXELS = 2**27      # per picture: half a GiB decoded, in each worker; nearly all cameras make less
+MAX_SIDE = 2**16        # of a picture: decoders take time and memory for every row
 MAX_INFLATED = 2**30    # bytes of one compressed file; a dataset.json of a million labels has a tenth of it
+SMALL, MAX_RATIO = 2**22, 100  # a compressed file may have SMALL bytes and MAX_RATIO times its stored ones; labels: 17
 MAX_NAME = 4096         # bytes of a name in a zip, Linux's limit for a path: all names are as wide as the longest
 # Pillow warns of large pictures before MAX_PIXELS refuses them; warnings.catch_warnings is not thread-safe.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -42,6 +44,11 @@ def shown(name: bytes | str | os.PathLike) -> str:
 def few(names: np.ndarray) -> str:
     """The first three of an array of names (bytes), for messages."""
     return ", ".join(map(shown, names[:3].tolist())) + (", ..." if len(names) > 3 else "")
+
+
+def max_inflated(stored: int | np.ndarray) -> int | np.ndarray:
+    """The most bytes that a compressed file of `stored` bytes may have; deflate itself reaches 1,000 times as many."""
+    return np.minimum(SMALL + MAX_RATIO * stored, MAX_INFLATED)
 
 
 # ---- folder or zip -------------------------------------------------------------------------------------------------
@@ -116,8 +123,8 @@ def _fault(entry: zipfile.ZipInfo, end: int) -> str | None:
         return "no relative name without \"..\", backslashes or drive letters; write the zip again"
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
         return "encrypted or unusual compression; store it plainly (zip -0)"
-    if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > MAX_INFLATED:
-        return f"{entry.file_size} bytes, compressed, the limit is {MAX_INFLATED}; remove it or use zip -0"
+    if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > (limit := max_inflated(entry.compress_size)):
+        return f"{entry.file_size} bytes, compressed, the limit is {limit}; remove it or use zip -0"
     if not 0 <= entry.header_offset <= end - 30 - entry.compress_size:
         return f"lies outside of the zip's {end} bytes; write the zip again"
     return None
@@ -245,8 +252,9 @@ def read_metadata(store: Store) -> dict:
     data = store.read(METADATA)
     try:
         metadata = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{store.where(METADATA)}: not JSON ({error}); write it again") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or "not enough memory"
+        raise UserError(f"{store.where(METADATA)}: not JSON ({reason}); write it again") from error
     if not isinstance(metadata, dict):
         raise UserError(f'{store.where(METADATA)}: must be an object like '
                         '{"labels": [["00000/img00000000.png", 7], ...]}')
@@ -279,17 +287,19 @@ def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
 def decode_image(data: bytes, where: str) -> Image.Image:
     """Decode a picture in its own mode and size; of an animation the first frame.
 
-    Raises UserError naming `where` if it cannot be decoded, or its header declares more than MAX_PIXELS.
+    Raises UserError naming `where` if it cannot be decoded, or its header declares more than MAX_PIXELS or MAX_SIDE.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
             raise Image.DecompressionBombError
         image.load()
     except Image.DecompressionBombError as error:
-        raise UserError(f"{where}: more than {MAX_PIXELS} pixels; make it smaller or remove it") from error
+        raise UserError(f"{where}: more than {MAX_PIXELS} pixels, or {MAX_SIDE} in a row or column; make it smaller or "
+                        "remove it") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: not a readable image ({', '.join(FORMATS)}); replace or remove it") from error
     except UNREADABLE as error:
-        raise UserError(f"{where}: not a readable image ({shown(str(error))}); replace or remove it") from error
+        reason = shown(str(error)) or type(error).__name__
+        raise UserError(f"{where}: not a readable image ({reason}); replace or remove it") from error
     return image

@@ -1,11 +1,16 @@
 """Checkpoints, export, and an experiment on disk: whole files, no code in them, and what does not fit is named."""
 
 import argparse
+import datetime
+import json
 import pickle
+import re
 import resource
+from collections import defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -71,7 +76,7 @@ def test_everything_is_restored_but_the_optimisers_settings(tmp_path):
     scaler.scale(torch.zeros(()))
     scaler.unscale_(optimizer)
     scaler.update()
-    about = {"args": {}, "latent_space": {}, "data": "", "processes": 1}
+    about = {"args": {}, "latent_space": LatentSpace().to_record(), "data": "", "processes": 1}
     state = checkpoint.content(model, small(), optimizer, scaler, about, 7)
     path = disk.save(tmp_path, state)
 
@@ -153,6 +158,116 @@ def test_what_does_not_fit_is_named_with_its_likely_cause(change, key, cause):
     with pytest.raises(UserError) as error:
         load_weights(small(), small(**change).state_dict())
     assert key in str(error.value) and cause in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda name: f"module.{name}", lambda name: f"_orig_mod.{name}", lambda name: f"module._orig_mod.{name}",
+    lambda name: f"_orig_mod.module.{name}", lambda name: f"module.module.{name}",
+    lambda name: re.sub(r"(blocks\.\d+|x_embedder)\.", r"\1._orig_mod.", name),
+    lambda name: re.sub(r"(blocks\.\d+)\.", r"_orig_mod.\1.module._orig_mod.", name)])
+def test_prefixes_of_parallel_and_compiled_networks(wrap):
+    source, model = randomised(small()), small()
+    load_weights(model, {"ema": {wrap(name): value for name, value in source.state_dict().items()}})
+    assert same(model.state_dict(), source.state_dict())
+    twice = {**source.state_dict(), "module.pos_embed": torch.zeros(1, 17, 32)}
+    with pytest.raises(UserError, match="one name"):
+        load_weights(model, twice)
+
+
+def test_settings_of_many_types_are_read_and_written(tmp_path):
+    """Those of the family's programs; what is nested or of an unknown kind becomes the name of its type."""
+    settings = {"path_type": "cosine", "device": torch.device("cuda:1"), "dtype": torch.bfloat16, "lr": np.float64(0.5),
+                "steps": np.int64(3), "flag": np.bool_(True), "half": np.float16(0.5), "folder": tmp_path,
+                "when": datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC),
+                "took": datetime.timedelta(1), "factory": defaultdict(list, a=[1]), "none": None, "size": (1, 2),
+                "inner": argparse.Namespace(a=argparse.Namespace(b=1)), 7: "seven"}
+    expected = {"path_type": "cosine", "device": "cuda:1", "dtype": "torch.bfloat16", "lr": 0.5, "steps": 3,
+                "flag": True, "half": 0.5, "folder": str(tmp_path), "when": "2024-01-02 00:00:00+00:00",
+                "took": "1 day, 0:00:00", "factory": "dict", "none": None, "size": "tuple", "inner": "Namespace",
+                "7": "seven"}
+    args = argparse.Namespace()
+    vars(args).update(settings)
+    for given in (settings, args):
+        torch.save({"ema": small().state_dict(), "args": given}, tmp_path / "x.pt")
+        state = checkpoint.read(tmp_path / "x.pt")
+        assert state["args"] == expected and json.loads(json.dumps(state["args"])) == expected
+
+
+def test_old_heads_and_learned_variances_are_named():
+    """An early REPA's blocks, and SiT's own release, whose last layer has twice the outputs."""
+    state = small().state_dict()
+    with pytest.raises(UserError, match="decoder_blocks.0.*early REPA"):
+        load_weights(small(), {**state, "decoder_blocks.0.mlp.fc1.bias": torch.zeros(2)})
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = torch.cat([state[name]] * 2)
+    with pytest.raises(UserError, match=r"final_layer.linear.bias is of shape \(24,\).*\(12,\).*learn_sigma"):
+        load_weights(small(), state)
+
+
+def edited(**changes):
+    def edit(state):
+        state["architecture"].update(changes)
+    return edit
+
+
+def weight(value):
+    def edit(state):
+        state["ema"]["final_layer.linear.bias"] = value
+    return edit
+
+
+def entry(**changes):
+    def edit(state):
+        state.update(changes)
+    return edit
+
+
+def space(**changes):
+    def edit(state):
+        state["latent_space"].update(changes)
+    return edit
+
+
+@pytest.mark.parametrize(("edit", "word"), [
+    (edited(num_heads=0), "num_heads"), (edited(num_heads=-1), "num_heads"), (edited(num_heads=10**9), "num_heads"),
+    (edited(num_heads=7), "cannot be built"), (edited(patch_size=0), "patch_size"), (edited(depth=10**9), "depth"),
+    (edited(depth=2**19), "depth"), (edited(depth="3"), "depth"), (edited(hidden_size=2**19), "hidden_size"),
+    (edited(input_size=2**19), "input_size"), (edited(num_classes=2**19), "num_classes"),
+    (edited(mlp_ratio=float("nan")), "mlp_ratio"), (edited(mlp_ratio=2.0**19), "mlp"), (edited(mlp_ratio="4"), "mlp"),
+    (edited(z_dims=3), "z_dims"), (edited(qk_norm=1), "qk_norm"), (edited(more=1), "arguments of SiT"),
+    (edited(class_dropout_prob=[]), "class_dropout_prob"), (edited(in_channels=None), "in_channels"),
+    (space(downsampling=10**9), "downsampling"), (space(downsampling=-8), "downsampling"),
+    (space(vae="x" * 300), "vae"), (space(vae="a\0b"), "vae"), (space(scale=0.0), "scale"),
+    (space(scale=float("inf")), "scale"),
+    (entry(latent_space=[]), "vae"), (entry(steps=-1), "steps"), (entry(steps=10**30), "steps"),
+    (entry(args=[]), "args"), (entry(opt=[]), "opt"), (entry(ema={1: torch.zeros(1)}), "ema"),
+    (weight(torch.zeros(16).to_sparse()), "final_layer.linear.bias"),
+    (weight(torch.zeros(16, device="meta")), "final_layer.linear.bias"),
+    (weight(torch.zeros(16, dtype=torch.complex64)), "final_layer.linear.bias"), (weight(3), "ema"),
+    (weight(torch.zeros(0)), "final_layer.linear.bias"), (weight(torch.zeros(16, 1)), "final_layer.linear.bias"),
+])
+def test_edited_checkpoints(tmp_path, edit, word):
+    """One sentence, without building what the numbers ask for."""
+    state = content(small(), small())
+    edit(state)
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=word) as refused:
+        build_for_sampling(checkpoint.read(tmp_path / "x.pt"))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("change", [
+    lambda moments: moments.update(exp_avg=torch.zeros(3)), lambda moments: moments.update(exp_avg=None),
+    lambda moments: moments.update(exp_avg_sq=moments["exp_avg_sq"].to_sparse())])
+def test_an_edited_optimiser_is_refused(tmp_path, change):
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*inputs(model))[0].sum().backward()
+    optimizer.step()
+    state = {**content(model, small()), "opt": optimizer.state_dict()}
+    change(next(iter(state["opt"]["state"].values())))
+    with pytest.raises(UserError, match="another optimiser"):
+        checkpoint.restore(tmp_path, state, small(), small(), torch.optim.AdamW(small().parameters()), None)
 
 
 class Harmful:
@@ -341,7 +456,8 @@ def test_a_log_line_is_whole_or_waits(tmp_path, capsys):
     assert [line["step"] for line in read_lines(log.path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3, "lo', '{"step": "3"}', "\0" * 64, "{}", '{"step": 3}\n'])
+@pytest.mark.parametrize("rest", ['{"step": 3, "a": ' + "[" * 10**5,
+                                  '{"step": 3, "lo', '{"step": "3"}', "\0" * 64, "{}", '{"step": 3}\n'])
 def test_later_and_half_lines_are_cut_off(tmp_path, rest):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + rest)
     Log(tmp_path / "metrics.jsonl", 2).append({"step": 3, "loss": 0.5})

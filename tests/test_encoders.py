@@ -1,12 +1,15 @@
 """Frozen encoders: one interface over timm."""
 
+import argparse
+import shutil
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from models.encoders import ENCODERS, load_encoders, require_class_tokens, to_grid
+from models.encoders import ENCODERS, encoder_ids, load_encoders, require_class_tokens, same_encoders, to_grid
 from runtime.messages import UserError
 
 IMAGES = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -130,6 +133,48 @@ def test_mistakes_are_refused(tmp_path, capsys, enc_type, settings, word):
     with pytest.raises(UserError, match=word):
         load_encoders(enc_type.format(tmp_path), "cpu", resolution=64, **settings)
     assert "code was run" not in capsys.readouterr().out
+
+
+def test_weights_of_a_parallel_compiled_and_averaged_network(tmp_path):
+    """Under the names of DataParallel and torch.compile, in timm's training checkpoint, with a head."""
+    encoder, = load_encoders("dinov2-vit-s", "cpu", resolution=64, pretrained=False)
+    state = {f"module._orig_mod.{name}": value for name, value in encoder.model.state_dict().items()}
+    state = {**state, "module._orig_mod.head.weight": torch.zeros(2)}
+    args = argparse.Namespace(device=torch.device("cuda"), folder=tmp_path)
+    torch.save({"state_dict": {}, "state_dict_ema": state, "args": args}, tmp_path / "x.pth")
+    loaded, = load_encoders("dinov2-vit-s", "cpu", resolution=64, weights=[tmp_path / "x.pth"])
+    torch.testing.assert_close(loaded(IMAGES)[0], encoder(IMAGES)[0])
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_a_folder_of_timm_with_and_without_safetensors(tmp_path, architecture):
+    """What timm itself makes of the folder; the second has buffers that no file holds."""
+    torch.manual_seed(0)
+    size = dict(img_size=64, embed_dim=32, depth=2, num_heads=2)
+    timm.models.save_for_hf(timm.create_model(architecture, **size, num_classes=5), tmp_path, model_args=size,
+                            safe_serialization=True)
+    expected = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        encoder, = load_encoders(f"local-dir:{tmp_path}", "cpu", resolution=64)
+        x = encoder.preprocess(IMAGES)
+        torch.testing.assert_close(encoder.model(x), expected(x), rtol=0, atol=0)
+        if name == "model.safetensors":
+            torch.save(load_file(tmp_path / name), tmp_path / "pytorch_model.bin")
+            (tmp_path / name).unlink()
+
+
+def test_what_identifies_encoders(encoder_folder, tmp_path):
+    """A local encoder its files, wherever they are; a known one its name, and its file if both were given one."""
+    moved = shutil.copytree(encoder_folder, tmp_path / "moved")
+    here, there = (encoder_ids(f"local-dir:{folder},dinov2-vit-b", None) for folder in (encoder_folder, moved))
+    assert here == there and same_encoders(here, there)
+    file = moved / "model.safetensors"
+    given = encoder_ids(f"local-dir:{encoder_folder},dinov2-vit-b", f"{file},{file}")
+    assert same_encoders(here, given) and given[1] != here[1]     # the hub's weights may be given as a file
+    save_file({"a": torch.zeros(1)}, file)
+    other = encoder_ids(f"local-dir:{moved},dinov2-vit-b", f",{file}")
+    assert not same_encoders(here, other) and not same_encoders(given, other)
+    assert not any(same_encoders(before, here) for before in (here[::-1], here[:1], [3, []]))
 
 
 class Printed:

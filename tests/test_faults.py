@@ -280,6 +280,10 @@ RUN = [
     (state(lambda c: c.update(opt={"state": {}, "param_groups": []})), "train", "", SAVED, STARTED),
     (None, "train", "--model SiT-T/4", "SiT-T/2", ()),
     (all_of(remove(image(5)), remove(moments(5))), "train", "", "other files or labels", ()),
+    (edit(CONFIG, lambda c: c.update(changed=True)), "train", "", "other files of local-dir:encoder", ()),
+    (lambda: shutil.copytree("encoder", "moved") and os.truncate("moved/model.safetensors", 1000), "train",
+     "--enc-type local-dir:moved", "was trained with local-dir:encoder", ()),
+    (state(lambda c: c["architecture"].update(num_heads=0)), "train", "", SAVED, ()),
     (None, "train", "--resume none", "exps/run", ()),
     (write("x.pt", "hello"), "train", "--exp-name new --init-weights x.pt", "x.pt", ("exps/new*",)),
 
@@ -290,6 +294,12 @@ RUN = [
     (state(without("architecture")), "generate", "", "--model", ()),
     (state(lambda c: c["architecture"].update(num_heads=7)), "generate", "", "architecture", ()),
     (edit(VAE, lambda c: c.update(scaling_factor=2.0)), "generate", "", "scale", ()),
+    (state(lambda c: c["architecture"].update(depth=10**9)), "generate", "", "depth", ()),
+    (state(lambda c: c["architecture"].update(num_heads=-1)), "generate", "", "num_heads", ()),
+    (state(lambda c: c["latent_space"].update(downsampling=10**9)), "generate", "", "downsampling", ()),
+    (state(lambda c: c["latent_space"].update(vae="x" * 300)), "generate", "", "vae", ()),
+    (state(lambda c: c["args"].update(path_type=["linear"])), "generate", "", "path", ()),
+    (state(lambda c: c.update(ema={i: torch.zeros(1) for i in range(9)})), "generate", "", "ema", ()),
     (None, "generate", "--classes 0,3", "--classes", ()),
     (write("mine", "mine"), "generate", "--sample-dir mine/x", "mine/x", ()),
 
@@ -359,6 +369,23 @@ def test_faults_of_data_networks_and_samples(prepared, tmp_path, monkeypatch, ca
 def test_faults_of_experiments(experiment, tmp_path, monkeypatch, capfd, damage, program, flags, word, leaves):
     place = shutil.copytree(experiment, tmp_path / "place")
     run_refused(place, damage, program, flags, word, leaves, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known by content", "checkpoint of before"])
+def test_the_same_encoder_elsewhere_resumes(experiment, tmp_path, monkeypatch, capfd, known):
+    place = shutil.copytree(experiment, tmp_path / "place")
+    monkeypatch.chdir(place)
+    flags = PROGRAMS["train"][1]
+    if known:
+        shutil.move("encoder", "moved")
+        flags = flags.replace("local-dir:encoder", "local-dir:moved")
+    else:
+        state(without("encoders"))()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main(flags.split())
+    assert "resumed exps/run/checkpoints/0000001.pt" in capfd.readouterr().out
+    again = torch.load("exps/run/checkpoints/0000003.pt", weights_only=True)["encoders"]
+    assert again == torch.load(experiment / SAVED, weights_only=True)["encoders"]
 
 
 @contextmanager

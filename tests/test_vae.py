@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models.vae import PIECE, Codec, LatentSpace, load_codec, read_space
 from runtime.messages import UserError
 from runtime.speed import compile_parts
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[1]
 
 
@@ -147,7 +148,8 @@ RECORD = LatentSpace().to_record()
 
 
 @pytest.mark.parametrize("field, value", [
-    ("vae", 3), ("scale", "1"), ("scale", float("nan")), ("scale", None), ("shift", 10**400), ("channels", True),
+    ("vae", 3), ("vae", "x" * 300), ("vae", "a\nb"), ("downsampling", 10**9), ("scale", 0), ("scale", "1"),
+    ("scale", float("nan")), ("scale", None), ("shift", 10**400), ("channels", True),
     ("channels", 0), ("downsampling", -8), ("downsampling", 8.0)])
 def test_a_record_with_a_wrong_number_is_refused(field, value):
     with pytest.raises(UserError, match=f"DATA.*{field}"):
@@ -168,7 +170,8 @@ def test_moments_that_do_not_fit_the_images_are_refused(shape, side):
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
-@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "ema"])          # the last is not in the test's cache
+# "ema" is not in the test's cache
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "ema", "x" * 300, "a/" + "x" * 300])
 def test_an_unknown_vae_is_refused_by_name(name):
     with pytest.raises(UserError, match=name):
         load_codec(name)
@@ -177,6 +180,33 @@ def test_an_unknown_vae_is_refused_by_name(name):
 def test_a_folder_without_a_vae_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         load_codec(str(tmp_path))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 167335342\n"
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (lambda folder: shutil.move(folder / WEIGHTS, folder / "diffusion_pytorch_model.fp16.safetensors"), "fp16"),
+    (lambda folder: (folder / WEIGHTS).write_text(POINTER), "git lfs pull"),
+    (lambda folder: shutil.move(shutil.copytree(folder, folder / "vae") / ".." / "config.json", folder / "x.json"),
+     "name .*vae/vae$"),
+    (lambda folder: (folder / WEIGHTS).unlink(), "safetensors"),
+    (lambda folder: (folder / "config.json").write_text("[" * 10**5), "no readable AutoencoderKL"),
+])
+def test_a_folders_fault_is_named(vae_folder, tmp_path, change, word):
+    """Of a pipeline with the VAE inside, a clone without git-lfs, and a download of the fp16 variant alone."""
+    folder = shutil.copytree(vae_folder, tmp_path / "vae")
+    change(folder)
+    with pytest.raises(UserError, match=word):
+        load_codec(str(folder))
+
+
+def test_weights_of_torch_save_are_read(vae_folder, tmp_path, codec):
+    folder = shutil.copytree(vae_folder, tmp_path / "vae")
+    torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    latents = draw(1, 4, 8, 8)
+    assert torch.equal(load_codec(str(folder)).decode(latents), codec.decode(latents))
 
 
 def test_the_hubs_cache_serves_offline(vae_folder, tmp_path):
