@@ -115,8 +115,9 @@ def test_programs_work_without_output(program, train_flags, data_dir, trained, v
                    "x.zip"),
         "generate": (generate.main, ["--ckpt", trained, "--num-fid-samples=2", "--num-steps=2", f"--vae={vae_folder}",
                                      "--sample-dir", tmp_path / "s"], "s/*/samples.npz"),
-        "evaluator": (evaluator.main, [images, images, f"--features=local-dir:{encoder_folder}", "--device=cpu",
-                                       "--metrics=fd", "--output", tmp_path / "x.json"], "x.json")}[program]
+        "evaluator": (evaluator.main, ["--ref-batch", images, "--sample-batch", images, "--metrics=fd",
+                                       f"--features=local-dir:{encoder_folder}", "--output", tmp_path / "x.json"],
+                      "x.json")}[program]
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115  (for the test)
     AcceleratorState._reset_state(reset_partial_state=True)
