@@ -226,7 +226,7 @@ def main(argv=None) -> None:
     parts["images"] = np.dtype((np.uint8, (side, side, 3)))
     folder = SampleFolder(folder_of(args.sample_dir, settings), args.num_fid_samples, args.per_proc_batch_size, parts,
                           png=not args.no_png)
-    missing = folder.claim(lambda: is_same(read_settings(folder.path), settings)) if first else None
+    missing = folder.missing(is_same(read_settings(folder.path), settings)) if first else None
 
     from accelerate.utils import broadcast_object_list  # slow to import
 

@@ -13,7 +13,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,17 +74,6 @@ class SampleFolder:
     def png_file(self, index: int) -> Path:
         return self.path / "images" / f"{index:06d}.png"
 
-    def claim(self, same: Callable[[], bool]) -> list[range] | None:
-        """One process: lock the folder, unless nothing is to be done; returns what is `missing`.
-
-        Raises UserError as `missing` does, and if another process writes the folder.
-        """
-        missing = self.missing(same())
-        if missing is None and not self._missing_png():
-            return None
-        self._lock = lock(self.path, "give another --sample-dir")
-        return self.missing(same())                               # another process may have finished meanwhile
-
     def missing(self, same: bool) -> list[range] | None:
         """The blocks to make, or None if samples.npz is finished. `same`: the folder's settings are the wanted ones.
 
@@ -123,8 +111,13 @@ class SampleFolder:
         return [index for index in range(self.count) if self.png and self.png_file(index).name not in there]
 
     def begin(self, settings: dict, keep: bool) -> None:
-        """One process, before the blocks: remove what they replace. Unless blocks are kept, write the settings."""
-        make_folder(self.path)
+        """One process, before the blocks: lock the folder and remove what they replace.
+
+        Unless blocks are kept, write the settings. Raises UserError if another process writes the folder.
+        """
+        self._take()
+        if keep and all(self._is_finished(part) for part in self.parts):
+            raise UserError(f"{self.path}: another process has just written it; give the same command again")
         for stale in (file for name in (METRICS, "*.npz", "grid.png") for file in self.path.glob(name)):
             stale.unlink()
         remove_partials(self.path)
@@ -133,6 +126,9 @@ class SampleFolder:
             shutil.rmtree(folder, ignore_errors=True)
         if not keep:                      # last: the old settings stay until nothing made with them is left
             write_json(self.path / "settings.json", settings)
+
+    def _take(self) -> None:
+        self._lock = lock(self.path, "give another --sample-dir")
 
     def write_block(self, block: range, **arrays: np.ndarray) -> None:
         """Any process: write each part's rows of a block (B, ...)."""
@@ -158,6 +154,7 @@ class SampleFolder:
         for part in self.parts:
             shutil.rmtree(self.block_folder(part), ignore_errors=True)
         if missing := set(self._missing_png()):
+            self._take()
             self._export(missing)
         if self._lock is not None:
             (self.path / ".lock").unlink(missing_ok=True)

@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 def fill(folder, settings=SETTINGS, until=4, images=IMAGES) -> list[range] | None:
     """Make what is missing, as generate.py does, but end before block number `until`; returns what was missing."""
-    missing = folder.claim(lambda: read_settings(folder.path) == settings)
+    missing = folder.missing(read_settings(folder.path) == settings)
     if missing is not None:
         folder.begin(settings, keep=len(missing) < len(folder.blocks))
         for block in [block for block in missing if block in folder.blocks[:until]]:
