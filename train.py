@@ -39,7 +39,7 @@ from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
 from runtime.arguments import Parser, at_least, below_one, not_negative, positive, share
 from runtime.files import write_whole
-from runtime.launch import require_joined
+from runtime.launch import leave_processes, require_joined
 from runtime.loading import batches_of, require_short_tmpdir
 from runtime.log import Log, peak_memory, require_tracker, track, write_line
 from runtime.messages import UserError, notice, say, without_traceback
@@ -336,12 +336,11 @@ def main(argv: list[str] | None = None) -> None:
                   objective, optimizer, accelerator)
             if run.interrupted:
                 close(run.step)
-                why = "a failed read" if stop.failure else stop.asked.name
-                notice(f"stopped by {why} after step {run.step}: give the same command again to go on")
+                if stop.failure is None:
+                    notice(f"stopped by {stop.asked.name} after step {run.step}: give the same command again to go on")
             accelerator.wait_for_everyone()                       # a rank that ended now would end the one that saves
-            track(accelerator, lambda tracker: tracker.finish())
-            accelerator.trackers.clear()
-            accelerator.end_training()
+            track(accelerator, accelerator.end_training)
+            leave_processes()
     if run.interrupted:
         stop.leave()
 
@@ -549,7 +548,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
     def save(step: int) -> None:
         done["saved"] = step
         if accelerator.is_main_process:
-            disk.save(folder, capture(step))                      # refuses weights that are not finite
+            disk.save(folder, capture(step))
             if not run.meter.in_a_row:                            # else the older ones may be the last good ones
                 disk.prune(folder, args.keep_last, args.keep_every)
 
@@ -590,9 +589,10 @@ def draw_grid(path: Path, ema: SiT, codec: Codec, how: Sampling, step: int, acce
     images, _, _ = sample_images(ema, codec, range(GRID_IMAGES), how)
     grid = make_grid(images, nrow=round(GRID_IMAGES**0.5))                                # uint8 (3, ., .)
     write_whole(path, lambda partial: to_pil_image(grid).save(partial, "png"))
-    pictures = {"samples": grid.permute(1, 2, 0)[None].numpy()}                           # (1, ., ., 3)
-    track(accelerator, lambda tracker: tracker.log_images(
-        pictures, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {})))
+    for tracker in list(accelerator.trackers):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        show = partial(tracker.log_images, {"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
+        track(accelerator, show)
 
 
 def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,

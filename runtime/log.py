@@ -122,7 +122,7 @@ def read_lines(path: Path) -> list[dict]:
 def write_line(log: Log | None, accelerator: Accelerator, line: dict, shown: Iterable[str]) -> None:
     """Write one line to metrics.jsonl (`log`, first process) and the tracker, and names in `shown` to the terminal."""
     numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
-    track(accelerator, lambda tracker: tracker.log(numbers, step=line["step"]))
+    track(accelerator, lambda: accelerator.log(numbers, step=line["step"]))
     if log is not None:
         log.append(line)
         numbers = [f"{name} {line[name]:.{'4f' if abs(line[name]) < 1e6 else '3e'}}" for name in shown if name in line]
@@ -135,18 +135,13 @@ def require_tracker(name: str) -> None:
         raise UserError(f"--report-to {name}: {name} is not installed; pip install {name}, or use --report-to none")
 
 
-def track(accelerator: Accelerator, act: Callable) -> None:
-    """Call `act(tracker)`, if there is one. A tracker that fails is reported and not used any more."""
+def track(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """Call `act()`, which uses the tracker. If that fails, say so and use it no more."""
     try:
-        for tracker in accelerator.trackers:
-            act(tracker)
-    except Exception as error:                                    # anything, of libraries and their servers
-        give_up_tracker(accelerator, error)
-
-
-def give_up_tracker(accelerator: Accelerator, error: Exception) -> None:
-    accelerator.trackers.clear()
-    notice(f"warning: the tracker has failed ({type(error).__name__}: {error}); metrics.jsonl goes on without it")
+        act()
+    except Exception as error:                                    # not logged in, a full disk, no network, ...
+        accelerator.trackers.clear()
+        notice(f"warning: the tracker has failed ({type(error).__name__}: {error}); metrics.jsonl goes on without it")
 
 
 def start_tracker(accelerator: Accelerator, folder: Path, name: str, settings: dict) -> None:
@@ -163,10 +158,7 @@ def start_tracker(accelerator: Accelerator, folder: Path, name: str, settings: d
         write_whole(kept, lambda partial: partial.write_text(f"{run} {folder.name}", encoding="utf-8"))
         extra = {"wandb": {"name": folder.name, "id": run, "resume": "allow"}}
     config = {key: str(value) for key, value in settings.items()}
-    try:
-        accelerator.init_trackers("REG", config=config, init_kwargs=extra)
-    except Exception as error:                                    # not logged in, no network, a full disk, ...
-        give_up_tracker(accelerator, error)
+    track(accelerator, lambda: accelerator.init_trackers("REG", config=config, init_kwargs=extra))
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

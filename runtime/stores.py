@@ -179,10 +179,21 @@ class ZipStore:
         if row is None:
             raise UserError(f"{self.where(name)}: no such file in the zip")
         offset, size, inflated, method, crc = self.directory[1][row].tolist()
+
+        def fetch() -> bytes:
+            try:
+                if self._file is None:
+                    self._file = open(self.path, "rb")  # noqa: SIM115  (kept open for the store's life)
+                handle = self._file.fileno()
+                # The local header has 30 bytes, a name and an extra field, perhaps of other lengths than the directory.
+                name_length, extra_length = struct.unpack("<HH", os.pread(handle, 30, offset)[26:])
+                return os.pread(handle, size, offset + 30 + name_length + extra_length)
+            except OSError:
+                self._file = None                                 # a stale handle stays stale
+                raise
+
         try:
-            # The local header has 30 bytes, a name and an extra field; the central directory's may be of other lengths.
-            name_length, extra_length = struct.unpack("<HH", self._pread(30, offset, name)[26:])
-            data = self._pread(size, offset + 30 + name_length + extra_length, name)
+            data = read_patiently(fetch, self.where(name))
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, inflated + 1)  # 1 more: too long
         except (struct.error, zlib.error) as error:
@@ -190,18 +201,6 @@ class ZipStore:
         if len(data) != inflated or zlib.crc32(data) != crc:
             raise UserError(f"{self.where(name)}: damaged (wrong size or checksum); write the zip again")
         return data
-
-    def _pread(self, size: int, offset: int, name: bytes | str) -> bytes:
-        def read() -> bytes:
-            if self._file is None:
-                self._file = open(self.path, "rb")  # noqa: SIM115  (kept open for the store's life)
-            try:
-                return os.pread(self._file.fileno(), size, offset)
-            except OSError:
-                self._file = None                                 # a stale handle stays stale
-                raise
-
-        return read_patiently(read, self.where(name))
 
 
 Store = FolderStore | ZipStore

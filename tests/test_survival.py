@@ -57,7 +57,7 @@ from runtime.messages import UserError, notice, say, without_traceback
 
 @without_traceback
 def main():
-    say("one \u4e00 \u00e9")
+    say("one \u00b7 \u4e00 \u00e9")
     notice("two \u4e00")
     for _ in tqdm(range(3), desc="bar \u4e00"):
         print("three " * 3000)
@@ -397,7 +397,8 @@ class Failing(GeneralTracker):
     def start(self):
         pass
 
-    store_init_configuration = start
+    def store_init_configuration(self, values):
+        pass
 
 
 def test_a_tracker_that_fails_is_left_out(tmp_path, capsys):
