@@ -7,7 +7,6 @@ Data position and randomness follow from (seed, step, micro-batch, rank).
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -49,11 +48,12 @@ from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
 from runtime.arguments import Parser, at_least, below_one, not_negative, positive, share
 from runtime.files import write_whole
-from runtime.launch import require_joined
-from runtime.log import Log, peak_memory, require_tracker, write_line
+from runtime.launch import leave_processes, require_joined
+from runtime.loading import batches_of, require_short_tmpdir
+from runtime.log import Log, peak_memory, require_tracker, track, write_line
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.speed import allow_tf32, compile_parts, keep_memory
-from runtime.stopping import STOPPED, StopRequest
+from runtime.stopping import StopRequest
 from samplers import Sampling, sample_images
 
 GRID_IMAGES = 16             # EMA samples in a training grid
@@ -305,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     args = resolve(parse_args(argv))
     if args.dry_run:
         return dry_run(args)
+    require_short_tmpdir(args.num_workers)
     with StopRequest(PATIENCE) as stop:
         # The door: what is wrong with data, launcher, checkpoint or weights shows before the first step.
         data, space, resolution = open_data(args)
@@ -338,18 +339,21 @@ def main(argv: list[str] | None = None) -> None:
             indices.start = start
             loader = DataLoader(data, batch_sampler=indices, num_workers=args.num_workers, worker_init_fn=stop.shield,
                                 pin_memory=accelerator.device.type == "cuda")
-            batches = to_device(run.meter.timed(loader), accelerator.device, len(encoders))
+            batches = to_device(run.meter.timed(batches_of(loader)), accelerator.device, len(encoders))
             say(f"{args.model}, {args.method}: {len(data):,} images, {data.num_classes} classes, "
                 f"{accelerator.num_processes} process(es), mixed precision {args.mixed_precision}, step {start} "
                 f"of {args.max_train_steps}")
-            train(args, run, batches, space, encoders, model, ema, objective, optimizer, accelerator)
+            train(args, run, run.read_ahead(batches, args.gradient_accumulation_steps), space, encoders, model, ema,
+                  objective, optimizer, accelerator)
             if run.interrupted:
                 close(run.step)
-                notice(f"stopped by {stop.asked.name} after step {run.step}: give the same command again to go on")
-            accelerator.wait_for_everyone()
-            accelerator.end_training()
+                if stop.failure is None:
+                    notice(f"stopped by {stop.asked.name} after step {run.step}: give the same command again to go on")
+            accelerator.wait_for_everyone()                       # a rank that ended now would end the one that saves
+            track(accelerator, accelerator.end_training)
+            leave_processes()
     if run.interrupted:
-        sys.exit(STOPPED)
+        stop.leave()
 
 
 def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace, int]:
@@ -563,12 +567,16 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         done["saved"] = step
         if accelerator.is_main_process:
             disk.save(folder, capture(step))
-            disk.prune(folder, args.keep_last, args.keep_every)
+            if not run.meter.in_a_row:                            # else the older ones may be the last good ones
+                disk.prune(folder, args.keep_last, args.keep_every)
 
     def draw(step: int) -> None:
         if accelerator.is_main_process:
             how = replace(GRID, seed=args.seed, path_type=args.path_type)
-            draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
+            try:
+                draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
+            except UserError as error:                            # a full disk, until the next one
+                notice(f"warning: {error}")
         accelerator.wait_for_everyone()
 
     @cache
@@ -599,9 +607,10 @@ def draw_grid(path: Path, ema: SiT, codec: Codec, how: Sampling, step: int, acce
     images, _, _ = sample_images(ema, codec, range(GRID_IMAGES), how)
     grid = make_grid(images, nrow=round(GRID_IMAGES**0.5))                                # uint8 (3, ., .)
     write_whole(path, lambda partial: to_pil_image(grid).save(partial, "png"))
-    for tracker in accelerator.trackers:
+    for tracker in list(accelerator.trackers):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
+        show = partial(tracker.log_images, {"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
+        track(accelerator, show)
 
 
 def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,

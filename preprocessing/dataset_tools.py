@@ -11,7 +11,6 @@ Several GPUs: `accelerate launch -m preprocessing.dataset_tools encode ...`.
 """
 
 import argparse
-import io
 import os
 import sys
 from pathlib import Path
@@ -108,8 +107,6 @@ def build_parser() -> Parser:
 
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")         # for class names that the terminal cannot show
     arguments = vars(build_parser().parse_args(argv))
     arguments.pop("function")(**arguments)
 

@@ -4,6 +4,7 @@ A killed program loses no finished file and leaves none half-written. A power fa
 the disk would take longer than the work: an empty file is written again, and `check` reads everything to find the rest.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from runtime import stores
 from runtime.catalogue import sample_digests, write_catalogue
-from runtime.files import make_folder, require_room, require_same_settings, write_whole
+from runtime.files import lock, remove_partials, require_room, require_same_settings, write_whole
+from runtime.loading import batches_of
 from runtime.messages import UserError
 from runtime.stores import METADATA, UNFINISHED, FolderStore, few, shown
 
@@ -32,8 +34,8 @@ def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in
 
     Without `in_order`, results are yielded as they are completed, so that no process waits for a slower one.
     """
-    yield from torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=function,
-                                           in_order=in_order)
+    yield from batches_of(torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers,
+                                                      collate_fn=function, in_order=in_order))
 
 
 def digest(names: np.ndarray, metadata: dict) -> str:
@@ -103,6 +105,7 @@ class Destination:
         if self.path.exists() and self.path.is_dir() == self.zipped:
             kind = "folder" if self.zipped else "file"
             raise UserError(f"{self.where}: is a {kind}; give a folder, or a name ending in .zip")
+        self._lock = None
         self._written = self._look()
         for name in names.tolist():
             self._require_possible(name)
@@ -149,13 +152,22 @@ class Destination:
         return require_room(self.folder, count * blocks * BLOCK, "make room, or choose a --dest on another disk")
 
     def begin(self, source_names: np.ndarray | None = None) -> None:
-        """Create the folder with its record of the settings, and of what `names_when_begun` will return.
+        """Create and lock the folder with its record of the settings, and of what `names_when_begun` will return.
 
-        Raises UserError if that fails.
+        Raises UserError if that fails, or if another process writes it or has just written it.
         """
-        make_folder(self.folder / ".tmp")
+        self._take()
+        if self._look() != self._written:
+            raise UserError(f"{self.where}: another process has just written it; give the same command again")
         names = {} if source_names is None else {"source_names": [*map(os.fsdecode, source_names.tolist())]}
         self._write_record(UNFINISHED, {**self.settings, **names})
+
+    def _take(self) -> None:
+        """Lock the folder, and remove what killed processes left beside its files."""
+        self._lock = lock(self.folder, "choose another --dest", ".tmp/.lock")
+        remove_partials(self.folder)
+        if self.zipped:
+            remove_partials(self.path.parent, name=glob.escape(self.path.name))
 
     def write(self, name: bytes, data: bytes) -> None:
         """Write a file atomically, without flushing it to the disk. Raises UserError if it cannot be written."""
@@ -195,12 +207,14 @@ class Destination:
         """Write the catalogue and remove what is temporary, unless an earlier run did."""
         if not (self.folder if self.zipped else self.folder / UNFINISHED).exists():
             return
+        self._take()
         write_catalogue(self.path, self.extensions)
         if self.zipped:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
             (self.folder / UNFINISHED).unlink(missing_ok=True)
+        self._lock.lock.release(force=True)
 
 
 def _size(path: bytes) -> int:

@@ -1,5 +1,8 @@
-"""Files that are whole or absent, what identifies them, and room on the disk."""
+"""Files that are whole or absent, locks of folders, what identifies a file, and room on the disk."""
 
+import contextlib
+import errno
+import glob
 import hashlib
 import io
 import json
@@ -7,20 +10,41 @@ import lzma
 import os
 import shutil
 import struct
+import time
 import tokenize
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from runtime.messages import UserError
+from runtime.messages import MayPass, UserError
 
 # What Pillow, numpy and zipfile raise on damaged bytes.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError,
               RuntimeError, struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
+# Errors of a network disk that may pass, and the seconds before a read is tried again.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH,
+           errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNRESET}
+READ_PAUSES = (1, 3)
+LOCK_PATIENCE = 10  # seconds; the loader workers of a killed program hold its lock for up to five
+DAY = 86_400        # seconds; a temporary file without a change for so long is of a killed writer
+
+
+def read_patiently(read: Callable[[], bytes], where: str) -> bytes:
+    """`read()`, tried three times where the error may pass. Raises UserError naming `where`, or then MayPass."""
+    for pause in (*READ_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            passing = error.errno in PASSING
+            if not passing or pause is None:
+                raise (MayPass if passing else UserError)(f"{where}: cannot be read ({error.strerror})") from error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -28,13 +52,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
     `path` is whole or absent, even after a power cut. Raises UserError if it cannot be written; an old file stays.
     """
-    partial = partial_name(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")      # two processes may write one file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(path.parent, name=glob.escape(path.name), age=DAY)
         write(partial)
         _flush(partial)
         os.replace(partial, path)
-        with suppress(OSError):                                   # some network disks refuse it for folders
+        with contextlib.suppress(OSError):                                   # some network disks refuse it for folders
             _flush(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); make "
@@ -56,9 +81,27 @@ def to_npy(array: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def partial_name(path: Path) -> Path:
-    """The temporary file beside `path`; a killed process may leave it."""
-    return path.with_name(f".{path.name}.partial")
+def remove_partials(*folders: Path, name: str = "*", age: float | None = None) -> None:
+    """Remove temporary files of killed writers of `name`: all in locked folders, or those of an `age` in seconds."""
+    for left in (file for folder in folders for file in folder.glob(f".{name}.*.partial")):
+        with contextlib.suppress(OSError):
+            if age is None or time.time() - left.stat().st_mtime > age:
+                left.unlink()
+
+
+def lock(folder: Path, remedy: str, file: str = ".lock") -> AcquireReturnProxy:
+    """Create and lock a folder that is written over time; until the end of `with`, `.lock.release()` or the process.
+
+    Raises UserError if another process holds the lock, or if there can be none.
+    """
+    try:
+        # One process may lock it more than once: what failed may not be collected yet.
+        return FileLock(make_folder((folder / file).parent) / ".lock", is_singleton=True).acquire(LOCK_PATIENCE)
+    except Timeout:
+        raise UserError(f"{folder}: another process is writing it; wait for it, or {remedy}") from None
+    except (OSError, NotImplementedError) as error:               # the second: a disk without locks
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be locked ({why}); {remedy}") from error
 
 
 def _flush(path: Path) -> None:

@@ -122,7 +122,7 @@ def read_lines(path: Path) -> list[dict]:
 def write_line(log: Log | None, accelerator: Accelerator, line: dict, shown: Iterable[str]) -> None:
     """Write one line to metrics.jsonl (`log`, first process) and the tracker, and names in `shown` to the terminal."""
     numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
-    accelerator.log(numbers, step=line["step"])
+    track(accelerator, lambda: accelerator.log(numbers, step=line["step"]))
     if log is not None:
         log.append(line)
         numbers = [f"{name} {line[name]:.{'4f' if abs(line[name]) < 1e6 else '3e'}}" for name in shown if name in line]
@@ -135,15 +135,30 @@ def require_tracker(name: str) -> None:
         raise UserError(f"--report-to {name}: {name} is not installed; pip install {name}, or use --report-to none")
 
 
+def track(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """Call `act()`, which uses the tracker. If that fails, say so and use it no more."""
+    try:
+        act()
+    except Exception as error:                                    # not logged in, a full disk, no network, ...
+        accelerator.trackers.clear()
+        notice(f"warning: the tracker has failed ({type(error).__name__}: {error}); metrics.jsonl goes on without it")
+
+
 def start_tracker(accelerator: Accelerator, folder: Path, name: str, settings: dict) -> None:
-    """Start the tracker, if any; wandb goes on with the run whose id is kept in the experiment's folder."""
+    """Start the tracker, if any; wandb goes on with the run whose id is kept in the experiment's folder.
+
+    A copied folder has another name, and gets a run of its own.
+    """
     extra = {}
     if name == "wandb" and accelerator.is_main_process:
-        kept = folder / "wandb_id.txt"
-        if not kept.exists():
-            write_whole(kept, lambda partial: partial.write_text(uuid.uuid4().hex))
-        extra = {"wandb": {"name": folder.name, "id": kept.read_text(), "resume": "allow"}}
-    accelerator.init_trackers("REG", config={key: str(value) for key, value in settings.items()}, init_kwargs=extra)
+        kept = folder / "wandb_id.txt"                            # the id, and the name of the experiment
+        run, _, experiment = (kept.read_text(encoding="utf-8") if kept.exists() else "").partition(" ")
+        if not run or experiment not in ("", folder.name):
+            run = uuid.uuid4().hex
+        write_whole(kept, lambda partial: partial.write_text(f"{run} {folder.name}", encoding="utf-8"))
+        extra = {"wandb": {"name": folder.name, "id": run, "resume": "allow"}}
+    config = {key: str(value) for key, value in settings.items()}
+    track(accelerator, lambda: accelerator.init_trackers("REG", config=config, init_kwargs=extra))
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -5,30 +5,62 @@ import json
 import os
 import sys
 import time
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from typing import IO
 
 
 class UserError(ValueError):
     """A mistake in what the user gave. The message is one line: what is wrong, why, and what to do."""
 
+    status = 2                                                    # of the program that it ends
+
+
+class MayPass(UserError):
+    """A failure whose cause may pass: the same command may succeed later."""
+
+    status = 75                                                   # as runtime.stopping.STOPPED
+
+
+class Unfailing:
+    """A text stream that never raises: what cannot be written is lost, an unknown character is replaced.
+
+    For a log on a full disk, a terminal that is gone, or a pipe whose reader has ended (`| tee log` after Ctrl-C).
+    """
+
+    def __init__(self, stream: IO | None):
+        self.stream = stream or open(os.devnull, "w")             # noqa: SIM115  (None: closed, as by `>&-`)
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def close(self) -> None:
+        """Flush, or drop what cannot be written: the interpreter would try again, and exit with status 120."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
 
 def say(message: str, stream: IO | None = None) -> None:
     """Print and flush, to stdout by default, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        _print(message, stream or sys.stdout)
+        print(message, file=stream or sys.stdout, flush=True)
 
 
 def notice(message: str) -> None:
     """`say` on stderr."""
     say(message, sys.stderr)
-
-
-def _print(message: str, stream: IO) -> None:
-    """Print; where the reader of a pipe has ended (`| tee log` after Ctrl-C), continue without output."""
-    try:
-        print(message, file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_rank() -> bool:
@@ -37,26 +69,30 @@ def is_rank() -> bool:
 
 
 def without_traceback(main):
-    """Wrap a program's `main`: print a UserError as one line on stderr and exit with status 2; status 130 after Ctrl-C.
+    """Wrap a program's `main`: print a UserError as one line on stderr and exit with its status; 130 after Ctrl-C.
 
-    A rank hands its sentence to the launcher, which prints the first one, after everything that other ranks print.
+    Nothing that is printed ends the program. A rank hands its sentence to the launcher, which prints the first one,
+    after everything that other ranks print.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            # An error from a data loader worker is a printed traceback whose last line is the sentence.
-            sentence = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
-            if is_rank():                                         # torch's elastic agent reads this file
-                with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-                    json.dump({"message": sentence, "timestamp": int(time.time())}, file)
-            else:
-                _print(f"error: {sentence}", sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            notice("interrupted: give the same command again to continue")
-            sys.exit(130)
+        out, err = Unfailing(sys.stdout), Unfailing(sys.stderr)
+        with closing(out), closing(err), redirect_stdout(out), redirect_stderr(err):
+            try:
+                return main(*args, **kwargs)
+            except UserError as error:
+                # An error from a data loader worker is a printed traceback whose last line is the sentence.
+                last = str(error).strip().splitlines()[-1]
+                sentence = last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+                if is_rank():                                     # torch's elastic agent reads this file
+                    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+                        json.dump({"message": sentence, "timestamp": int(time.time())}, file)
+                else:
+                    print(f"error: {sentence}", file=sys.stderr)
+                sys.exit(error.status)
+            except KeyboardInterrupt:
+                notice("interrupted: give the same command again to continue")
+                sys.exit(130)
 
     return wrapped

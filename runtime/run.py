@@ -12,15 +12,15 @@ import itertools
 import pathlib
 import re
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 
-from runtime.files import make_folder, partial_name, write_json, write_whole
+from runtime.files import lock, remove_partials, write_json, write_whole
 from runtime.log import Log, Meter, start_tracker
 from runtime.messages import UserError, notice, say
 from runtime.stopping import StopRequest
@@ -36,7 +36,6 @@ PLAIN = [argparse.Namespace, dict, list, int, datetime.datetime, datetime.date, 
          np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
          *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
          (lambda *factory: {}, "collections.defaultdict")]
-LOCK_PATIENCE = 10   # seconds; the loader workers of a killed run hold its lock for up to five
 
 
 class Damaged(UserError):
@@ -50,6 +49,7 @@ class Run:
         self.step, self.last, self.stop = start, last, stop
         self.meter = Meter()
         self.due: list[tuple[tuple[int, ...], Callable[[int], None], bool]] = []
+        self.fetch: Callable[[], None] = lambda: None
 
     def every(self, periods: tuple[int, ...], action: Callable[[int], None], optional: bool = False) -> None:
         """Call `action(step)` after each step that a number in `periods` divides (0: never), and after the last one.
@@ -60,9 +60,21 @@ class Run:
         if periods:
             self.due.append((periods, action, optional))
 
+    def read_ahead(self, batches: Iterator, count: int) -> Iterator:
+        """Pass `batches` on; `steps` reads the `count` of a step before all ranks agree to take it."""
+        ahead = deque()
+        self.fetch = lambda: ahead.extend(itertools.islice(batches, count))
+        return iter(ahead.popleft, None)
+
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to take, to `last`; after a signal it ends early, on all ranks at the same step."""
-        while self.step < self.last and not self.stop.agreed():
+        """The numbers of the steps to take, to `last`. All ranks end at the same step after a signal or failed read."""
+        while self.step < self.last:
+            try:
+                self.fetch()
+            except Exception as error:                            # whatever it is: the state is whole and can be saved
+                self.stop.failure = error
+            if self.stop.agreed():
+                return
             yield self.step + 1
 
     def after(self, step: int) -> None:
@@ -75,7 +87,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal ended `steps` before the last one."""
+        """Whether a signal or a failed read ended `steps` before the last one."""
         return self.step < self.last
 
 
@@ -122,11 +134,10 @@ def open_folder(folder: Path, run: Run, settings: dict, accelerator: Accelerator
     starts = accelerator.gather(torch.tensor([run.step], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise UserError(f"{folder}: the processes would start at steps {starts}; use a disk that all nodes share")
-    with lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+    with lock(folder, "use another --exp-name") if accelerator.is_main_process else contextlib.nullcontext():
         log = None
         if accelerator.is_main_process:
-            for partial in (folder / CHECKPOINTS).glob(partial_name(Path("*.pt")).name):
-                partial.unlink()                                  # of a run that was killed while it saved
+            remove_partials(folder, folder / CHECKPOINTS, folder / "grids")
             set_aside(folder, run.step)
             log = Log(folder / "metrics.jsonl", run.step)
             if run.interrupted:
@@ -137,28 +148,17 @@ def open_folder(folder: Path, run: Run, settings: dict, accelerator: Accelerator
         yield log
 
 
-@contextlib.contextmanager
-def lock(experiment: Path) -> Iterator[None]:
-    """Hold the experiment's lock inside. Raises UserError if another process holds it."""
-    held = FileLock(make_folder(experiment) / ".lock")
-    try:
-        held.acquire(timeout=LOCK_PATIENCE)
-    except Timeout:
-        raise UserError(f"{experiment}: another process is training it; wait for it, "
-                        "or use another --exp-name") from None
-    except OSError as error:
-        raise UserError(f"{experiment}: cannot be locked ({error.strerror}); use another --output-dir") from error
-    try:
-        yield
-    finally:
-        held.release()
-
-
 # ----------------------------------------------------------------------------------------------------- reading, writing
 
 def save(experiment: Path, state: dict) -> Path:
-    """Write the checkpoint of `state["steps"]` atomically. Raises UserError if that fails; older ones stay."""
+    """Write the checkpoint of `state["steps"]` atomically.
+
+    Raises UserError if that fails, or if the weights are not finite; older checkpoints stay.
+    """
     path = checkpoint_path(experiment, state["steps"])
+    if not all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values()):
+        raise UserError(f"{path}: not written, as the weights are not finite; go on from an older checkpoint, or start "
+                        "again, with a lower --learning-rate")
 
     def write(partial: Path) -> None:
         try:

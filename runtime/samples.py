@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import AcquireReturnProxy
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from runtime.files import make_folder, partial_name, require_room, to_npy, write_json, write_whole
+from runtime.files import lock, make_folder, remove_partials, require_room, to_npy, write_json, write_whole
 from runtime.launch import blocks
 from runtime.messages import UserError
 from runtime.npz import read_npz_rows, read_npz_shape, write_npz
@@ -44,7 +45,7 @@ def read_settings(folder: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-@dataclass(frozen=True)
+@dataclass
 class SampleFolder:
     """N = `count` images in blocks of B = `block_size`, of which the last may be smaller."""
 
@@ -53,6 +54,7 @@ class SampleFolder:
     block_size: int
     parts: dict[str, np.dtype]            # what a block holds of each image: "images" and other arrays, by name
     png: bool                             # whether PNG files are wanted
+    _lock: AcquireReturnProxy | None = None
 
     @property
     def blocks(self) -> list[range]:
@@ -109,15 +111,24 @@ class SampleFolder:
         return [index for index in range(self.count) if self.png and self.png_file(index).name not in there]
 
     def begin(self, settings: dict, keep: bool) -> None:
-        """One process, before the blocks: remove what they replace. Unless blocks are kept, write the settings."""
-        make_folder(self.path)
-        for stale in (file for name in (METRICS, "*.npz", "grid.png", ".*.partial") for file in self.path.glob(name)):
+        """One process, before the blocks: lock the folder and remove what they replace.
+
+        Unless blocks are kept, write the settings. Raises UserError if another process writes the folder.
+        """
+        self._take()
+        if keep and all(self._is_finished(part) for part in self.parts):
+            raise UserError(f"{self.path}: another process has just written it; give the same command again")
+        for stale in (file for name in (METRICS, "*.npz", "grid.png") for file in self.path.glob(name)):
             stale.unlink()
+        remove_partials(self.path)
         kept = {self.block_folder(part) for part in self.parts} if keep else set()
         for folder in {self.path / "images", *(file.parent for file in self.path.glob("*/[0-9]*.npy"))} - kept:
             shutil.rmtree(folder, ignore_errors=True)
         if not keep:                      # last: the old settings stay until nothing made with them is left
             write_json(self.path / "settings.json", settings)
+
+    def _take(self) -> None:
+        self._lock = lock(self.path, "give another --sample-dir")
 
     def write_block(self, block: range, **arrays: np.ndarray) -> None:
         """Any process: write each part's rows of a block (B, ...)."""
@@ -139,12 +150,17 @@ class SampleFolder:
         write_npz(self.npz()[0], images, self.count, first.shape[1:3], arr_1=labels)
 
     def export(self) -> None:
-        """One process, once samples.npz is finished: remove the blocks, and write the PNG files that are missing."""
+        """One process, once samples.npz is finished: remove the blocks, write missing PNG files, unlock the folder."""
         for part in self.parts:
             shutil.rmtree(self.block_folder(part), ignore_errors=True)
-        missing = set(self._missing_png())
-        if not missing:
-            return
+        if missing := set(self._missing_png()):
+            self._take()
+            self._export(missing)
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.lock.release(force=True)
+
+    def _export(self, missing: set[int]) -> None:
         make_folder(self.path / "images")
         needed = [block for block in blocks(self.count, PNG_AT_ONCE) if not missing.isdisjoint(block)]
         with ThreadPoolExecutor(PNG_THREADS) as pool:
@@ -156,9 +172,10 @@ class SampleFolder:
 
 def _write_png(file: Path, image: np.ndarray) -> None:
     """Write a PNG file without `write_whole`, whose flushing takes longer than all else for small files."""
+    partial = file.with_name(f".{file.name}.partial")
     try:
-        Image.fromarray(image).save(partial_name(file), "png")
-        os.replace(partial_name(file), file)
+        Image.fromarray(image).save(partial, "png")
+        os.replace(partial, file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error}); free some room") from error
 

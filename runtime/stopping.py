@@ -1,19 +1,24 @@
-"""Stop in order on SIGTERM, SIGUSR1 (Slurm's --signal) or Ctrl-C: all ranks finish the same step, save and exit."""
+"""Stop in order on a signal, or where one rank cannot read on: all ranks finish the same step, save and exit.
+
+The signals are SIGTERM, SIGUSR1 (Slurm's --signal), Ctrl-C, and SIGHUP (the terminal is closed) except under nohup.
+"""
 
 import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from runtime.messages import is_rank
+from runtime.messages import UserError, is_rank
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOPPED = 75    # exit status after a stop with everything saved: EX_TEMPFAIL of sysexits.h, "try again"
+FAILED = 1000   # among signals: a rank cannot go on
 REPEATED = 0.5  # seconds during which further signals count as the first one: Slurm may send it twice
 
 
@@ -21,17 +26,21 @@ class StopRequest:
     """Context manager: the first signal sets `asked`, a later second one ends the process at once with status 128 + N.
 
     A rank ignores the second signal: its launcher has a StopRequest of its own, and ends the ranks with itself.
-    `patience`: how long ranks wait for each other in `agreed`, for example while one of them saves.
+    A rank that cannot read on sets `failure`. `patience`: how long ranks wait for each other in `agreed`, for example
+    while one of them saves.
     """
 
     def __init__(self, patience: timedelta = timedelta(hours=1)):
         self.patience = patience
         self.asked: signal.Signals | None = None
+        self.failure: Exception | None = None
         self.shield = Shield()
         self._group = None
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS
+                        if not (nohup and number == signal.SIGHUP)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -48,16 +57,30 @@ class StopRequest:
             os._exit(128 + number)
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop. All ranks must call it and get the same answer; no GPU is waited for."""
+        """Whether any rank was asked to stop or failed; all then have its `asked` or `failure`.
+
+        All ranks must call it and get the same answer; no GPU is waited for.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.asked is not None
+            return bool(self.failure or self.asked)
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self.patience)   # CPU tensors, also beside NCCL
-        asked = torch.tensor(0 if self.asked is None else int(self.asked))
+        asked = torch.tensor(FAILED if self.failure else int(self.asked or 0))
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        if asked and self.asked is None:
+        if asked == FAILED:
+            failures = [None] * dist.get_world_size()
+            mine = self.failure if isinstance(self.failure, UserError | None) else UserError(repr(self.failure))
+            dist.all_gather_object(failures, mine, group=self._group)
+            self.failure = self.failure or next(filter(None, failures))
+        elif asked and self.asked is None:
             self.asked, self._since = signal.Signals(int(asked)), time.monotonic()
         return bool(asked)
+
+    def leave(self) -> None:
+        """End a program that was stopped, with everything saved: raise the failure, or exit with STOPPED."""
+        if self.failure is not None:
+            raise self.failure
+        sys.exit(STOPPED)
 
 
 class Shield:

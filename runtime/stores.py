@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime.files import UNREADABLE, write_whole
+from runtime.files import UNREADABLE, read_patiently, write_whole
 from runtime.messages import UserError, notice
 
 METADATA = "dataset.json"
@@ -102,11 +102,7 @@ class FolderStore:
         return os.path.exists(self._path(name))
 
     def read(self, name: bytes | str) -> bytes:
-        try:
-            with open(self._path(name), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"{self.where(name)}: cannot be read ({error.strerror})") from error
+        return read_patiently(lambda: Path(os.fsdecode(self._path(name))).read_bytes(), self.where(name))
 
 
 def is_zip_name(name: str) -> bool:
@@ -200,16 +196,24 @@ class ZipStore:
         if row is None:
             raise UserError(f"{self.where(name)}: no such file in the zip")
         offset, size, inflated, method, crc = self.directory[1][row].tolist()
+
+        def fetch() -> bytes:
+            try:
+                if self._file is None:
+                    self._file = open(self.path, "rb")  # noqa: SIM115  (kept open for the store's life)
+                handle = self._file.fileno()
+                # The local header has 30 bytes, a name and an extra field, perhaps of other lengths than the directory.
+                name_length, extra_length = struct.unpack("<HH", os.pread(handle, 30, offset)[26:])
+                return os.pread(handle, size, offset + 30 + name_length + extra_length)
+            except OSError:
+                self._file = None                                 # a stale handle stays stale
+                raise
+
         try:
-            if self._file is None:
-                self._file = open(self.path, "rb")  # noqa: SIM115  (kept open for the store's life)
-            handle = self._file.fileno()
-            # The local header has 30 bytes, a name and an extra field; the central directory's may be of other lengths.
-            name_length, extra_length = struct.unpack("<HH", os.pread(handle, 30, offset)[26:])
-            data = os.pread(handle, size, offset + 30 + name_length + extra_length)
+            data = read_patiently(fetch, self.where(name))
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, inflated + 1)  # 1 more: too long
-        except (OSError, struct.error, zlib.error) as error:
+        except (struct.error, zlib.error) as error:
             raise UserError(f"{self.where(name)}: cannot be read ({error})") from error
         if len(data) != inflated or zlib.crc32(data) != crc:
             raise UserError(f"{self.where(name)}: damaged (wrong size or checksum); write the zip again")

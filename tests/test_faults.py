@@ -47,8 +47,9 @@ PROGRAMS = {
                               "--output metrics.json"),
     "sweep": (sweep.main, ""),
 }
-STARTED = ("exps", "exps/run", "exps/run/args.json", "exps/run/metrics.jsonl", "exps/run/.lock")  # by train
-BEGUN = ("out", "out/.unfinished.json", "out/.tmp", "out/00000", "out/00000/*")            # by convert and encode
+STARTED = ("exps", "exps/run", "exps/run/args.json", "exps/run/metrics.jsonl", "exps/run/.lock",
+           "exps/run/checkpoints", "exps/run/checkpoints/*")      # by train, which saves where a file cannot be read
+BEGUN = ("out", "out/.unfinished.json", "out/.tmp", "out/.tmp/.lock", "out/00000", "out/00000/*")  # convert, encode
 CHECKED = ("data/*/catalogue.npz", "data/*.catalogue.npz")
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from filelock import FileLock
 
 import generate
 import train
@@ -290,14 +289,6 @@ def test_a_finished_run_keeps_its_record(resumed, tmp_path, capsys):
     before = (tmp_path / "run" / "args.json").read_text()
     train.main([*resumed, "--max-train-steps", "1"])
     assert "nothing to do" in capsys.readouterr().out and (tmp_path / "run" / "args.json").read_text() == before
-
-
-def test_two_runs_do_not_train_one_experiment(train_flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(disk, "LOCK_PATIENCE", 0.1)
-    (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / ".lock"):
-        assert "another process" in refused(capsys, train_flags)
-    run(train_flags, steps=1)
 
 
 # ---- updates that are not finite
