@@ -47,7 +47,8 @@ def read_class_tokens(path: Path, count: int) -> tuple[torch.Tensor, torch.Tenso
     if len(found) < 2:
         raise UserError(f"{shown(path)}: has no class_tokens and labels; name a file of generate.py --save-cls-tokens")
     tokens, labels = found["class_tokens"], found["labels"]
-    if tokens.dtype.kind != "f" or labels.dtype.kind not in "iuf" or not np.isfinite(tokens).all():
+    whole = labels.dtype.kind in "iuf" and (labels == np.floor(labels)).all() and np.isfinite(labels).all()
+    if tokens.dtype.kind != "f" or not whole or not np.isfinite(tokens).all():
         raise UserError(f"{shown(path)}: class tokens of {tokens.dtype} and labels of {labels.dtype}, or not finite; "
                         "write the file again with generate.py --save-cls-tokens")
     if tokens.ndim != 2 or len(tokens) != count or labels.shape != (count,):

@@ -5,6 +5,7 @@ A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ou
     architecture   the constructor arguments of models.sit.SiT
     latent_space   the meaning of the latents (models.vae.LatentSpace)
     data           fingerprint of the data set's keys and labels
+    classes        the classes that have images, if not all have
     processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
@@ -29,7 +30,8 @@ from runtime.run import Damaged, find, read_file
 
 # Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
 # ones out.
-KINDS = {"args": dict, "steps": int, "draws": int, "architecture": dict, "latent_space": dict, "data": str}
+KINDS = {"args": dict, "steps": int, "draws": int, "architecture": dict, "latent_space": dict, "data": str,
+         "classes": list}
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
 PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
@@ -211,7 +213,7 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     model = build_for_sampling(state, model_name, which)
     args = {name: value for name, value in state.get("args", {}).items() if name not in PRIVATE}
     about = {"architecture": {**model.config}, "latent_space": state.get("latent_space"), "steps": state.get("steps"),
-             "weights": which, "args": args or None}
+             "weights": which, "args": args or None, "classes": state.get("classes")}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     data = serialised(weights, {"reg": json.dumps(about, default=str)})
     write_whole(out, lambda partial: partial.write_bytes(data))   # save_file would make it readable for its owner alone

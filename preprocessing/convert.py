@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from preprocessing.crop import center_crop, to_rgb
+from preprocessing.crop import TRANSFORMS, to_rgb, to_square
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import stores
 from runtime.catalogue import read_labels
@@ -17,7 +17,6 @@ from runtime.launch import blocks
 from runtime.messages import UserError, say
 from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, list_names, open_store, shown
 
-TRANSFORMS = ("center-crop-dhariwal", "none")
 CHUNK = 16  # pictures that a worker converts at a time
 
 
@@ -70,23 +69,18 @@ def to_png(image: np.ndarray) -> bytes:
         for kind, data in chunks)
 
 
-def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
+def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
                   chunk: np.ndarray) -> int:
     """Convert and write the pictures with the indices in `chunk`, and return their number."""
     for i in chunk.tolist():
         where = store.where(names[i])
         image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
-        if transform != "none":
-            image = center_crop(image, resolution, where)
-        if image.size != (resolution, resolution):
-            raise UserError(f"{where}: {image.width}x{image.height} px, expected {resolution}x{resolution}; "
-                            "use --transform=center-crop-dhariwal")
-        destination.write(destination.names[i], to_png(np.asarray(image)))
+        destination.write(destination.names[i], to_png(np.asarray(to_square(image, resolution, transform, where))))
     return len(chunk)
 
 
-def convert(source: str, dest: str, resolution: int, transform: str, workers: int, max_images: int | None = None
-            ) -> None:
+def convert(source: str, dest: str, resolution: int, workers: int, transform: str | None = None,
+            max_images: int | None = None) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
     Raises UserError if source or settings are wrong, `dest` holds something else, or a picture cannot be read.
@@ -99,7 +93,7 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
     labels, origin = source_labels(store, names)
     names = names[:max_images]
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(store, names),
-                "images": len(names), "transform": transform, "resolution": resolution}
+                "images": len(names), "transform": transform or TRANSFORMS[0], "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
     if destination.is_finished():
@@ -117,5 +111,5 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
             bar.update(count)
 
     destination.finish({"labels": listed(outputs, None if labels is None else labels[:max_images]),
-                        "transform": {"name": transform, "resolution": resolution}})
+                        "transform": {"name": settings["transform"], "resolution": resolution}})
     say(f"{shown(dest)}: {len(names)} images of {resolution}x{resolution}, labels {origin}")

@@ -1,5 +1,6 @@
 """Messages to the user: one-sentence errors and notices, each printed once however many processes run."""
 
+import errno
 import functools
 import json
 import os
@@ -46,7 +47,11 @@ def without_traceback(main):
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError):
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                error = f"{str(error.filename)[:80]}...: the name is too long for this disk; shorten it"
             # An error from a data loader worker is a printed traceback whose last line is the sentence.
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
             if is_rank():                                         # torch's elastic agent reads this file
