@@ -59,7 +59,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     how = parser.add_argument_group("how (the defaults are the published guided setting)")
     how.add_argument("--mode", choices=("sde", "ode"), default=Sampling.mode, help="Euler-Maruyama, or Euler")
     how.add_argument("--heun", action="store_true", help="Heun instead of Euler, for ode")
-    how.add_argument("--num-steps", type=at_least(1, 10**6), default=Sampling.num_steps, metavar="STEPS", help="solver steps")
+    how.add_argument("--num-steps", type=at_least(1, 10**6), default=Sampling.num_steps, metavar="N",
+                     help="solver steps")
     how.add_argument("--cfg-scale", type=guidance, default=Sampling.cfg_scale, metavar="S",
                      help="guidance of the latents; 1: none")
     how.add_argument("--cls-cfg-scale", type=guidance, metavar="S",

@@ -43,7 +43,7 @@ PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "
            "recall": "Recall",
            "class_token_cosine": "Class token cosine", "class_token_accuracy": "Class token accuracy"}
 ASKED = ("features", "metrics", "precision_recall")  # flags that decide which scores there are, repeated in the output
-NOTES = ("cfg_cond", "step", "num_steps", "cfg", "cls_cfg", "gh")            # flags of REG's eval.sh, for the output only
+NOTES = ("cfg_cond", "step", "num_steps", "cfg", "cls_cfg", "gh")  # flags of REG's eval.sh, for the output
 FOUR_DECIMALS = ("precision", "recall", "class_token_cosine", "class_token_accuracy")
 UNKNOWN_SAMPLES = ImageSet("the samples", 50_000, None, lambda ranges: iter(()))      # in a dry run
 
