@@ -80,7 +80,7 @@ def share(text: str) -> float:
 
 def guidance(text: str) -> float:
     """A type for guidance scales: numbers from -100 to 100; published ones are below 10."""
-    return _number(text, "a finite number from -100 to 100", lambda value: abs(value) <= 100)
+    return _number(text, "a number from -100 to 100", lambda value: abs(value) <= 100)
 
 
 def below_one(text: str) -> float:

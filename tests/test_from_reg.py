@@ -57,7 +57,7 @@ def test_the_published_training_command_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize("launcher", [
-    ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],                # for --multi_gpu
+    ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
     ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
 def test_the_published_training_command_runs(small, tmp_path, launcher):
     short = ["--max-train-steps=2", "--sampling-steps=0", "--num-workers=0"]              # else hours on a CPU
