@@ -252,7 +252,8 @@ def refused(capsys, ckpt, flags, word):
 
 @pytest.mark.parametrize(("flags", "word"), [
     ("--cfg-scale 0.5", "--cfg-scale 0.5"), ("--cfg-scale nan", "finite"), ("--cls-cfg-scale inf", "finite"),
-    ("--num-fid-samples 1000000000000", "needs"), (f"--sample-dir {'x' * 300}", "too long"), ("--guidance-high 1.5", "--guidance-high"),
+    ("--num-fid-samples 1000000000000", "needs"), (f"--sample-dir {'x' * 300}", "too long"),
+    ("--guidance-high 1.5", "--guidance-high"),
     ("--guidance-low 0.9 --guidance-high 0.1", "--guidance-low 0.9"), ("--heun", "--mode ode"),
     ("--classes 1,5", "classes 0 to 2"), ("--classes dog", "--classes"), ("--classes -1", "--classes"),
     ("--classes 1 --labels balanced", "--labels"), ("--num-fid-samples 0", "--num-fid-samples"),
