@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from models import checkpoint
 from models.interpolant import PATHS
 from models.sit import SiT, SiT_models
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
-from runtime.arguments import Parser, at_least, finite, share
+from runtime.arguments import Parser, Released, at_least, guidance, share
 from runtime.files import sha256
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
@@ -29,6 +30,16 @@ from runtime.samples import SampleFolder, read_settings
 from runtime.speed import allow_tf32, choose_same_kernels, compile_parts, require_same_everywhere
 from samplers import Sampling, image_label, image_rng, sample_images
 
+# Flags of the released programs that set nothing here, and what to use instead; None: the flag is taken.
+RELEASED_FLAGS = {
+    "legacy": "files with decoder_blocks are not read; convert them with the released program's --legacy",
+    "local-rank": None,                                           # of torch.distributed.launch
+    "no-heun": "Euler steps are the default; leave it out",
+    "no-legacy": "files with decoder_blocks are never read; leave it out",
+    "no-tf32": "the network computes in fp32 unless --precision says otherwise; leave it out",
+    "tf32": "give --precision tf32",
+}
+LONGEST_NAME = 200           # bytes of a folder's name
 DECIDING = ("checkpoint_sha256", "weights", "vae", "vae_precision", "sampling", "compiled", "num_images",
             "per_proc_batch_size")        # the settings that decide an image
 
@@ -48,10 +59,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     how = parser.add_argument_group("how (the defaults are the published guided setting)")
     how.add_argument("--mode", choices=("sde", "ode"), default=Sampling.mode, help="Euler-Maruyama, or Euler")
     how.add_argument("--heun", action="store_true", help="Heun instead of Euler, for ode")
-    how.add_argument("--num-steps", type=at_least(1), default=Sampling.num_steps, metavar="STEPS", help="solver steps")
-    how.add_argument("--cfg-scale", type=finite, default=Sampling.cfg_scale, metavar="S",
+    how.add_argument("--num-steps", type=at_least(1, 10**6), default=Sampling.num_steps, metavar="N",
+                     help="solver steps")
+    how.add_argument("--cfg-scale", type=guidance, default=Sampling.cfg_scale, metavar="S",
                      help="guidance of the latents; 1: none")
-    how.add_argument("--cls-cfg-scale", type=finite, metavar="S",
+    how.add_argument("--cls-cfg-scale", type=guidance, metavar="S",
                      help="guidance of the class token; None: as --cfg-scale; 0: conditional only")
     how.add_argument("--guidance-low", type=share, default=Sampling.guidance_low, metavar="T",
                      help="guided from this t on, in [0, 1]")
@@ -64,7 +76,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="image i depends on (SEED, i) alone")
 
     run = parser.add_argument_group("machine")
-    run.add_argument("--per-proc-batch-size", type=at_least(1), default=64, metavar="IMAGES",
+    run.add_argument("--per-proc-batch-size", type=at_least(1, 10**5), default=64, metavar="IMAGES",
                      help="images per block; another size may change a few pixel values by one level")
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=Sampling.precision,
                      help="of the network; the solver's state is float64")
@@ -73,11 +85,18 @@ def parse_args(argv=None) -> argparse.Namespace:
                           "fp32 convolves in TF32 on a GPU unless --precision is fp32")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                      help="compile the network, and a decoder in bf16; may change a few pixel values; None: on CUDA")
+    told = parser.add_argument_group("told by the checkpoint, and refused if it says otherwise")
+    told.add_argument("--path-type", choices=tuple(PATHS), help="needed for weights alone that are not linear")
+    for name in ("--encoder-depth", "--resolution", "--num-classes", "--cls"):
+        told.add_argument(name, type=at_least(0), metavar="N")
+    told.add_argument("--projector-embed-dims", type=class_list, metavar="LIST")
+    for name in ("--qk-norm", "--fused-attn"):
+        told.add_argument(name, action=argparse.BooleanOptionalAction)
+    for name, instead in RELEASED_FLAGS.items():
+        parser.add_argument(f"--{name}", action=Released, instead=instead)
     args = parser.parse_args(argv)
     if args.cfg_scale < 1:
         parser.error(f"--cfg-scale {args.cfg_scale}: expected a number of at least 1; 1 is no guidance")
-    if args.cfg_scale == 1 and args.cls_cfg_scale is not None:
-        parser.error(f"--cls-cfg-scale {args.cls_cfg_scale}: --cfg-scale 1 guides nothing; leave it out")
     if args.guidance_low > args.guidance_high:
         parser.error(f"--guidance-low {args.guidance_low}: is above --guidance-high {args.guidance_high}")
     if args.heun and args.mode != "ode":
@@ -90,12 +109,22 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def class_list(text: str) -> tuple[int, ...]:
-    """A type for class numbers with commas between them."""
+    """A type for whole numbers with commas between them."""
     return tuple(map(at_least(0), text.split(",")))
 
 
-def require_suitable(args: argparse.Namespace, model: SiT) -> None:
-    """Raise UserError for flags that this checkpoint or this machine cannot follow."""
+def require_suitable(args: argparse.Namespace, state: dict, model: SiT) -> None:
+    """Raise UserError for flags that this checkpoint cannot follow or contradicts; where it is silent, they count."""
+    trained, weights = state.get("args") or {}, state.get(args.weights, state)
+    widths = [len(bias) for name, bias in weights.items() if re.search(r"projectors\.\d+\.4\.bias$", name)]
+    told = {"path_type": trained.get("path_type"), "encoder_depth": trained.get("encoder_depth"),
+            "fused_attn": trained.get("fused_attn"), "qk_norm": model.config["qk_norm"],
+            "resolution": model.input_size * latent_space(state).downsampling, "num_classes": model.num_classes,
+            "cls": model.cls_token_dim or 0, "projector_embed_dims": tuple(widths) or None}
+    for name, value in told.items():
+        given = getattr(args, name)
+        if None not in (given, value) and given != value:
+            raise UserError(f"--{name.replace('_', '-')} {given}: the checkpoint has {value}; leave it out")
     if model.cls_token_dim is None and (args.save_cls_tokens or args.cls_cfg_scale is not None):
         flag = "--save-cls-tokens" if args.save_cls_tokens else f"--cls-cfg-scale {args.cls_cfg_scale}"
         raise UserError(f"{flag}: the checkpoint has no class token; leave it out")
@@ -103,6 +132,22 @@ def require_suitable(args: argparse.Namespace, model: SiT) -> None:
         raise UserError(f"--cfg-scale {args.cfg_scale}: trained with --cfg-prob 0, so without guidance; give 1")
     if args.classes is not None and max(args.classes) >= model.num_classes:
         raise UserError(f"--classes {max(args.classes)}: the checkpoint has classes 0 to {model.num_classes - 1}")
+    if args.cfg_scale == 1 and args.cls_cfg_scale is not None:
+        notice(f"--cls-cfg-scale {args.cls_cfg_scale:g}: has no effect, as --cfg-scale 1 guides nothing")
+    require_seen(args.classes, state.get("classes"), model.num_classes)
+
+
+def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes: int) -> None:
+    """Raise UserError for classes without training images; `seen`: those that had some, None: all."""
+    if seen is None:
+        return
+    if not seen or not all(type(one) is int and 0 <= one < num_classes for one in seen):
+        raise UserError(f"the checkpoint's list of classes {seen[:5]} does not fit its model; use another file")
+    for one in classes or ():
+        if one not in seen:
+            raise UserError(f"--classes {one}: no training image had this class; give some of {seen[:5]}...")
+    if classes is None:
+        notice(f"{len(seen)} of {num_classes} classes had training images: labels are drawn among these")
 
 
 # ------------------------------------------------------------------------------------------- which images, which folder
@@ -121,14 +166,14 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
 
     Raises UserError if the checkpoint was trained on an unknown path.
     """
-    path_type = (state.get("args") or {}).get("path_type", "linear")
+    path_type = (state.get("args") or {}).get("path_type") or args.path_type or "linear"
     if path_type not in PATHS:
         raise UserError(f"{path}: trained on the path {path_type!r}, expected {' or '.join(PATHS)}; use another file")
     vae = args.vae or latent_space(state).decoder
     how = Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cfg_scale=args.cfg_scale,
                    cls_cfg_scale=args.cls_cfg_scale, guidance_low=args.guidance_low, guidance_high=args.guidance_high,
-                   seed=args.global_seed, labels=args.labels, classes=args.classes, path_type=path_type,
-                   precision=args.precision)
+                   seed=args.global_seed, labels=args.labels, classes=args.classes, seen=state.get("classes"),
+                   path_type=path_type, precision=args.precision)
     libraries = {name: version(name) for name in ("torch", "numpy", "diffusers", "timm")}
     return {"checkpoint": str(path), "checkpoint_sha256": digest, "step": state.get("steps"), "weights": args.weights,
             "vae": SHORTHANDS.get(vae, vae), "vae_precision": args.vae_precision, "sampling": asdict(how),
@@ -137,7 +182,7 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
 
 
 def folder_of(sample_dir: str | None, settings: dict) -> Path:
-    """The folder of the images; its name carries every setting that changes an image."""
+    """The folder of the images; its name carries every setting that changes an image, a long one as a hash."""
     how, path, vae = Sampling(**settings["sampling"]), Path(settings["checkpoint"]), settings["vae"]
     ours = path.parent.name == CHECKPOINTS
     parts = [path.parent.parent.name if ours else "", path.stem, "model" * (settings["weights"] == "model"), how.mode,
@@ -150,16 +195,21 @@ def folder_of(sample_dir: str | None, settings: dict) -> Path:
               how.precision, "compiled" * settings["compiled"],
               f"vae-{Path(vae).name}-{hashlib.sha256(place.encode()).hexdigest()[:6]}",
               "bf16" * (settings["vae_precision"] == "bf16"), f"batch{settings['per_proc_batch_size']}",
-              f"n{settings['num_images']}"]
-    return Path(sample_dir or (path.parent.parent if ours else Path()) / "samples") / "-".join(filter(None, parts))
+              f"n{settings['num_images']}", "" if settings["training"] else how.path_type.replace("linear", "")]
+    name = "-".join(filter(None, parts)).encode(errors="surrogateescape")
+    if len(name) > LONGEST_NAME:
+        name = name[:LONGEST_NAME] + b"-" + hashlib.sha256(name).hexdigest()[:8].encode()
+    return Path(sample_dir or (path.parent.parent if ours else Path()) / "samples") / name.decode(errors="ignore")
 
 
 def is_same(found: dict, wanted: dict) -> bool:
     """Whether two settings.json decide the same images; `found` may be any object. Unguided images have no interval."""
     def deciding(settings: dict) -> dict:
         how = settings.get("sampling")
-        if isinstance(how, dict) and how.get("cfg_scale") == 1:
-            how = {**how, "guidance_low": None, "guidance_high": None}
+        if isinstance(how, dict):
+            how = {"seen": None, **how}                           # older files lack it
+            if how.get("cfg_scale") == 1:
+                how |= dict.fromkeys(("cls_cfg_scale", "guidance_low", "guidance_high"))
         settings = {name: settings.get(name) for name in DECIDING} | {"sampling": how}
         return json.loads(json.dumps(settings))                   # tuples become lists, as in a file
 
@@ -207,7 +257,7 @@ def main(argv=None) -> None:
     path = find(args.ckpt)
     state, digest = read_checkpoint(path)
     model, space = checkpoint.build_for_sampling(state, args.model, args.weights), latent_space(state)
-    require_suitable(args, model)
+    require_suitable(args, state, model)
 
     world = join_processes()
     first, device = world.is_main_process, world.device

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from models.interpolant import get_path
+from runtime.messages import UserError
 
 LAST_SDE_TIME = 0.04         # the score is singular at t = 0: the last step leaves from here, and adds no noise
 
@@ -85,14 +86,22 @@ def euler_maruyama_step(field, x, t, t_next, path, noise):
 @torch.no_grad()
 def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
               guidance_high):
-    """Carry the pair through `times`, whose last is 0, with `step(field, state, t, t_next)`; the one stepping loop."""
+    """Carry the pair through `times`, whose last is 0, with `step(field, state, t, t_next)`; the one stepping loop.
+
+    Raises UserError naming step and scales if the pair does not stay finite in float32.
+    """
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     dtype = next((p.dtype for p in parameters), latents.dtype)
     scales = (cfg_scale, cfg_scale if cls_cfg_scale is None else cls_cfg_scale)
     guidance = guided_field(model, y, latents.shape, dtype, scales, (guidance_low, guidance_high))
     state = pack((latents, cls_latents))
+    finite = torch.zeros((), dtype=torch.long, device=state.device)                       # steps; read at the end only
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         state = step(guidance(t), state, t, t_next)
+        finite += state.float().isfinite().all()
+    if finite < len(times) - 1:
+        raise UserError(f"the samples are not finite after step {int(finite) + 1} of {len(times) - 1} (guidance scale "
+                        f"{scales[0]:g}, class token {scales[1]:g}); use a lower scale, or another checkpoint")
     return unpack(state, latents.shape)
 
 
@@ -147,6 +156,7 @@ class Sampling:
     seed: int = 0
     labels: str = "random"                   # random: uniform from (seed, i) · balanced: i modulo the number of classes
     classes: tuple[int, ...] | None = None        # in turn, instead of all classes
+    seen: tuple[int, ...] | None = None           # the classes that exist, if the training data lacked others
     path_type: str = "linear"
     precision: str = "fp32"                       # of the network: fp32 · tf32 · bf16
 
@@ -161,10 +171,11 @@ def image_rng(seed: int, index: int) -> np.random.Generator:
 
 def image_label(index: int, rng: np.random.Generator, num_classes: int, how: Sampling) -> int:
     """The label of image `index`; a random one is the first draw of its generator."""
-    drawn = int(rng.integers(num_classes))  # drawn in every mode, so that image i's noise does not depend on the mode
+    among = how.seen or range(num_classes)
+    drawn = int(rng.integers(len(among)))   # drawn in every mode, so that image i's noise does not depend on the mode
     if how.classes is not None:
         return how.classes[index % len(how.classes)]
-    return index % num_classes if how.labels == "balanced" else drawn
+    return among[index % len(among) if how.labels == "balanced" else drawn]
 
 
 def sample_images(model, codec, indices: Iterable[int],
@@ -179,6 +190,7 @@ def sample_images(model, codec, indices: Iterable[int],
         models.vae.Codec does.
     Returns:
         images uint8 (B, 3, R, R), labels (B,), generated class tokens (B, E) float32 or None; on the CPU.
+    Raises UserError if they are not finite.
     """
     indices = list(indices)
     device = model.pos_embed.device

@@ -7,6 +7,7 @@ Data position and randomness follow from (seed, step, micro-batch, rank).
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -46,8 +47,9 @@ from models.interpolant import PATHS
 from models.sit import SiT, SiT_models
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
-from runtime.arguments import Parser, at_least, below_one, not_negative, positive, share
-from runtime.files import write_whole
+from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, share
+from runtime.catalogue import MAX_CLASSES
+from runtime.files import as_size, write_whole
 from runtime.launch import leave_processes, require_joined
 from runtime.loading import batches_of, require_short_tmpdir
 from runtime.log import Log, peak_memory, require_tracker, track, write_line
@@ -60,6 +62,8 @@ GRID_IMAGES = 16             # EMA samples in a training grid
 GRID = Sampling(mode="ode", num_steps=50)
 SCORED = Sampling(mode="ode", num_steps=50, cfg_scale=1.0)        # --eval-steps: unguided, cheap enough for training
 SCORED_BLOCK = 64            # samples drawn at a time
+BYTES_PER_PARAMETER = 20     # in training: the weight, its average, its gradient and AdamW's two moments, in float32
+IMAGENET = 1000              # classes that the released programs always build
 PATIENCE = timedelta(hours=1)  # the other ranks wait while the first writes a checkpoint or draws a grid
 SHOWN = ("loss", "denoising_loss", "cls_loss", "align_cosine", "grad_norm", "images_per_second")  # on the terminal
 
@@ -143,16 +147,28 @@ def meter_terms(meter, terms: Terms, total: torch.Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
+# Flags of the released training programs that have no meaning here, and what to use instead.
+RELEASED_FLAGS = {
+    "epochs": "training is counted in steps; give --max-train-steps (an epoch of ImageNet is 5,005 of 256 images)",
+    "legacy": "labels are dropped once, in the network; leave it out, or give --cfg-prob 0.19 for both drops of 0.1",
+    "logging-dir": "logs are in the experiment's folder, OUTPUT_DIR/EXP_NAME; leave it out",
+    "no-legacy": "labels are always dropped once; leave it out",
+    "ops-head": "--model decides the number of heads; leave it out",
+}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train REG, REPA or SiT; the same command resumes.")
     flag = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="data/imagenet256", metavar="DIR", help="folder with images/ and vae-sd/")
-    data.add_argument("--resolution", type=at_least(1), metavar="PIXELS",
+    data.add_argument("--resolution", type=at_least(1, 4096), metavar="PIXELS",
                       help="side of the images; None: the data set's")
-    data.add_argument("--num-classes", type=at_least(1), metavar="N", help="number of classes; None: the data set's")
-    data.add_argument("--num-workers", type=at_least(0), default=4, metavar="N", help="data loader processes per rank")
+    data.add_argument("--num-classes", type=at_least(1, MAX_CLASSES), metavar="N",
+                      help="number of classes; None: the data set's")
+    data.add_argument("--num-workers", type=at_least(0, 1000), default=4, metavar="N",
+                      help="data loader processes per rank")
     data.add_argument("--cached-features", choices=("auto", "off", "require"), default="auto",
                       help="read encoder outputs stored by `encode --enc-type`; auto: if they "
                            "are there for all encoders")
@@ -186,7 +202,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scoring.add_argument("--eval-steps", type=at_least(0), default=0, metavar="STEPS",
                          help=f"steps between scores of EMA samples ({SCORED.mode}, {SCORED.num_steps} steps, "
                               f"unguided, {SCORED.labels} labels), logged as fid_10k or alike; 0: none")
-    scoring.add_argument("--eval-samples", type=at_least(2), default=10_000, metavar="N",
+    scoring.add_argument("--eval-samples", type=at_least(2, 10**7), default=10_000, metavar="N",
                          help="samples per score; FID compares at equal numbers only")
     scoring.add_argument("--ref-batch", metavar="REF", help="reference: npz, image folder or statistics file")
     scoring.add_argument("--features", default="inception", metavar="inception|dinov2|local-dir:FOLDER",
@@ -209,7 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--encoder-weights", metavar="FILES", help="one file per encoder, instead of the hub")
     method.add_argument("--encoder-depth", type=at_least(1), metavar="BLOCK",
                         help="aligned block; None: T/S/B 4, L/XL 8")
-    method.add_argument("--projector-dim", type=at_least(1), default=2048, metavar="WIDTH",
+    method.add_argument("--projector-dim", type=at_least(1, 10**9), default=2048, metavar="WIDTH",
                         help="hidden width of the projectors")
     method.add_argument("--path-type", choices=tuple(PATHS), default="linear",
                         help="interpolant between data and noise")
@@ -228,18 +244,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--max-train-steps", type=at_least(1), default=400_000, metavar="STEPS",
                        help="global batches to train on")
-    optim.add_argument("--batch-size", type=at_least(1), default=256, metavar="IMAGES",
+    optim.add_argument("--batch-size", type=at_least(1, 10**7), default=256, metavar="IMAGES",
                        help="images per step, over all processes and accumulation")
     optim.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1, metavar="N",
                        help="micro-batches per step")
-    optim.add_argument("--learning-rate", type=not_negative, default=1e-4, metavar="LR", help="constant")
+    optim.add_argument("--learning-rate", type=share, default=1e-4, metavar="LR", help="constant")
     optim.add_argument("--adam-beta1", type=below_one, default=0.9, metavar="BETA1", help="AdamW")
     optim.add_argument("--adam-beta2", type=below_one, default=0.999, metavar="BETA2", help="AdamW")
-    optim.add_argument("--adam-epsilon", type=not_negative, default=1e-8, metavar="EPS", help="AdamW")
+    optim.add_argument("--adam-epsilon", type=positive, default=1e-8, metavar="EPS", help="AdamW")
     optim.add_argument("--adam-weight-decay", type=not_negative, default=0.0, metavar="WD", help="AdamW")
     optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM",
                        help="gradients are clipped to this norm")
-    optim.add_argument("--ema-decay", type=share, default=0.9999, metavar="DECAY",
+    optim.add_argument("--ema-decay", type=below_one, default=0.9999, metavar="DECAY",
                        help="of the averaged weights, per step")
     optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"),
                        help="autocast; None: bf16 where CUDA has it, else no")
@@ -249,6 +265,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="an update with non-finite gradients is skipped; K in a row end the run")
     optim.add_argument("--seed", type=at_least(0), default=0, metavar="SEED",
                        help="of initialisation, data order and noise")
+    for name, instead in RELEASED_FLAGS.items():
+        parser.add_argument(f"--{name}", action=Released, instead=instead)
+    parser.add_argument("--prediction", action=Released, nargs=None, choices=("v",))      # always velocities
     return parser.parse_args(argv)
 
 
@@ -331,11 +350,12 @@ def main(argv: list[str] | None = None) -> None:
         resumed = None                                            # several times the size of the model: free it
 
         run = disk.Run(start, args.max_train_steps, stop)
+        seen = tuple(data.classes_seen.tolist()) if len(data.classes_seen) < data.num_classes else None
         about = {"args": settings, "latent_space": space.to_record(), "data": data.fingerprint,
-                 "processes": accelerator.num_processes, "encoders": ids}
+                 "processes": accelerator.num_processes, "encoders": ids, **({"classes": list(seen)} if seen else {})}
         capture = partial(checkpoint.content, model, ema, optimizer, accelerator.scaler, about)
         with disk.open_folder(folder, run, settings, accelerator) as log:
-            close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, accelerator)
+            close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, seen, accelerator)
             indices.start = start
             loader = DataLoader(data, batch_sampler=indices, num_workers=args.num_workers, worker_init_fn=stop.shield,
                                 pin_memory=accelerator.device.type == "cuda")
@@ -496,7 +516,19 @@ def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, n
 
 def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int, num_classes: int, encoders: Sequence,
                   device: torch.device) -> tuple[SiT, SiT, SILoss, torch.optim.AdamW]:
-    """The network, its EMA, the objective and AdamW, freshly initialised from --seed and compiled if asked."""
+    """The network, its EMA, the objective and AdamW, freshly initialised from --seed and compiled if asked.
+
+    Raises UserError before anything is built if the networks do not fit into the memory.
+    """
+    with torch.device("meta"):
+        planned = build_model(args, space, resolution, num_classes, encoders)
+    need, memory = BYTES_PER_PARAMETER * sum(p.numel() for p in planned.parameters()), memory_of(device)
+    if need > memory:
+        raise UserError(f"--model {args.model}, --projector-dim {args.projector_dim}, {num_classes} classes: needs "
+                        f"about {as_size(need)} of the {as_size(memory)} there are; give smaller ones")
+    if args.num_classes is None and num_classes < IMAGENET and resolution in (256, 512):
+        notice(f"the labels have {num_classes} classes; the released programs would build {IMAGENET}, as "
+               f"--num-classes {IMAGENET} does")
     reseed(args.seed)
     model = build_model(args, space, resolution, num_classes, encoders).to(device)
     model.checkpointing = args.activation_checkpointing
@@ -510,6 +542,13 @@ def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                                   weight_decay=args.adam_weight_decay, fused=True)
     return model, ema, objective, optimizer
+
+
+def memory_of(device: torch.device) -> int:
+    """The bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def open_weights(args: argparse.Namespace, resumed: tuple[Path, dict] | None, model: SiT, ema: SiT,
@@ -542,7 +581,7 @@ def to_device(batches: Iterable[tuple], device: torch.device, encoders: int) -> 
 
 def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | None, capture: Callable[[int], dict],
              resolution: int, ema: SiT, codec: Codec | None, scoring: tuple[ImageSet, Extractor] | None,
-             accelerator: Accelerator) -> Callable[[int], None]:
+             seen: tuple[int, ...] | None, accelerator: Accelerator) -> Callable[[int], None]:
     """Enter into the run's table what is due after a step: log, save, draw a grid, score.
 
     Returns `close(step)`, which logs and saves what a signal has cut short.
@@ -572,7 +611,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 
     def draw(step: int) -> None:
         if accelerator.is_main_process:
-            how = replace(GRID, seed=args.seed, path_type=args.path_type)
+            how = replace(GRID, seed=args.seed, path_type=args.path_type, seen=seen)
             try:
                 draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
             except UserError as error:                            # a full disk, until the next one
@@ -585,7 +624,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         return measure_reference(reference, extractor, [metric_of(extractor)], SCORED_BLOCK)
 
     def score(step: int) -> None:
-        how = replace(SCORED, seed=args.seed, path_type=args.path_type)
+        how = replace(SCORED, seed=args.seed, path_type=args.path_type, seen=seen)
         scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, how)
         write_line(log, accelerator, {"step": step, **scores}, scores)
 

@@ -93,7 +93,8 @@ def measure(device: torch.device, images: int, batch_size: int, resolution: int 
             return root / str(next(number))
 
         def convert(workers: int, dest: Path) -> None:
-            flags = ("--dest", dest, "--resolution", resolution, "--workers", workers)
+            flags = ("--dest", dest, "--resolution", resolution, "--workers", workers, "--transform",
+                     "center-crop-dhariwal")
             tool("convert", "--source", root / "photos", *flags)
 
         for workers in sorted({1, os.cpu_count()}):

@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+if not __package__:  # called as a script: the repository is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from evaluations import acceptance
 from evaluations.class_tokens import class_token_scores, load_class_token_extractor, read_class_tokens
 from evaluations.extraction import measure, place
@@ -40,6 +43,7 @@ PRINTED = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "
            "recall": "Recall",
            "class_token_cosine": "Class token cosine", "class_token_accuracy": "Class token accuracy"}
 ASKED = ("features", "metrics", "precision_recall")  # flags that decide which scores there are, repeated in the output
+NOTES = ("cfg_cond", "step", "num_steps", "cfg", "cls_cfg", "gh")  # flags of REG's eval.sh, for the output
 FOUR_DECIMALS = ("precision", "recall", "class_token_cosine", "class_token_accuracy")
 UNKNOWN_SAMPLES = ImageSet("the samples", 50_000, None, lambda ranges: iter(()))      # in a dry run
 
@@ -96,6 +100,9 @@ def _score_flags(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--output", "--save_path", type=Path, metavar="OUT.json",
                         help="result; an existing folder gets metrics.json (None: print only)")
     scores.add_argument("--dry-run", action="store_true", help="check reference and feature network, and stop")
+    notes = parser.add_argument_group("notes, written into the output as they are")
+    for name in NOTES:
+        notes.add_argument(f"--{name}", metavar="TEXT", default=argparse.SUPPRESS)
 
 
 def _stats_flags(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +182,8 @@ def score(args: argparse.Namespace) -> None:
     result = token_scores | result
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch),
                "asked": {name: getattr(args, name) for name in ASKED}}
+    notes = {name: getattr(args, name) for name in NOTES if name in args}
+    result |= {"notes": notes} if notes else {}
     if settings is not None:
         result["settings"] = settings
     say("\n".join(lines(result, extractor)))

@@ -78,9 +78,8 @@ def expand(lists: dict[str, list]) -> list[dict]:
     settings = []
     for combination in itertools.product(*lists.values()):
         setting = dict(zip(lists, combination, strict=True))
-        if setting.get("cfg_scale") == 1:                         # if all are, generate.py refuses a class scale
-            lost = GUIDANCE if len(lists["cfg_scale"]) > 1 else GUIDANCE[1:]
-            setting = {name: value for name, value in setting.items() if name not in lost}
+        if setting.get("cfg_scale") == 1:
+            setting = {name: value for name, value in setting.items() if name not in GUIDANCE}
         if setting not in settings:
             settings.append(setting)
     return settings

@@ -6,6 +6,7 @@ A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ou
     latent_space   the meaning of the latents (models.vae.LatentSpace)
     data           fingerprint of the data set's keys and labels
     encoders       what identifies the encoders (models.encoders.encoder_ids); older checkpoints lack it
+    classes        the classes that have images, if not all have
     processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
@@ -37,7 +38,7 @@ from runtime.stores import shown
 # Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
 # ones out.
 KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "processes": int, "architecture": dict,
-         "data": str, "encoders": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
+         "data": str, "encoders": list, "classes": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
 LARGEST = 2**20      # of any number in an architecture
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
 PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
@@ -290,7 +291,7 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     model = build_for_sampling(state, model_name, which)
     args = {name: value for name, value in state.get("args", {}).items() if name not in PRIVATE}
     about = {"architecture": {**model.config}, "latent_space": state.get("latent_space"), "steps": state.get("steps"),
-             "weights": which, "args": args or None}
+             "weights": which, "args": args or None, "classes": state.get("classes")}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     data = serialised(weights, {"reg": json.dumps(about, default=str)})
     write_whole(out, lambda partial: partial.write_bytes(data))   # save_file would make it readable for its owner alone

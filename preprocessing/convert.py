@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import classes_with_images
-from preprocessing.crop import center_crop, to_rgb
+from preprocessing.crop import TRANSFORMS, NotSquare, to_rgb, to_square
 from preprocessing.destination import Destination, digest, in_workers, listed, names_when_begun
 from runtime import stores
 from runtime.catalogue import read_labels
@@ -19,7 +19,6 @@ from runtime.launch import blocks
 from runtime.messages import UserError, notice, say
 from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, list_names, open_store, shown
 
-TRANSFORMS = ("center-crop-dhariwal", "none")
 CHUNK = 16  # pictures that a worker converts at a time
 
 
@@ -97,7 +96,7 @@ def to_png(image: np.ndarray) -> bytes:
         for kind, data in chunks)
 
 
-def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
+def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
                   chunk: np.ndarray) -> tuple[int, dict[int, str]]:
     """Convert and write the pictures with the indices in `chunk`; return their number and what is wrong with some."""
     faults = {}
@@ -105,18 +104,17 @@ def convert_chunk(store: Store, names: np.ndarray, destination: Destination, res
         where = store.where(names[i])
         try:
             image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
-            image = image if transform == "none" else center_crop(image, resolution, where)
+            image = to_square(image, resolution, transform, where)
+        except NotSquare:                                         # the choice of a transform is for all pictures
+            raise
         except UserError as error:
             faults[i] = str(error)
             continue
-        if image.size != (resolution, resolution):
-            raise UserError(f"{where}: {image.width}x{image.height} px, expected {resolution}x{resolution}; "
-                            "use --transform=center-crop-dhariwal")
         destination.write(destination.names[i], to_png(np.asarray(image)))
     return len(chunk), faults
 
 
-def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str,
+def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
                     workers: int, skip_bad: int) -> np.ndarray:
     """Convert what is missing of the pictures `names` (n,); return whether each image (n,) exists now.
 
@@ -142,8 +140,8 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
     return exists
 
 
-def convert(source: str, dest: str, resolution: int, transform: str, workers: int, max_images: int | None = None,
-            skip_bad: int = 0) -> None:
+def convert(source: str, dest: str, resolution: int, workers: int, transform: str | None = None,
+            max_images: int | None = None, skip_bad: int = 0) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
     At most `skip_bad` pictures that cannot be read are left out; their numbers, and those of pictures removed from the
@@ -160,7 +158,7 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
     chosen = spread(labels, len(all_names), max_images)
     names, labels = all_names[chosen], None if labels is None else labels[chosen]
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(names, metadata),
-                "images": len(names), "transform": transform, "resolution": resolution}
+                "images": len(names), "transform": transform or TRANSFORMS[0], "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
     here = np.isin(names, present)
@@ -175,6 +173,6 @@ def convert(source: str, dest: str, resolution: int, transform: str, workers: in
     exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
     destination.leave_out(outputs[~exists])
     destination.finish({"labels": listed(outputs[exists], None if labels is None else labels[exists]),
-                        "classes": classes, "transform": {"name": transform, "resolution": resolution},
+                        "classes": classes, "transform": {"name": settings["transform"], "resolution": resolution},
                         "removed": [*map(os.fsdecode, np.setdiff1d(all_names, present))]})
     say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")

@@ -1,10 +1,16 @@
-"""Pictures of any mode and size to square RGB: the centre crop of ADM (arXiv 2105.05233)."""
+"""Pictures of any mode and size to square RGB: the centre crop of ADM (arXiv 2105.05233), and others."""
 
 import numpy as np
 from PIL import Image
 
 from runtime.messages import UserError
 from runtime.stores import MAX_PIXELS
+
+TRANSFORMS = ("center-crop-dhariwal", "center-crop", "center-crop-wide", "none")
+
+
+class NotSquare(UserError):
+    """A picture that is not square, and no transform was chosen: for all pictures it must be."""
 
 
 def to_rgb(image: Image.Image, where: str) -> Image.Image:
@@ -41,3 +47,30 @@ def center_crop(image: Image.Image, resolution: int, where: str = "the picture")
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
+
+
+def to_square(image: Image.Image, resolution: int, transform: str | None, where: str = "the picture") -> Image.Image:
+    """Make an RGB picture `resolution` px wide and high by one of TRANSFORMS; None: the first, if it is square.
+
+    center-crop: the central square, resized with Lanczos' filter. center-crop-wide: the whole width, on black; of a
+    tall picture the central square. none: no change. Raises UserError for a picture that the transform does not take.
+    """
+    width, height = image.size
+    if transform is None and width != height:
+        raise NotSquare(f"{where}: {width}x{height} px is not square; choose --transform={'|'.join(TRANSFORMS)}, of "
+                        "which the first is that of the published numbers")
+    if transform in (None, "center-crop-dhariwal"):
+        return center_crop(image, resolution, where)
+    if transform == "none":
+        if image.size != (resolution, resolution):
+            raise UserError(f"{where}: {width}x{height} px, expected {resolution}x{resolution}; "
+                            "use --transform=center-crop-dhariwal")
+        return image
+    rows = min(width, height)
+    columns = width if transform == "center-crop-wide" else rows
+    left, top = (width - columns) // 2, (height - rows) // 2
+    image = image.crop((left, top, left + columns, top + rows))
+    image = image.resize((resolution, max(1, round(resolution * rows / columns))), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (resolution, resolution))
+    square.paste(image, (0, (resolution - image.height) // 2))
+    return square

@@ -24,7 +24,8 @@ from models.cached_features import DTYPES, features_folder
 from models.vae import SHORTHANDS
 from preprocessing import encode as encoding
 from preprocessing.check import check
-from preprocessing.convert import TRANSFORMS, convert, parse_resolution
+from preprocessing.convert import convert, parse_resolution
+from preprocessing.crop import TRANSFORMS
 from runtime.arguments import Parser, at_least
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, without_traceback
@@ -33,7 +34,7 @@ from runtime.stores import shown
 
 def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None,
            dtype: str | None = None, precision: str | None = None, compile: bool | None = None,
-           enc_type: str | None = None, encoder_weights: str | None = None) -> None:
+           enc_type: str | None = None, encoder_weights: str | None = None, max_images: int | None = None) -> None:
     """Encode moments or, with `enc_type`, features. Raises UserError as both do, and for flags of the other one."""
     if enc_type is None:
         if encoder_weights is not None:
@@ -54,7 +55,7 @@ def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str
         if Path(dest).name.removesuffix(".zip") != name:
             raise UserError(f"--dest {shown(dest)}: training looks for DATA/{name} or DATA/{name}.zip; use that name")
         network = encoding.Features(enc_type, encoder_weights, dtype or "float16", join_processes().device)
-    encoding.encode(source, dest, network, batch_size, workers)
+    encoding.encode(source, dest, network, batch_size, workers, max_images)
 
 
 def build_parser() -> Parser:
@@ -75,10 +76,11 @@ def build_parser() -> Parser:
                   source="pictures: a folder or a zip; labels from its dataset.json or its top-level folders",
                   dest="images: a folder or a name ending in .zip")
     one.add_argument("--resolution", type=parse_resolution, default="256x256", help="of the images, square, in pixels")
-    one.add_argument("--transform", default=TRANSFORMS[0], choices=TRANSFORMS, help="none: pictures must fit")
+    one.add_argument("--transform", **optional, choices=TRANSFORMS,
+                     help=f"none: pictures must fit (default: {TRANSFORMS[0]} if all pictures are square)")
     one.add_argument("--max-images", type=at_least(1), **optional, help="the first of each class (default: all)")
     one.add_argument("--skip-bad", type=at_least(0), default=0, metavar="N", help="leave out up to N unreadable ones")
-    one.add_argument("--workers", type=at_least(0), default=cores, help="processes that convert; 0: this one alone")
+    one.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that convert; 0: this one")
 
     two = command(encode, "encode images to VAE moments, or with --enc-type to an encoder's features",
                   source="images, as written by convert: a folder or a zip",
@@ -86,6 +88,7 @@ def build_parser() -> Parser:
     two.add_argument("--model-url", **optional, help="VAE: a hub id, a local folder, ema or mse (default: mse)")
     two.add_argument("--enc-type", **optional, help="encoder, as in train.py: store features, for --cached-features")
     two.add_argument("--encoder-weights", **optional, metavar="FILE", help="of the encoder (default: the hub's)")
+    two.add_argument("--max-images", type=at_least(1), **optional, help="the first in sorted order (default: all)")
     two.add_argument("--batch-size", type=at_least(1), default=32, help="images encoded at a time, per process")
     two.add_argument("--dtype", **optional, choices=("float16", "float32", "int8"),
                      help="stored moments: float32 (default) or float16; patch tokens: float16 (default) or int8")

@@ -154,8 +154,9 @@ def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tup
             writing.result()
 
 
-def encode(source: str, dest: str, network: Moments | Features, batch_size: int, workers: int) -> None:
-    """Encode the images of `source`, all RGB of one size, into `dest`, with one process or many; both folder or zip.
+def encode(source: str, dest: str, network: Moments | Features, batch_size: int, workers: int,
+           max_images: int | None = None) -> None:
+    """Encode the (first) images of `source`, all RGB of one size, into `dest`, with any number of processes.
 
     Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source and the
     names of its classes, see `source_labels`. Batches are the same consecutive images however the work is divided or
@@ -163,7 +164,7 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     if the network does not load.
     """
     store = open_store(source)
-    keys, names = list_keyed(store, IMAGE_EXTENSIONS)
+    keys, names = (found[:max_images] for found in list_keyed(store, IMAGE_EXTENSIONS))
     if not len(keys):
         raise UserError(f"--source {shown(source)}: holds no images; expected those that `convert` writes")
     resolution = read_image(store, names[0]).shape[-1]

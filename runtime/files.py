@@ -130,7 +130,7 @@ def require_room(place: Path, need: int, remedy: str) -> int:
     home = next(path for path in (Path(place), *Path(place).resolve().parents) if path.exists())
     free = shutil.disk_usage(home).free
     if need > free:
-        raise UserError(f"{place}: needs {as_size(need)}, {as_size(free)} are free; {remedy}")
+        raise UserError(f"{place}: needs {as_size(need)}, {as_size(need - free)} more than are free; {remedy}")
     return free
 
 

@@ -1,5 +1,6 @@
 """Messages to the user: one-sentence errors and notices, each printed once however many processes run."""
 
+import errno
 import functools
 import json
 import os
@@ -81,7 +82,11 @@ def without_traceback(main):
         with closing(out), closing(err), redirect_stdout(out), redirect_stderr(err):
             try:
                 return main(*args, **kwargs)
-            except UserError as error:
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError):
+                    if error.errno != errno.ENAMETOOLONG:
+                        raise
+                    error = UserError(f"{str(error.filename)[:80]}...: the name is too long for this disk; shorten it")
                 # An error from a data loader worker is a printed traceback whose last line is the sentence.
                 last = str(error).strip().splitlines()[-1]
                 sentence = last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")

@@ -132,8 +132,11 @@ def test_another_checkpoint_of_the_same_name_replaces_the_samples(experiment, sa
 CHANGES = {
     "weights": "model", "vae": "mse", "num_fid_samples": "3", "mode": "ode", "num_steps": "3", "cfg_scale": "1",
     "cls_cfg_scale": "0", "guidance_low": "0.5", "guidance_high": "0.5", "labels": "balanced", "classes": "2,1",
-    "global_seed": "1", "per_proc_batch_size": "4", "precision": "bf16", "vae_precision": "bf16", "compile": None}
-ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun"}          # heun needs ode: tested below
+    "global_seed": "1", "per_proc_batch_size": "4", "precision": "bf16", "vae_precision": "bf16", "compile": None,
+    "path_type": "cosine"}
+# Heun needs ode: tested below. The last ones only repeat what the checkpoint says.
+ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun", "encoder_depth", "resolution",
+             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn"}
 
 
 def folder_and_settings(path, *flags) -> tuple[str, dict]:
@@ -153,6 +156,28 @@ def test_every_flag_that_changes_an_image_changes_the_folder():
         changed, other = folder_and_settings(path, *flags)
         assert changed not in seen and not generate.is_same(json.loads(json.dumps(settings)), other), name
         seen.add(changed)
+
+
+def test_a_long_name_ends_in_a_hash_of_the_whole():
+    """An ImageNet-100 list, whose classes are in settings.json in full; another list has another folder."""
+    path, lists = Path("exps/run/checkpoints/0000002.pt"), [list(range(0, 1000, 10)), list(range(0, 990, 10)) + [999]]
+    names = [folder_and_settings(path, "--classes", ",".join(map(str, classes)))[0] for classes in lists]
+    assert names[0] != names[1] and all(150 < len(name) < 240 for name in names)
+    assert all(name.startswith("run-0000002-sde-steps2-") for name in names)
+    assert len(folder_and_settings(Path("checkpoints/" + "é" * 120 + ".pt"))[0].encode()) < 240
+
+
+def test_samples_of_a_long_list_of_classes(sample):
+    classes = ",".join(["0", "1", "2"] * 60)
+    folder = sample("--classes", classes, "--no-png")
+    assert sample("--classes", classes, "--no-png") == folder
+    assert json.loads((folder / "settings.json").read_text())["sampling"]["classes"] == [0, 1, 2] * 60
+
+
+def test_settings_of_an_older_edition_still_fit():
+    settings = json.loads(json.dumps(folder_and_settings(Path("a.pt"))[1]))
+    del settings["sampling"]["seen"]
+    assert generate.is_same(settings, folder_and_settings(Path("a.pt"))[1])
 
 
 def test_two_vae_folders_of_one_name_do_not_share_samples(tmp_path):
@@ -227,7 +252,8 @@ def refused(capsys, ckpt, flags, word):
 
 @pytest.mark.parametrize(("flags", "word"), [
     ("--cfg-scale 0.5", "--cfg-scale 0.5"), ("--cfg-scale nan", "finite"), ("--cls-cfg-scale inf", "finite"),
-    ("--cfg-scale 1 --cls-cfg-scale 2", "--cls-cfg-scale 2.0"), ("--guidance-high 1.5", "--guidance-high"),
+    ("--num-fid-samples 1000000000000", "needs"), (f"--sample-dir {'x' * 300}", "too long"),
+    ("--guidance-high 1.5", "--guidance-high"),
     ("--guidance-low 0.9 --guidance-high 0.1", "--guidance-low 0.9"), ("--heun", "--mode ode"),
     ("--classes 1,5", "classes 0 to 2"), ("--classes dog", "--classes"), ("--classes -1", "--classes"),
     ("--classes 1 --labels balanced", "--labels"), ("--num-fid-samples 0", "--num-fid-samples"),
@@ -255,6 +281,15 @@ def test_checkpoints_that_cannot_be_sampled_so(experiment, capsys, change, word)
     change(state)
     torch.save(state, find(experiment))
     refused(capsys, experiment, [], word)
+
+
+@pytest.mark.parametrize("broken", [["ema"], ["ema", "cls"]])
+def test_weights_that_are_not_finite_give_an_error_and_no_images(experiment, capsys, broken):
+    state = torch.load(find(experiment))
+    state["ema"]["final_layer.linear_cls.bias" if "cls" in broken else "final_layer.linear.bias"][0] = float("nan")
+    torch.save(state, find(experiment))
+    refused(capsys, experiment, ["--cfg-scale", "2", "--num-steps", "3"], "step 1 of 3 (guidance scale 2,")
+    assert not [path for path in (experiment / "samples").rglob("*") if path.suffix in (".npy", ".npz", ".png")]
 
 
 @pytest.mark.parametrize("name", ["nowhere.pt", ""])

@@ -38,8 +38,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def arguments(command: str, source: Path, dest: Path, vae: Path) -> list[str]:
-    own = [f"--resolution={SIDE}"] if command == "convert" else [f"--model-url={vae}", "--batch-size=3"]
-    return [command, f"--source={source}", f"--dest={dest}", "--workers=0", *own]
+    own = {"convert": [f"--resolution={SIDE}", "--transform=center-crop-dhariwal"],
+           "encode": [f"--model-url={vae}", "--batch-size=3"]}
+    return [command, f"--source={source}", f"--dest={dest}", "--workers=0", *own[command]]
 
 
 @pytest.mark.parametrize("command, name", [("encode", "out"), ("convert", "out.zip")])

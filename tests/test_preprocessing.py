@@ -85,7 +85,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def convert(source: Path, dest: Path, *flags: str) -> None:
-    main(["convert", f"--source={source}", f"--dest={dest}", f"--resolution={SIDE}x{SIDE}", "--workers=0", *flags])
+    main(["convert", f"--source={source}", f"--dest={dest}", f"--resolution={SIDE}x{SIDE}", "--workers=0",
+          "--transform=center-crop-dhariwal", *flags])
 
 
 def encode(source: Path, dest: Path, *flags: str) -> None:

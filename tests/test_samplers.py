@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.interpolant import PATHS, widen
+from runtime.messages import UserError
 from samplers import (
     Sampling,
     euler_maruyama_sampler,
@@ -195,3 +196,19 @@ def test_seeds_and_indices_keep_more_than_32_bits():
     """With 32 bits two of 50,000 images would likely share their noise."""
     keys = [(0, 1), (0, 2**32 + 1), (2**33, 1), (1, 0)]
     assert len({image_rng(*key).bytes(16) for key in keys}) == 4
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [(euler_sampler, 4), (euler_maruyama_sampler, 4)])
+def test_samples_that_do_not_stay_finite_are_an_error_that_names_the_step(sampler, steps):
+    """From t < 0.6 on the velocity is 1e30 times too large, and beyond float32 with the guidance scale."""
+
+    class Exploding(torch.nn.Module):
+        num_classes = 3
+
+        def forward(self, x, t, y, cls_token=None):
+            factor = torch.where(t < 0.6, 1e30, 1.0)[:, None, None, None]
+            return x * factor * (y < 3)[:, None, None, None], None, None
+
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"step 3 of 4 \(guidance scale 1e\+10"):
+        sampler(Exploding(), noise, torch.tensor([0, 1]), num_steps=steps, cfg_scale=1e10)
