@@ -13,7 +13,7 @@ from dataset import MOMENTS_EXTENSIONS, read_image
 from models.cached_features import FeaturesRecord, file_size, pack
 from models.encoders import load_encoder, sha256_of_named
 from models.vae import SHORTHANDS, LatentSpace, load_codec
-from preprocessing.convert import source_labels
+from preprocessing.convert import source_labels, spread
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import speed
 from runtime.catalogue import key_of, list_keyed
@@ -156,7 +156,7 @@ def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tup
 
 def encode(source: str, dest: str, network: Moments | Features, batch_size: int, workers: int,
            max_images: int | None = None) -> None:
-    """Encode the (first) images of `source`, all RGB of one size, into `dest`, with any number of processes.
+    """Encode images of `source` (see `spread`), all RGB of one size, into `dest`, with any number of processes.
 
     Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source and the
     names of its classes, see `source_labels`. Batches are the same consecutive images however the work is divided or
@@ -164,20 +164,22 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     if the network does not load.
     """
     store = open_store(source)
-    keys, names = (found[:max_images] for found in list_keyed(store, IMAGE_EXTENSIONS))
+    keys, names = list_keyed(store, IMAGE_EXTENSIONS)
     if not len(keys):
         raise UserError(f"--source {shown(source)}: holds no images; expected those that `convert` writes")
+    metadata = read_metadata(store)
+    values, classes, _ = source_labels(store, names, metadata, key_of)
+    chosen = spread(values, len(names), max_images)
+    keys, names = keys[chosen], names[chosen]
     resolution = read_image(store, names[0]).shape[-1]
     state = join_processes()
     # Not the images' path: the data folder may move meanwhile.
-    metadata = read_metadata(store)
     settings = {"command": "encode", "source_contents": digest(names, metadata), "images": len(names),
                 **network.settings}
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {}
     if network.kind == "moments":
-        values, classes, _ = source_labels(store, names, metadata, key_of)
-        labels = {"labels": listed(outputs, values), "classes": classes}
+        labels = {"labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         if state.is_main_process:
