@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                          help="weights of the Inception of 2015-12-05 (None: torch hub cache, else download)")
     network.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
                          help="torch device of network and algebra")
-    network.add_argument("--batch-size", type=at_least(1), default=64, help="images per forward pass")
+    network.add_argument("--batch-size", type=at_least(1, 10**5), default=64, help="images per forward pass")
     args = parser.parse_args(argv)
     if command == "score" and args.sample_batch is None and not args.dry_run:
         parser.error("--sample-batch is missing: name an npz file or a folder of generated images")

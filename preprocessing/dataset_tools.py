@@ -89,7 +89,7 @@ def build_parser() -> Parser:
     two.add_argument("--enc-type", **optional, help="encoder, as in train.py: store features, for --cached-features")
     two.add_argument("--encoder-weights", **optional, metavar="FILE", help="of the encoder (default: the hub's)")
     two.add_argument("--max-images", type=at_least(1), **optional, help="the first in sorted order (default: all)")
-    two.add_argument("--batch-size", type=at_least(1), default=32, help="images encoded at a time, per process")
+    two.add_argument("--batch-size", type=at_least(1, 10**5), default=32, help="images encoded at a time, per process")
     two.add_argument("--dtype", **optional, choices=("float16", "float32", "int8"),
                      help="stored moments: float32 (default) or float16; patch tokens: float16 (default) or int8")
     two.add_argument("--precision", **optional, choices=encoding.PRECISIONS,
@@ -97,14 +97,14 @@ def build_parser() -> Parser:
                           "(default: on a GPU tf32, PyTorch's own for convolutions, else fp32)")
     two.add_argument("--compile", action=argparse.BooleanOptionalAction, **optional,
                      help="compile the VAE; moments change within its precision (default: on a GPU in bf16)")
-    two.add_argument("--workers", type=at_least(0), default=min(cores, 8) if torch.cuda.is_available() else 0,
+    two.add_argument("--workers", type=at_least(0, 1000), default=min(cores, 8) if torch.cuda.is_available() else 0,
                      help="processes that read, per process that encodes; 0: none, which suits a CPU")
 
     three = command(check, "verify a prepared data set and draw a picture to look at",
                     source="the data folder with images and vae-sd, folders or zips")
     three.add_argument("--output", default="check.png", help="the picture: images above their decoded latents")
     three.add_argument("--model-url", **optional, help="VAE that decodes (default: that of the data set)")
-    three.add_argument("--workers", type=at_least(0), default=cores, help="processes that read; 0: this one alone")
+    three.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that read; 0: this one")
     return parser
 
 

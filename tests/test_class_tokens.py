@@ -126,6 +126,8 @@ def test_tokens_are_read_as_generate_writes_them(tmp_path):
     (dict(class_tokens=np.zeros((5, 8)), labels=np.full(5, np.nan)), "labels of float64"),
     (dict(class_tokens=np.zeros((5, 8), int), labels=np.zeros(5)), "int64"),
     (dict(class_tokens=np.full((5, 8), np.nan), labels=np.zeros(5)), "not finite"),
+    (dict(class_tokens=np.zeros((5, 8)), labels=np.full(5, np.nan)), "not finite"),
+    (dict(class_tokens=np.zeros((5, 8)), labels=np.full(5, np.inf)), "not finite"),
     (dict(class_tokens=np.array([None] * 5), labels=np.zeros(5)), "not a readable npz"),
     (None, "not a readable npz"),
     ("text", "not a readable npz"),

@@ -84,9 +84,15 @@ def test_inceptions_scores_and_regs_spellings(sets, weights_file, capsys):
     run("--ref_batch", sets / "few.npz", "--sample_batch", sets / "few.npz", "--save_path", sets / "made",
         "--inception-weights", weights_file, "--device", "cpu", "--metrics", " inception_score ")
     result = json.loads((sets / "made" / "metrics.json").read_text())             # an existing folder gets metrics.json
+    assert "notes" not in result
     *printed, last = capsys.readouterr().out.splitlines()
     assert printed == [f"Inception Score: {result['inception_score']}"]
     assert result["weights_verified"] is False and "NOT the published file" in last and "settings" not in result
+
+
+def test_notes_of_the_released_eval_script_go_into_the_json(score):
+    notes = dict(cfg_cond="1", step="4000000", num_steps="250", cfg="2.3", cls_cfg="2.3", gh="0.85")
+    assert score(*(part for name, value in notes.items() for part in (f"--{name}", value)))["notes"] == notes
 
 
 def test_metrics_json_records_how_the_scores_were_made(score, sets, capsys):

@@ -13,7 +13,6 @@ from PIL import Image
 
 import generate
 import train
-from evaluations import evaluator
 from models import checkpoint
 from models.sit import SiT_models
 from models.vae import LatentSpace
@@ -194,13 +193,6 @@ def test_weights_alone_are_sampled_on_the_path_that_is_named(tmp_path, trained):
 def test_the_evaluator_runs_as_a_script():
     done = run("./evaluations/evaluator.py", "--ref_batch", "nowhere.npz", "--sample_batch", "nowhere.npz")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "nowhere.npz" in done.stderr
-
-
-def test_notes_of_the_released_eval_script_are_taken():
-    flags = "--cfg_cond 1 --step 4000000 --num_steps 250 --cfg 2.3 --cls_cfg 2.3 --gh 0.85"
-    args = evaluator.parse_args(["--ref_batch", "a.npz", "--sample_batch", "b.npz", *flags.split()])
-    assert {name: getattr(args, name) for name in evaluator.NOTES} == {
-        "cfg_cond": "1", "step": "4000000", "num_steps": "250", "cfg": "2.3", "cls_cfg": "2.3", "gh": "0.85"}
 
 
 def test_a_released_file_takes_the_class_token_flag_of_its_model(tmp_path, capsys):

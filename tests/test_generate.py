@@ -16,7 +16,8 @@ import generate
 from models import checkpoint
 from models.sit import SiT_models
 from models.vae import load_codec
-from runtime.files import sha256
+from runtime.files import require_room, sha256
+from runtime.messages import UserError
 from runtime.run import find
 from runtime.samples import SampleFolder
 from samplers import Sampling
@@ -165,6 +166,12 @@ def test_a_long_name_ends_in_a_hash_of_the_whole():
     assert names[0] != names[1] and all(150 < len(name) < 240 for name in names)
     assert all(name.startswith("run-0000002-sde-steps2-") for name in names)
     assert len(folder_and_settings(Path("checkpoints/" + "é" * 120 + ".pt"))[0].encode()) < 240
+
+
+def test_a_disk_that_is_too_small_is_told_by_how_much(tmp_path):
+    """Two sizes that look alike, as 1.0 GB and 1.0 GB, or 0.00 GiB twice, would say nothing."""
+    with pytest.raises(UserError, match="[1-9][0-9.]* [GM]B more than are free"):
+        require_room(tmp_path, shutil.disk_usage(tmp_path).free + 10**9, "free some")
 
 
 def test_samples_of_a_long_list_of_classes(sample):
