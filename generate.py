@@ -7,6 +7,7 @@ bit-equal for any number of processes. The same command again makes only what is
 import argparse
 import hashlib
 import json
+import os
 import platform
 import re
 from dataclasses import asdict
@@ -190,7 +191,7 @@ def folder_of(sample_dir: str | None, settings: dict) -> Path:
     if how.cfg_scale > 1:
         parts += ["" if how.cls_cfg_scale is None else f"cls{how.cls_cfg_scale:.12g}",
                   f"t{how.guidance_low:.12g}-{how.guidance_high:.12g}"]
-    place = str(Path(vae).resolve()) if Path(vae).is_dir() else vae                       # two folders may share a name
+    place = str(Path(vae).resolve()) if os.path.isdir(vae) else vae                       # two folders may share a name
     parts += [how.labels if how.classes is None else "classes" + "+".join(map(str, how.classes)), f"seed{how.seed}",
               how.precision, "compiled" * settings["compiled"],
               f"vae-{Path(vae).name}-{hashlib.sha256(place.encode()).hexdigest()[:6]}",

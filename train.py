@@ -606,16 +606,13 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         done["saved"] = step
         if accelerator.is_main_process:
             disk.save(folder, capture(step))
-            if not run.meter.in_a_row:                            # else the older ones may be the last good ones
-                disk.prune(folder, args.keep_last, args.keep_every)
+            # While updates are skipped, keep all: the older ones may be the last good ones.
+            disk.prune(folder, 0 if run.meter.in_a_row else args.keep_last, args.keep_every)
 
     def draw(step: int) -> None:
         if accelerator.is_main_process:
             how = replace(GRID, seed=args.seed, path_type=args.path_type, seen=seen)
-            try:
-                draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
-            except UserError as error:                            # a full disk, until the next one
-                notice(f"warning: {error}")
+            draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
         accelerator.wait_for_everyone()
 
     @cache
@@ -645,7 +642,10 @@ def draw_grid(path: Path, ema: SiT, codec: Codec, how: Sampling, step: int, acce
     """Write a grid of EMA samples with fixed labels and noise, as PNG and to the tracker."""
     images, _, _ = sample_images(ema, codec, range(GRID_IMAGES), how)
     grid = make_grid(images, nrow=round(GRID_IMAGES**0.5))                                # uint8 (3, ., .)
-    write_whole(path, lambda partial: to_pil_image(grid).save(partial, "png"))
+    try:
+        write_whole(path, lambda partial: to_pil_image(grid).save(partial, "png"))
+    except UserError as error:                                    # a full disk: the run goes on
+        notice(f"warning: {error}")
     for tracker in list(accelerator.trackers):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         show = partial(tracker.log_images, {"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)

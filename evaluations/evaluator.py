@@ -287,12 +287,12 @@ def open_class_tokens(file: Path, sample: ImageSet, training: dict, enc_type: st
     """Class tokens (N, E) of `sample`, their labels (N,), and their encoder: `enc_type` with `weights`, else the first
     one in the flags `training` of their model.
     """
-    name = enc_type or (training.get("enc_type") or "").split(",")[0]
+    name = enc_type or str(training.get("enc_type") or "").split(",")[0]
     if not name:
         raise UserError(f"--class-tokens {file}: settings.json of the samples names no encoder; give --enc-type")
     if sample.blocks is None:
         raise UserError(f"--class-tokens {file}: {sample.name} holds no images to compare with; leave it out")
-    recorded = (training.get("encoder_weights") or "").split(",")[0] if enc_type is None else ""
+    recorded = str(training.get("encoder_weights") or "").split(",")[0] if enc_type is None else ""
     tokens, labels = read_class_tokens(file, sample.count)
     encoder = load_class_token_extractor(name, device, sample.size[0], weights or recorded or None, tokens.shape[1])
     return tokens, labels, encoder

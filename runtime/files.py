@@ -44,7 +44,6 @@ def read_patiently(read: Callable[[], bytes], where: str) -> bytes:
             if not passing or pause is None:
                 raise (MayPass if passing else UserError)(f"{where}: cannot be read ({error.strerror})") from error
             time.sleep(pause)
-    raise AssertionError
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -59,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         _flush(partial)
         os.replace(partial, path)
-        with contextlib.suppress(OSError):                                   # some network disks refuse it for folders
+        with contextlib.suppress(OSError):                        # some network disks refuse it for folders
             _flush(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); make "

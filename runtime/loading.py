@@ -38,7 +38,8 @@ def batches_of(loader: DataLoader) -> Iterator:
                             f"({as_size(shutil.disk_usage(SHARED).free)} free); use docker run --shm-size=8g, fewer "
                             "workers, or --num-workers 0") from error
         # Batches of a killed worker that are already in the queue cannot be fetched from it.
-        if isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker (pid"):
+        killed = str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited"))
+        if killed or isinstance(error, ConnectionError | EOFError):
             raise MayPass("a data loader worker was killed (out of memory?): give the same command again, perhaps "
                           "with fewer workers") from error
         raise

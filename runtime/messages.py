@@ -82,7 +82,9 @@ def without_traceback(main):
         with closing(out), closing(err), redirect_stdout(out), redirect_stderr(err):
             try:
                 return main(*args, **kwargs)
-            except (UserError, OSError) as error:
+            except (UserError, OSError, MemoryError) as error:
+                if isinstance(error, MemoryError):
+                    error = UserError(f"not enough memory ({error}); ask for less at a time, or use a larger machine")
                 if isinstance(error, OSError):
                     if error.errno != errno.ENAMETOOLONG:
                         raise

@@ -418,6 +418,14 @@ def test_a_tracker_that_cannot_start_does_not_end_the_run(train_flags, tmp_path,
     assert "tracker" in capsys.readouterr().err and len(log(tmp_path)) == 1
 
 
+def test_a_grid_that_cannot_be_written_does_not_end_the_run(train_flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "grids").touch()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main([*train_flags, "--max-train-steps", "2", "--sampling-steps", "1"])
+    assert capsys.readouterr().err.count("0000001.png") == 1 and list(disk.saved(tmp_path / "run")) == [2]
+
+
 def test_a_copied_experiment_is_another_run_of_wandb(tmp_path):
     def wandb_id(name: str) -> str:
         start_tracker(Accelerator(cpu=True), tmp_path / name, "wandb", {})
