@@ -7,7 +7,7 @@
 #               NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; default: Slurm's, one task per node (srun)
 #               REQUEUE=1  after SIGTERM or SIGUSR1, requeue the Slurm job
 #
-# SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit with status 75; a second signal kills.
+# SIGTERM, SIGUSR1, SIGHUP and Ctrl-C finish the step, write a checkpoint and exit with status 75; a second signal kills.
 # Relative paths start at this folder. Several nodes need OUTPUT_DIR on a shared disk.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"                  # `sh train.sh`
 set -euo pipefail

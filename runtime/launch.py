@@ -8,8 +8,8 @@ Environment:
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes; default Slurm's own, one task per node (srun)
     REQUEUE=1    under Slurm, requeue the job after a stop by SIGTERM or SIGUSR1
 
-The first SIGTERM, SIGUSR1 or Ctrl-C is forwarded to every rank; a second one ends them all. The exit status is that of
-the rank that failed first, 128 + N after signal N. No rank outlives this process.
+The first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C is forwarded to every rank; a second one ends them all. The exit status is
+that of the rank that failed first, 128 + N after signal N. No rank outlives this process.
 
 Torch's elastic agent starts and watches the ranks. It runs in a thread: its own signal handlers lose the ranks' exit
 status and end a rank that takes long to save, and it does not react to signals while it waits for other nodes.
