@@ -33,10 +33,10 @@ from samplers import Sampling, image_label, image_rng, sample_images
 
 # Flags of the released programs that set nothing here, and what to use instead; None: the flag is taken.
 RELEASED_FLAGS = {
-    "legacy": "files with decoder_blocks are not read; convert them with the released program's --legacy",
+    "legacy": "rename decoder_blocks.i in the file to blocks.(i + --encoder-depth); leave it out",
     "local-rank": None,                                           # of torch.distributed.launch
     "no-heun": "Euler steps are the default; leave it out",
-    "no-legacy": "files with decoder_blocks are never read; leave it out",
+    "no-legacy": "there is one form of files; leave it out",
     "no-tf32": "the network computes in fp32 unless --precision says otherwise; leave it out",
     "tf32": "give --precision tf32",
 }
@@ -117,7 +117,7 @@ def class_list(text: str) -> tuple[int, ...]:
 def require_suitable(args: argparse.Namespace, state: dict, model: SiT) -> None:
     """Raise UserError for flags that this checkpoint cannot follow or contradicts; where it is silent, they count."""
     trained, weights = state.get("args") or {}, state.get(args.weights, state)
-    widths = [len(bias) for name, bias in weights.items() if re.search(r"projectors\.\d+\.4\.bias$", name)]
+    widths = [bias.numel() for name, bias in weights.items() if re.search(r"projectors\.\d+\.4\.bias$", name)]
     told = {"path_type": trained.get("path_type"), "encoder_depth": trained.get("encoder_depth"),
             "fused_attn": trained.get("fused_attn"), "qk_norm": model.config["qk_norm"],
             "resolution": model.input_size * latent_space(state).downsampling, "num_classes": model.num_classes,
@@ -142,11 +142,11 @@ def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes
     """Raise UserError for classes without training images; `seen`: those that had some, None: all."""
     if seen is None:
         return
-    if not seen or not all(type(one) is int and 0 <= one < num_classes for one in seen):
-        raise UserError(f"the checkpoint's list of classes {seen[:5]} does not fit its model; use another file")
+    if not seen or max(seen) >= num_classes:
+        raise UserError("the checkpoint's list of classes does not fit its model; use another file")
     for one in classes or ():
         if one not in seen:
-            raise UserError(f"--classes {one}: no training image had this class; give some of {seen[:5]}...")
+            raise UserError(f"--classes {one}: no training image had this class; give one with images, like {seen[0]}")
     if classes is None:
         notice(f"{len(seen)} of {num_classes} classes had training images: labels are drawn among these")
 

@@ -293,6 +293,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--encoder-depth {args.encoder_depth}: {args.model} has {size['depth']} "
                         f"blocks; use 1 to {size['depth']}")
     args.exp_name = args.exp_name or f"{args.method}-{args.model.lower().replace('/', '-')}"
+    if Path(args.exp_name).is_absolute() or ".." in Path(args.exp_name).parts:
+        raise UserError(f"--exp-name {args.exp_name}: leads out of --output-dir; give a name")
     if args.resume_step:
         if args.resume != "auto":
             raise UserError(f"--resume-step {args.resume_step}: contradicts --resume {args.resume}; give one of them")

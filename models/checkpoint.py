@@ -30,6 +30,7 @@ from safetensors.torch import save as serialised
 from models.sit import SiT, SiT_models
 from models.vae import LatentSpace
 from runtime.arguments import Parser
+from runtime.catalogue import MAX_CLASSES
 from runtime.files import write_whole
 from runtime.messages import UserError, notice, without_traceback
 from runtime.run import Damaged, find, read_file
@@ -39,7 +40,7 @@ from runtime.stores import shown
 # ones out.
 KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "processes": int, "architecture": dict,
          "data": str, "encoders": list, "classes": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
-LARGEST = 2**20      # of any number in an architecture
+LARGEST = MAX_CLASSES                # of any number in an architecture
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
 PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
@@ -57,8 +58,11 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     for name, kind in KINDS.items():
         value = state.get(name)
         if name in state and (not isinstance(value, kind) or kind is int and not 0 <= value < 2**63):
-            expected = "a count" if kind is int else getattr(kind, "__name__", kind)
-            raise Damaged(f"{path}: {name} is a {type(value).__name__}, expected {expected}; use another file")
+            expected = "a number of at least 0" if kind is int else getattr(kind, "__name__", kind)
+            raise Damaged(f"{path}: {name} is of type {type(value).__name__}, expected {expected}; use another file")
+    for name, kind in (("encoders", str), ("classes", int)):
+        if not all(type(one) is kind and (kind is str or 0 <= one < MAX_CLASSES) for one in state.get(name, ())):
+            raise Damaged(f"{path}: {name} holds other things than {kind.__name__}; use another file")
     if "args" in state:
         args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
         state["args"] = {str(name): _as_json(value) for name, value in args.items()}
@@ -97,7 +101,7 @@ def _require_architecture(path: Path, found: dict) -> None:
 
 def content(model: SiT, ema: SiT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, about: dict,
             step: int) -> dict:
-    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes, encoders."""
+    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes, encoders, classes."""
     return {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "steps": step,
             "scaler": None if scaler is None else scaler.state_dict(), "architecture": model.config, **about}
 
@@ -138,7 +142,8 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
     if not _is_state_dict(state):
         if which not in state:
             found = shown(", ".join({"ema", "model"} & state.keys() or list(map(str, state))[:9]))
-            raise UserError(f"--weights {which}: the checkpoint has {found}; change --weights, or name another file")
+            raise UserError(f"--weights {which}: the checkpoint has {found}; name a file with ema or model, or the "
+                            "weights alone")
         state = state[which]
         if not isinstance(state, dict) or not _is_state_dict(state):
             raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of "
@@ -173,8 +178,14 @@ def plain_weights(state: dict) -> dict[str, torch.Tensor]:
         storage = tensor.untyped_storage()
         claimed, stored[storage.data_ptr()] = claimed + tensor.numel() * tensor.element_size(), storage.nbytes()
         plain[re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", name)] = tensor
-    if claimed > sum(stored.values()) or len(plain) < len(state):
-        raise UserError("the weights claim more numbers than are stored, or two have one name: name another file")
+    if len(plain) < len(state):
+        raise UserError("two of the weights have one name without the prefixes module. and _orig_mod.: name another "
+                        "file")
+    if claimed > sum(stored.values()):
+        raise UserError("the weights claim more numbers than are stored: name another file")
+    broken = next((name for name, tensor in plain.items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"{shown(broken)} holds numbers that are not finite: name another file or checkpoint")
     return plain
 
 

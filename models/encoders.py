@@ -237,7 +237,7 @@ def encoder_ids(enc_type: str, weights: str | None) -> list[str]:
 
 def same_encoders(before: list[str], now: list[str]) -> bool:
     """Whether two lists of `encoder_ids` mean the same encoders; the hub's weights equal those of any file."""
-    pairs = [(str(a).partition(":"), b.partition(":")) for a, b in zip(before, now, strict=False)]
+    pairs = [(a.partition(":"), b.partition(":")) for a, b in zip(before, now, strict=False)]
     same = all(a[0] == b[0] and (a[2] == b[2] or "" in (a[2], b[2])) for a, b in pairs)
     return same and len(before) == len(now)
 
@@ -320,7 +320,7 @@ def _local_spec(name: str) -> tuple[Spec, int, int | None]:
                               for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
         if any(len(values) != 3 for values in normalisation):
             raise ValueError(f"mean and std {normalisation}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{config_file}: missing, or no usable architecture, pretrained_cfg or model_args "
                         f"({_first_words(error)}); expected what timm's save_for_hf writes") from error
     return Spec(name, normalisation=normalisation), patch or _patch_size(architecture), native

@@ -54,8 +54,9 @@ class LatentSpace:
                 fits = type(value) is str and value.isprintable() and len(value) <= 4096 and \
                     max(len(part.encode()) for part in value.split("/")) <= 255
             if not fits:
-                raise UserError(f"{where}: the VAE's {field.name} is {repr(value)[:99]}; use another file, or encode "
-                                "the data set again")
+                value = value if type(value) in (int, float) else f"a {type(value).__name__}"
+                raise UserError(f"{where}: the VAE's {field.name} is {value}; use another file, or encode the data set "
+                                "again")
         return cls(**{field.name: known[field.name] for field in fields(cls)})
 
     def to_record(self) -> dict:

@@ -29,12 +29,12 @@ from runtime.stores import shown
 CHECKPOINTS = "checkpoints"
 ASIDE = ".aside"     # ends the names of checkpoints later than the one a run has gone back to
 # Harmless types that the settings in a checkpoint may have beside torch's own, under the names that files give them.
-SCALAR = np.float64(0).__reduce__()[0]
 PLAIN = [argparse.Namespace, dict, list, int, datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone,
          pathlib.PurePosixPath, *((pathlib.PurePosixPath, f"pathlib{module}.PosixPath") for module in ("", "._local")),
          *((pathlib.PureWindowsPath, f"pathlib{module}.WindowsPath") for module in ("", "._local")),
          np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
-         *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+         *((lambda dtype, data: np.frombuffer(data, dtype, 1)[0], f"numpy.{core}.multiarray.scalar")
+           for core in ("core", "_core")),
          (lambda *factory: {}, "collections.defaultdict")]
 
 
@@ -200,7 +200,8 @@ def read_file(path: Path, mmap: bool = True) -> dict:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except Exception as error:                                    # the unpickler raises anything on other files
         raise Damaged(f"{path}: cannot be read as a checkpoint ({type(error).__name__}): damaged, or more than weights"
-                      f"{_more_than_weights(path)}; use another file, or delete it") from error
+                      f"{_more_than_weights(path)}; use another file, or one with tensors and plain settings alone"
+                      ) from error
     if not isinstance(state, dict) or not state:
         raise Damaged(f"{path}: holds a {type(state).__name__}, no checkpoint; name a .pt file of "
                       "REG, REPA or this program")

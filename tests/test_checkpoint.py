@@ -240,6 +240,8 @@ def space(**changes):
     (space(vae="x" * 300), "vae"), (space(vae="a\0b"), "vae"), (space(scale=0.0), "scale"),
     (space(scale=float("inf")), "scale"),
     (entry(latent_space=[]), "vae"), (entry(steps=-1), "steps"), (entry(steps=10**30), "steps"),
+    (entry(encoders=[3]), "encoders"), (entry(classes=["a" * 10**6]), "classes"), (entry(classes=[[]]), "classes"),
+    (space(vae=[[]]), "vae"), (weight(torch.full((16,), torch.nan)), "finite"),
     (entry(args=[]), "args"), (entry(opt=[]), "opt"), (entry(ema={1: torch.zeros(1)}), "ema"),
     (weight(torch.zeros(16).to_sparse()), "final_layer.linear.bias"),
     (weight(torch.zeros(16, device="meta")), "final_layer.linear.bias"),

@@ -134,6 +134,13 @@ def test_what_is_more_than_weights_is_named(place):
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
+class Promised:
+    """Pickles as a numpy number of many bytes, without the bytes."""
+
+    def __reduce__(self):
+        return np.float64(0).__reduce__()[0], (np.dtype("V999"),)
+
+
 def test_files_that_inflate(tmp_path):
     """A checkpoint whose records are compressed, and weights that repeat one number."""
     torch.save({"ema": {"a": torch.zeros(10**6)}}, tmp_path / "x.pt")
@@ -142,6 +149,9 @@ def test_files_that_inflate(tmp_path):
             out.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.read(tmp_path / "y.pt")
+    torch.save({"ema": {"a": torch.zeros(1)}, "args": {"seed": Promised()}}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.read(tmp_path / "w.pt")
     torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(1).expand(10**9, 4, 2, 2)}}, tmp_path / "z.pt")
     with pytest.raises(UserError, match="than are stored"):
         checkpoint.build_for_sampling(checkpoint.read(tmp_path / "z.pt"), "SiT-T/2")
