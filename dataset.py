@@ -77,8 +77,6 @@ class LatentDataset(torch.utils.data.Dataset):
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None,
                  with_images: bool = True, features: Sequence[Features] = (), only: np.ndarray | None = None):
         data_dir = Path(data_dir)
-        if not data_dir.is_dir():
-            raise UserError(f"{shown(data_dir)}: no such data folder; expected one with images/ and vae-sd/")
         self.moments = find_store(data_dir, MOMENTS, "moments")
         self.images = find_store(data_dir, IMAGES, "images") if with_images else None
         moments = Catalogue(self.moments, MOMENTS_EXTENSIONS)
@@ -184,6 +182,11 @@ def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
     for name in candidates:
         if (data_dir / name).exists():
             return open_store(data_dir / name)
+    if data_dir.resolve().name in IMAGES + MOMENTS:
+        raise UserError(f"{shown(data_dir)}: holds no {what}; give the folder above it, "
+                        f"{shown(data_dir.resolve().parent)}")
+    if not data_dir.is_dir():
+        raise UserError(f"{shown(data_dir)}: no such data folder; expected one with images/ and vae-sd/")
     raise UserError(f"{shown(data_dir)}: holds no {what} ({', '.join(candidates)}); prepare it with "
                     "`python -m preprocessing.dataset_tools`")
 

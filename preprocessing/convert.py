@@ -11,15 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import classes_with_images
-from preprocessing.crop import TRANSFORMS, NotSquare, to_rgb, to_square
+from preprocessing.crop import TRANSFORMS, NotSquare, require_square, to_rgb, to_square
 from preprocessing.destination import Destination, digest, in_workers, listed, names_when_begun
 from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
-from runtime.messages import UserError, notice, say
+from runtime.messages import MayPass, UserError, notice, say
 from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, list_names, open_store, shown
 
 CHUNK = 16  # pictures that a worker converts at a time
+LOOKED_AT = 64  # pictures that must be square before anything is written
 
 
 def parse_resolution(text: str) -> int:
@@ -61,8 +62,8 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
     inside = os.scandir(os.fsencode(store.path)) if os.path.isdir(store.path) else ()
     empty = np.setdiff1d([entry.name for entry in inside if entry.is_dir() and entry.name[:1] != b"."], classes)
     if len(empty):
-        notice(f"{where}: {len(empty)} folders hold no pictures and are no classes ({few(empty)}); folders behind them "
-               "have smaller labels for it")
+        notice(f"{where}: folders without pictures: {len(empty)} ({few(empty)}); they do not count as classes, so the "
+               "labels of the folders behind them are smaller")
     return labels.astype(np.int64), [*map(os.fsdecode, classes)], f"from {len(classes)} sorted folders ({few(classes)})"
 
 
@@ -105,13 +106,28 @@ def convert_chunk(store: Store, names: np.ndarray, destination: Destination, res
         try:
             image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
             image = to_square(image, resolution, transform, where)
-        except NotSquare:                                         # the choice of a transform is for all pictures
+        except NotSquare as error:                                # the choice of a transform is for all pictures
+            raise NotSquare(f"{error}, and continues {destination.where}; remove that for another") from error
+        except MayPass:                                           # the picture may be good
             raise
         except UserError as error:
             faults[i] = str(error)
             continue
         destination.write(destination.names[i], to_png(np.asarray(image)))
     return len(chunk), faults
+
+
+def require_squares(store: Store, names: np.ndarray) -> None:
+    """Raise NotSquare if one of a few pictures spread over `names` (n,) is not square; pass over unreadable ones."""
+    for name in names[np.linspace(0, len(names) - 1, min(LOOKED_AT, len(names))).astype(int)]:
+        where = store.where(name)
+        try:
+            image = stores.decode_image(store.read(name), where)
+        except MayPass:
+            raise
+        except UserError:                                         # `convert_missing` names it
+            continue
+        require_square(image, where)
 
 
 def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
@@ -134,9 +150,10 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
             bar.update(count)
     exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
+        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" if exists.any() else ""
         raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} pictures cannot be converted "
                         f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
-                        f"again, or add --skip-bad {len(bad)}")
+                        f"again{enough}")
     return exists
 
 
@@ -160,16 +177,19 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(names, metadata),
                 "images": len(names), "transform": transform or TRANSFORMS[0], "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
-    destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
     here = np.isin(names, present)
-    destination.leave_out(outputs[~here])
-    names, outputs, labels = names[here], outputs[here], None if labels is None else labels[here]
+    gone, outputs = outputs[~here], outputs[here]
+    names, labels = names[here], None if labels is None else labels[here]
+    destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
     if destination.is_finished():
         destination.close()
         say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     destination.require_room(resolution * (3 * resolution + 1))   # a PNG's rows
+    if transform is None:
+        require_squares(store, names)
     destination.begin(all_names)
+    destination.leave_out(gone)
     exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
     destination.leave_out(outputs[~exists])
     destination.finish({"labels": listed(outputs[exists], None if labels is None else labels[exists]),

@@ -24,8 +24,8 @@ def to_rgb(image: Image.Image, where: str) -> Image.Image:
     if image.mode.startswith("I"):                                # PIL would clip 16 bits at 255 instead of scaling
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or not 2**14 <= grey.max() < 2**16:
-            raise UserError(f"{where}: greys from {grey.min()} to {grey.max()}, of unknown range; scale them to 0 to "
-                            "65535, or save it with 8 bits")
+            raise UserError(f"{where}: greys {grey.min()}..{grey.max()} in more than 8 bits, of unknown range; save it "
+                            "with 8 bits, or scale it to 0..65535")
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")
 
@@ -49,6 +49,13 @@ def center_crop(image: Image.Image, resolution: int, where: str = "the picture")
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def require_square(image: Image.Image, where: str) -> None:
+    """Raise NotSquare, which asks for a transform."""
+    if image.width != image.height:
+        raise NotSquare(f"{where}: {image.width}x{image.height} px is not square; choose "
+                        f"--transform={'|'.join(TRANSFORMS)}, of which the first is that of the published numbers")
+
+
 def to_square(image: Image.Image, resolution: int, transform: str | None, where: str = "the picture") -> Image.Image:
     """Make an RGB picture `resolution` px wide and high by one of TRANSFORMS; None: the first, if it is square.
 
@@ -56,9 +63,8 @@ def to_square(image: Image.Image, resolution: int, transform: str | None, where:
     tall picture the central square. none: no change. Raises UserError for a picture that the transform does not take.
     """
     width, height = image.size
-    if transform is None and width != height:
-        raise NotSquare(f"{where}: {width}x{height} px is not square; choose --transform={'|'.join(TRANSFORMS)}, of "
-                        "which the first is that of the published numbers")
+    if transform is None:
+        require_square(image, where)
     if transform in (None, "center-crop-dhariwal"):
         return center_crop(image, resolution, where)
     if transform == "none":

@@ -88,7 +88,8 @@ def build_parser() -> Parser:
     two.add_argument("--model-url", **optional, help="VAE: a hub id, a local folder, ema or mse (default: mse)")
     two.add_argument("--enc-type", **optional, help="encoder, as in train.py: store features, for --cached-features")
     two.add_argument("--encoder-weights", **optional, metavar="FILE", help="of the encoder (default: the hub's)")
-    two.add_argument("--max-images", type=at_least(1), **optional, help="the first in sorted order (default: all)")
+    two.add_argument("--max-images", type=at_least(1), **optional,
+                     help="the first of each class; training needs all: for fewer, limit convert (default: all)")
     two.add_argument("--batch-size", type=at_least(1, 10**5), default=32, help="images encoded at a time, per process")
     two.add_argument("--dtype", **optional, choices=("float16", "float32", "int8"),
                      help="stored moments: float32 (default) or float16; patch tokens: float16 (default) or int8")

@@ -124,7 +124,12 @@ class Destination:
     def _require_same(self, found: object) -> None:
         if not isinstance(found, dict):
             raise UserError(f"{self.where}: holds a data set that this program did not write; choose another --dest")
-        require_same_settings(found, self.settings, self.where, "choose another --dest or remove it")
+        contents, remedy = {"source_contents", "images"}, "choose another --dest or remove it"
+        require_same_settings(found, {name: self.settings[name] for name in self.settings if name not in contents},
+                              self.where, remedy)
+        if any(found.get(name) != self.settings[name] for name in contents):
+            raise UserError(f"{self.where}: made of other pictures or labels ({found.get('images')} pictures, now "
+                            f"{self.settings['images']}); give the same source and --max-images as then, or {remedy}")
 
     def _require_possible(self, name: bytes) -> None:
         text = os.fsdecode(name)

@@ -160,8 +160,7 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
 
     Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source and the
     names of its classes, see `source_labels`. Batches are the same consecutive images however the work is divided or
-    interrupted, because results may differ by float noise between batch sizes. Raises UserError as `convert` does, and
-    if the network does not load.
+    interrupted, because results may differ by float noise between batch sizes. Raises UserError as `convert` does.
     """
     store = open_store(source)
     keys, names = list_keyed(store, IMAGE_EXTENSIONS)
@@ -177,9 +176,8 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     settings = {"command": "encode", "source_contents": digest(names, metadata), "images": len(names),
                 **network.settings}
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
-    labels = {}
-    if network.kind == "moments":
-        labels = {"labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}
+    labels = {} if network.kind != "moments" else {
+        "labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         if state.is_main_process:

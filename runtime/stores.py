@@ -284,7 +284,7 @@ def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
     fits = np.array([name.lower().endswith(extensions) for name in names.tolist()], dtype=bool)
     other = np.array([name for name in [*hidden.tolist(), *names[~fits].tolist()] if name not in OWN], dtype=bytes)
     if len(other):
-        notice(f"{shown(store.path)}: {len(other)} hidden or other files or folders passed over ({few(other)})")
+        notice(f"{shown(store.path)}: {len(other)} hidden or other file(s) or folder(s) passed over ({few(other)})")
     return names[fits]
 
 
@@ -302,7 +302,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         raise UserError(f"{where}: more than {MAX_PIXELS} pixels, or {MAX_SIDE} in a row or column; make it smaller or "
                         "remove it") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{where}: not a readable image ({', '.join(FORMATS)}); replace or remove it") from error
+        reason = ", ".join(FORMATS) if data else "it is empty"
+        raise UserError(f"{where}: not a readable image ({reason}); replace or remove it") from error
     except UNREADABLE as error:
         reason = shown(str(error)) or type(error).__name__
         raise UserError(f"{where}: not a readable image ({reason}); replace or remove it") from error

@@ -252,13 +252,6 @@ def test_center_crop_wide_keeps_the_width_on_black():
     assert (next(tall) == next(tall)).all()
 
 
-def test_encode_takes_the_first_images(tmp_path, data_dir, vae_folder):
-    encode = ["encode", f"--source={data_dir / 'images'}", f"--model-url={vae_folder}", "--workers=0"]
-    dataset_tools.main([*encode, f"--dest={tmp_path / 'few'}", "--max-images=3"])
-    names = sorted(path.name for path in (tmp_path / "few").rglob("*.npy"))
-    assert names == [f"img-mean-std-{i:08d}.npy" for i in range(3)]
-
-
 @pytest.mark.parametrize(("flags", "resolution", "said"), [
     ([], 256, 1), (["--num-classes", "1000"], 256, 0), ([], 32, 0)])
 def test_a_subset_of_imagenet_hears_of_1000_classes(capsys, flags, resolution, said):

@@ -24,6 +24,7 @@ from models.encoders import load_encoder
 from models.vae import load_codec
 from preprocessing.crop import center_crop, to_rgb
 from preprocessing.dataset_tools import main
+from runtime import files
 from runtime.catalogue import Catalogue
 from runtime.stores import IMAGE_EXTENSIONS, open_store
 
@@ -273,8 +274,8 @@ def test_encode_keeps_the_labels_of_class_folders(tmp_path, vae_folder, refused)
 
 
 @pytest.mark.parametrize("names, labels, words", [
-    (["ant/a.png", "bee/", "cat/c.png"], None, ["1 folders hold no pictures", "(bee)"]),
-    (["ant/a.png", "bee/b.heic", "cat/c.png"], None, ["1 folders hold no pictures", "(bee)", "(bee/b.heic)"]),
+    (["ant/a.png", "bee/", "cat/c.png"], None, ["folders without pictures: 1", "(bee)"]),
+    (["ant/a.png", "bee/b.heic", "cat/c.png"], None, ["folders without pictures: 1", "(bee)", "(bee/b.heic)"]),
     (["train/ant/a.png", "train/cat/c.png"], None, ["1 top-level folders (train)", "the 2 folders below"]),
     (["train/ant/a.png", "val/ant/c.png"], None, ["2 top-level folders", "the 2 folders below"]),
     (["a.png", "b.png", "c.png"], [0, 500, 999], ["997 of 1000"]),
@@ -362,6 +363,11 @@ def test_features_are_the_encoders(mine, encoder_folder, dtype, zipped):
     assert ((patches - expected).abs() <= step * 1.01 + 1e-5).all()
 
 
+def test_encode_takes_the_first_images_of_each_class(prepared, vae_folder, tmp_path):
+    encode(prepared / "data/images", tmp_path / "few", f"--model-url={vae_folder}", "--max-images=2")
+    assert set(data_files(tmp_path / "few")) == {f"00000/img-mean-std-{i:08d}.npy" for i in (0, 5)}
+
+
 def test_two_processes_write_what_one_writes(prepared, vae_folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -426,7 +432,7 @@ def test_all_bad_pictures_are_named_and_the_work_goes_on_without_them(mine, tmp_
     times = {file: file.stat().st_mtime_ns for file in begun.rglob("*.png")}
     assert len(times) == 8
     (photos / "cat/p1.png").unlink()
-    assert "1 of 9" in refused(convert, photos, out)
+    assert "--skip-bad 1" in (line := refused(convert, photos, out)) and "1 of 9" in line
     for _ in range(2):                                            # a folder is filled again, as after `check`
         convert(photos, out, "--skip-bad=1", flag)
     assert begun != out or all(file.stat().st_mtime_ns == time for file, time in times.items())
@@ -460,7 +466,48 @@ def test_pictures_removed_from_the_source_of_unfinished_work_are_not_in_the_data
 
 def test_a_data_set_of_bad_pictures_alone_is_refused(tmp_path, refused):
     fill(tmp_path / "a", {"x.png": b"", "y.png": b""})
-    assert "2 of 2" in refused(convert, tmp_path / "a", tmp_path / "b", "--skip-bad=9")
+    line = refused(convert, tmp_path / "a", tmp_path / "b", "--skip-bad=9")
+    assert "2 of 2" in line and "--skip-bad" not in line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_may_be_read_later_is_not_left_out(mine, tmp_path, monkeypatch, workers):
+    """Reading it gives EIO, as of a network disk."""
+    monkeypatch.setattr(files, "READ_PAUSES", (0.01, 0.01))
+    picture, out, flags = mine / "photos/dog/p3.png", tmp_path / "out", ("--skip-bad=9", f"--workers={workers}")
+    good = picture.read_bytes()
+    picture.unlink()
+    picture.symlink_to("/proc/self/mem")
+    with pytest.raises(SystemExit) as ending:
+        convert(mine / "photos", out, *flags)
+    assert ending.value.code == 75 and not (out / "dataset.json").exists()
+    picture.unlink()
+    picture.write_bytes(good)
+    convert(mine / "photos", out, *flags)
+    assert len(data_files(out)) == COUNT
+
+
+def test_a_refused_command_removes_nothing(mine, tmp_path, monkeypatch, refused):
+    """Also not the images whose pictures are gone from the source."""
+    spoil(mine / "photos", "dog/p3.png")
+    refused(convert, mine / "photos", tmp_path / "out")
+    (mine / "photos/cat/p0.png").unlink()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    assert "room" in refused(convert, mine / "photos", tmp_path / "out")
+    assert len(data_files(tmp_path / "out")) == COUNT - 1
+
+
+def test_pictures_that_need_a_transform_are_refused_before_work(mine, tmp_path, refused):
+    """Only a rare one is found later; then the sentence says what to do with what is done."""
+    fill(mine / "photos", {"cat/p0.png": b""})                    # says nothing about the others
+    words = ["convert", "--resolution=8", "--workers=0", f"--dest={tmp_path / 'out'}"]
+    assert "p1.png" in (line := refused(main, [*words, f"--source={mine / 'photos'}"])) and "--transform" in line
+    assert not (tmp_path / "out").exists()
+    fill(tmp_path / "many", {f"{i:02d}.png": as_file(picture(8, 9 if i == 32 else 8), "png") for i in range(66)})
+    assert "32.png" in (line := refused(main, [*words, f"--source={tmp_path / 'many'}"])) and "remove" in line
+    main([*words, f"--source={tmp_path / 'many'}", "--transform=center-crop-dhariwal"])
+    assert len(data_files(tmp_path / "out")) == 66
 
 
 @pytest.mark.parametrize("command", ["convert", "encode"])
@@ -503,7 +550,7 @@ def test_a_source_that_changed_is_refused(mine, vae_folder, tmp_path, refused, c
     else:
         (mine / "data/images/dataset.json").write_text('{"labels": null}')
         line = refused(encode, mine / "data/images", mine / "data/vae-sd", f"--model-url={vae_folder}")
-    assert "--dest" in line or "source" in line
+    assert "other pictures or labels" in line and "source_contents" not in line
 
 
 @pytest.mark.parametrize("name, text", [(".unfinished.json", ""), (".unfinished.json", "[" * 100_000),
@@ -762,3 +809,9 @@ def test_check_refuses_what_does_not_fit(mine, tmp_path, refused, fault, word):
         (data / "vae-sd/dataset.json").write_text('{"labels": null}')
     look = f"--output={tmp_path / 'look.png'}"
     assert word in refused(main, ["check", f"--source={data}", look, "--workers=0", *flags])
+
+
+@pytest.mark.parametrize("place, word", [("nowhere", "no such"), ("images", "give"), ("vae-sd", "give")])
+def test_check_says_which_folder_it_wants(mine, tmp_path, refused, place, word):
+    line = refused(main, ["check", f"--source={mine / 'data' / place}", f"--output={tmp_path / 'look.png'}"])
+    assert word in line and (word != "give" or line.endswith(str(mine / "data")))
