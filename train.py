@@ -355,9 +355,11 @@ def main(argv: list[str] | None = None) -> None:
         seen = tuple(data.classes_seen.tolist()) if len(data.classes_seen) < data.num_classes else None
         about = {"args": settings, "latent_space": space.to_record(), "data": data.fingerprint,
                  "processes": accelerator.num_processes, "encoders": ids, **({"classes": list(seen)} if seen else {})}
+        grid, scored = (replace(how, seed=args.seed, path_type=args.path_type, seen=seen) for how in (GRID, SCORED))
         capture = partial(checkpoint.content, model, ema, optimizer, accelerator.scaler, about)
         with disk.open_folder(folder, run, settings, accelerator) as log:
-            close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, seen, accelerator)
+            close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, grid, scored,
+                             accelerator)
             indices.start = start
             loader = DataLoader(data, batch_sampler=indices, num_workers=args.num_workers, worker_init_fn=stop.shield,
                                 pin_memory=accelerator.device.type == "cuda")
@@ -374,8 +376,8 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.wait_for_everyone()                       # a rank that ended now would end the one that saves
             track(accelerator, accelerator.end_training)
             leave_processes()
-    if run.interrupted:
-        stop.leave()
+        if run.interrupted:
+            stop.leave()
 
 
 def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace, int]:
@@ -583,8 +585,8 @@ def to_device(batches: Iterable[tuple], device: torch.device, encoders: int) -> 
 
 def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | None, capture: Callable[[int], dict],
              resolution: int, ema: SiT, codec: Codec | None, scoring: tuple[ImageSet, Extractor] | None,
-             seen: tuple[int, ...] | None, accelerator: Accelerator) -> Callable[[int], None]:
-    """Enter into the run's table what is due after a step: log, save, draw a grid, score.
+             grid: Sampling, scored: Sampling, accelerator: Accelerator) -> Callable[[int], None]:
+    """Enter into the run's table what is due after a step: log, save, draw a `grid`, score `scored` samples.
 
     Returns `close(step)`, which logs and saves what a signal has cut short.
     """
@@ -613,18 +615,15 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 
     def draw(step: int) -> None:
         if accelerator.is_main_process:
-            how = replace(GRID, seed=args.seed, path_type=args.path_type, seen=seen)
-            draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, how, step, accelerator)
+            draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, grid, step, accelerator)
         accelerator.wait_for_everyone()
 
     @cache
     def measured():                                               # the reference, once per run
-        reference, extractor = scoring
-        return measure_reference(reference, extractor, [metric_of(extractor)], SCORED_BLOCK)
+        return measure_reference(*scoring, [metric_of(scoring[1])], SCORED_BLOCK)
 
     def score(step: int) -> None:
-        how = replace(SCORED, seed=args.seed, path_type=args.path_type, seen=seen)
-        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, how)
+        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored)
         write_line(log, accelerator, {"step": step, **scores}, scores)
 
     def close(step: int) -> None:

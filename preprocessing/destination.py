@@ -169,7 +169,7 @@ class Destination:
 
     def _take(self) -> None:
         """Lock the folder, and remove what killed processes left beside its files."""
-        self._lock = lock(self.folder, "choose another --dest", ".tmp/.lock")
+        self._lock = lock(self.folder, "choose another --dest", ".tmp")
         remove_partials(self.folder)
         if self.zipped:
             remove_partials(self.path.parent, name=glob.escape(self.path.name))

@@ -37,8 +37,8 @@ def at_least(least: int, most: int = 10**18 - 1) -> Callable[[str], int]:
     """A type for whole numbers from `least` to `most`."""
 
     def whole(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not least <= int(text) <= most:
-            limit = f" and at most {most}" if re.fullmatch("[+]?[0-9]+", text) and int(text[:20]) > most else ""
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not least <= int(text) <= most:
+            limit = f" and at most {most}" * (most < 10**18 - 1)
             raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {least}{limit}")
         return int(text)
 
@@ -56,11 +56,6 @@ def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
     elif fits(value):
         return value
     raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-
-
-def finite(text: str) -> float:
-    """A type for numbers that are neither infinite nor nan."""
-    return _number(text, "a finite number", lambda value: True)
 
 
 def not_negative(text: str) -> float:

@@ -88,14 +88,15 @@ def remove_partials(*folders: Path, name: str = "*", age: float | None = None) -
                 left.unlink()
 
 
-def lock(folder: Path, remedy: str, file: str = ".lock") -> AcquireReturnProxy:
+def lock(folder: Path, remedy: str, inside: str = "") -> AcquireReturnProxy:
     """Create and lock a folder that is written over time; until the end of `with`, `.lock.release()` or the process.
 
+    `inside`: the folder in it that holds the lock's file.
     Raises UserError if another process holds the lock, or if there can be none.
     """
     try:
         # One process may lock it more than once: what failed may not be collected yet.
-        return FileLock(make_folder((folder / file).parent) / ".lock", is_singleton=True).acquire(LOCK_PATIENCE)
+        return FileLock(make_folder(folder / inside) / ".lock", is_singleton=True).acquire(LOCK_PATIENCE)
     except Timeout:
         raise UserError(f"{folder}: another process is writing it; wait for it, or {remedy}") from None
     except (OSError, NotImplementedError) as error:               # the second: a disk without locks

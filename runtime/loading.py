@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from runtime.files import as_size
 from runtime.messages import MayPass, UserError
+from runtime.stopping import ignore_ended_workers
 
 SOCKET = 107          # bytes of a socket's path on Linux; workers hand over tensors by sockets in TMPDIR/pymp-.../
 SHARED = "/dev/shm"   # where the tensors are
@@ -28,9 +28,7 @@ def batches_of(loader: DataLoader) -> Iterator:
     """The batches. Raises UserError if shared memory is too small, and MayPass if a worker was killed."""
     try:
         batches = iter(loader)
-        # PyTorch's handler raises wherever the program is, so a step could be left half done. The next read also finds
-        # a dead worker.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        ignore_ended_workers()
         yield from batches
     except (OSError, EOFError, RuntimeError) as error:
         if "shared memory" in str(error) or isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -79,7 +79,7 @@ class Run:
 
     def after(self, step: int) -> None:
         """Do what is due after `step`, in the order of the table. The meter's images per second count training only."""
-        self.step = step
+        self.step, self.stop.progress = step, True
         for periods, action, optional in self.due:
             due = step == self.last or any(step % period == 0 for period in periods)
             if due and not (optional and step < self.last and self.stop.agreed()):
@@ -222,8 +222,8 @@ def resumable(experiment: Path, resume: str, read: Callable[..., dict]) -> tuple
     """The checkpoint to go on from and its content, or None for a new run.
 
     `resume`: "auto", the newest whole one (a warning names damaged newer ones); "none", a new run; or a file. A run
-    goes
-    back to a file once: the same command again goes on from what it has saved since. `read(path, mmap=)` reads a file.
+    goes back to a file once: the same command again goes on from what it has saved since.
+    `read(path, mmap=)` reads a file.
     Raises UserError if none can be read, or if "none" would write among the checkpoints of another run.
     """
     there = saved(experiment)

@@ -113,10 +113,12 @@ class SampleFolder:
     def begin(self, settings: dict, keep: bool) -> None:
         """One process, before the blocks: lock the folder and remove what they replace.
 
-        Unless blocks are kept, write the settings. Raises UserError if another process writes the folder.
+        Unless blocks are kept, write the settings. Raises UserError if another process writes the folder, or
+        has just finished it.
         """
         self._take()
-        if keep and all(self._is_finished(part) for part in self.parts):
+        same = keep or read_settings(self.path) == json.loads(json.dumps(settings))
+        if same and all(self._is_finished(part) for part in self.parts):
             raise UserError(f"{self.path}: another process has just written it; give the same command again")
         for stale in (file for name in (METRICS, "*.npz", "grid.png") for file in self.path.glob(name)):
             stale.unlink()

@@ -8,17 +8,18 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from runtime.messages import UserError, is_rank
+from runtime.messages import MayPass, UserError, is_rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOPPED = 75    # exit status after a stop with everything saved: EX_TEMPFAIL of sysexits.h, "try again"
-FAILED = 1000   # among signals: a rank cannot go on
+FAILED = 1000   # a rank cannot go on: larger than any signal's number, so that MAX prefers it
 REPEATED = 0.5  # seconds during which further signals count as the first one: Slurm may send it twice
 
 
@@ -26,14 +27,15 @@ class StopRequest:
     """Context manager: the first signal sets `asked`, a later second one ends the process at once with status 128 + N.
 
     A rank ignores the second signal: its launcher has a StopRequest of its own, and ends the ranks with itself.
-    A rank that cannot read on sets `failure`. `patience`: how long ranks wait for each other in `agreed`, for example
-    while one of them saves.
+    A rank that cannot read on sets `failure`; a run that has made a step sets `progress`. `patience`: how long ranks
+    wait for each other in `agreed`, for example while one of them saves.
     """
 
     def __init__(self, patience: timedelta = timedelta(hours=1)):
         self.patience = patience
         self.asked: signal.Signals | None = None
         self.failure: Exception | None = None
+        self.progress = False
         self.shield = Shield()
         self._group = None
 
@@ -43,7 +45,9 @@ class StopRequest:
                         if not (nohup and number == signal.SIGHUP)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if isinstance(error, MayPass) and not self.progress:
+            error.status = UserError.status                       # "try again" could requeue a job for ever
         self.shield.over.value = 1
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -81,6 +85,15 @@ class StopRequest:
         if self.failure is not None:
             raise self.failure
         sys.exit(STOPPED)
+
+
+def ignore_ended_workers() -> None:
+    """Undo PyTorch's SIGCHLD handler, which the first DataLoader with workers sets.
+
+    It raises wherever the program is, so a step could be left half done. The next read also finds a dead worker.
+    """
+    if threading.current_thread() is threading.main_thread():     # others set no handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class Shield:

@@ -169,6 +169,17 @@ def test_a_png_file_that_cannot_be_written(folder, whole):
     assert fill(folder) is None and contents(folder) == whole
 
 
+def test_a_second_process_does_not_make_again_what_the_first_has_finished(folder):
+    """Both have found nothing done."""
+    second = SampleFolder(folder.path, 7, 2, PARTS, png=True)
+    assert second.missing(same=False) == folder.blocks
+    fill(folder)
+    with pytest.raises(UserError, match="just written"):
+        second.begin(SETTINGS, keep=False)
+    second.begin({"seed": 1}, keep=False)                         # other settings replace them
+    assert not (folder.path / "samples.npz").exists()
+
+
 PIXELS, TOKEN = 4 * 4 * 3, 3 * 4
 PNG = PIXELS + PNG_EXTRA
 

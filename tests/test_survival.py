@@ -185,6 +185,19 @@ def test_a_file_that_cannot_be_read_ends_a_run_that_is_saved(train_flags, third,
         assert all(same(resumed[part], straight[part]) for part in ("model", "ema", "opt", "steps"))
 
 
+@pytest.mark.parametrize("place", ["vae-sd", "vae-sd/dataset.json"])
+def test_a_failed_read_before_the_first_step_does_not_say_try_again(train_flags, third, tmp_path, capsys, monkeypatch,
+                                                                    place):
+    """Status 75 would requeue a job for ever; at the first batch, and before."""
+    monkeypatch.setattr(files, "READ_PAUSES", (0.01, 0.01))
+    data, _ = third
+    for file in (data / place).rglob("*.npy") if place == "vae-sd" else [data / place]:
+        make_unreadable(file)
+    code, last = ended(train.main, [*train_flags, "--data-dir", data, *MANY], capsys)
+    assert code == 2 and last.startswith("error: ") and "cannot be read" in last
+    assert not disk.saved(tmp_path / "run")
+
+
 def log(folder: Path) -> list[dict]:
     return read_lines(folder / "run" / "metrics.jsonl")
 
@@ -316,11 +329,11 @@ def test_old_temporary_files_of_killed_writers_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"[x]", ".[x].1.partial", ".y.0.partial"}
 
 
-@pytest.mark.parametrize(("program", "place", "file"), [
-    ("train", "run", ".lock"), ("generate", "s/*", ".lock"), ("encode", "x", ".tmp/.lock"),
-    ("encode", "x.zip.partial", ".tmp/.lock"), ("convert", "x", ".tmp/.lock")])
+@pytest.mark.parametrize(("program", "place", "inside"), [
+    ("train", "run", ""), ("generate", "s/*", ""), ("encode", "x", ".tmp"), ("encode", "x.zip.partial", ".tmp"),
+    ("convert", "x", ".tmp")])
 def test_what_another_process_writes_is_refused(train_flags, data_dir, trained, vae_folder, tmp_path, capsys,
-                                                monkeypatch, program, place, file):
+                                                monkeypatch, program, place, inside):
     """And is written once that has ended."""
     source, dest = ["--source", data_dir / "images"], ["--dest", tmp_path / place.removesuffix(".partial")]
     main, argv = {
@@ -336,7 +349,7 @@ def test_what_another_process_writes_is_refused(train_flags, data_dir, trained, 
     else:
         folder = tmp_path / place
     monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
-    holder = forks.start(hold, folder, file, tmp_path / "held")
+    holder = forks.start(hold, folder, inside, tmp_path / "held")
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
     code, last = ended(main, argv, capsys)
@@ -348,8 +361,8 @@ def test_what_another_process_writes_is_refused(train_flags, data_dir, trained, 
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def hold(folder: Path, file: str, sign: Path) -> None:
-    held = lock(folder, "", file)
+def hold(folder: Path, inside: str, sign: Path) -> None:
+    held = lock(folder, "", inside)
     sign.touch()
     time.sleep(100)
     held.lock.release()
