@@ -290,12 +290,13 @@ def test_checkpoints_that_cannot_be_sampled_so(experiment, capsys, change, word)
     refused(capsys, experiment, [], word)
 
 
-@pytest.mark.parametrize("broken", [["ema"], ["ema", "cls"]])
-def test_weights_that_are_not_finite_give_an_error_and_no_images(experiment, capsys, broken):
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "bias holds"), (3e38, "of 3 (guidance scale 2,")])
+@pytest.mark.parametrize("head", ["linear", "linear_cls"])
+def test_weights_or_samples_that_are_not_finite_give_an_error_and_no_images(experiment, capsys, head, value, word):
     state = torch.load(find(experiment))
-    state["ema"]["final_layer.linear_cls.bias" if "cls" in broken else "final_layer.linear.bias"][0] = float("nan")
+    state["ema"][f"final_layer.{head}.bias"][0] = value
     torch.save(state, find(experiment))
-    refused(capsys, experiment, ["--cfg-scale", "2", "--num-steps", "3"], "step 1 of 3 (guidance scale 2,")
+    refused(capsys, experiment, ["--cfg-scale", "2", "--num-steps", "3"], word)
     assert not [path for path in (experiment / "samples").rglob("*") if path.suffix in (".npy", ".npz", ".png")]
 
 
