@@ -140,7 +140,7 @@ def test_a_dry_run_checks_reference_and_network_only(sets, capsys):
     ("--device", "gpu", "expected cpu, cuda"),
     ("--device", "cuda:7", "finds 0 GPUs"),
     ("--batch-size", "0", "at least 1"),
-    ("--features", "dino", "expected 'inception'"),
+    ("--features", "dino", "expected inception"),
     ("--output", "{place}/ref.npz/below/metrics.json", "cannot be written"),
     ("--output", "{place}/ref.npz", "output and input"),
     ("--dinov2-weights", "file.pth", "--features local-dir:"),

@@ -38,7 +38,8 @@ PROGRAMS = {
     "train": (train.main, "--data-dir data --enc-type local-dir:encoder --vae vae --output-dir exps --exp-name run "
                           "--model SiT-T/2 --projector-dim 32 --batch-size 4 --num-workers 0 --sampling-steps 0 "
                           "--logging-steps 1 --max-train-steps 3"),
-    "convert": (dataset_tools.main, "convert --source photos --dest out --resolution 32x32 --workers 0"),
+    "convert": (dataset_tools.main, "convert --source photos --dest out --resolution 32x32 --workers 0 "
+                "--transform=center-crop-dhariwal"),
     "encode": (dataset_tools.main, "encode --source data/images --dest out --model-url vae --batch-size 4 --workers 0"),
     "check": (dataset_tools.main, "check --source data --output check.png --model-url vae --workers 0"),
     "generate": (generate.main, "--ckpt exps/run --vae vae --num-fid-samples 3 --num-steps 1 --per-proc-batch-size 2"),

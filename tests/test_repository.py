@@ -157,7 +157,10 @@ def parse(command: list[str]) -> None:
     match command:
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["bash", "train.sh", recipe, *flags] | ["srun" | "sbatch", "bash", "train.sh", recipe, *flags]:
+        case ["sbatch", *options] if options[0].startswith("--"):
+            parse(["sbatch", *options[1:]])
+        case ["bash", "train.sh", recipe, *flags] | ["srun", "bash", "train.sh", recipe, *flags] | [
+                "sbatch", "train.sh", recipe, *flags]:
             assert re.search(rf"^    {recipe}\)", (ROOT / "train.sh").read_text(), re.MULTILINE)
             train.parse_args(flags)
         case ["bash", "eval.sh", *flags]:
