@@ -286,7 +286,8 @@ def main(argv=None) -> None:
         notice(f"already there: {folder.count} images of these settings in {folder.path}")
     else:
         codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
-        space.require_same(codec.space, "the checkpoint", "the decoder")
+        silent = "" if "latent_space" in state else ", which names no VAE and so counts as Stable Diffusion's,"
+        space.require_same(codec.space, f"the checkpoint{silent}", "the decoder")
         done = len(folder.blocks) - len(missing)
         if done:
             notice(f"continuing: {done} of {len(folder.blocks)} blocks are done")
