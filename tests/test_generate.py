@@ -73,7 +73,7 @@ def test_two_processes_give_the_bits_of_one(trained, sample, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NUM_GPUS": "2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     two, = (tmp_path / "two").iterdir()
-    assert one.name == two.name and done.stdout.splitlines() == [str(two / "samples.npz")]
+    assert one.name == two.name and done.stdout.splitlines()[-1] == str(two / "samples.npz")  # gloo may print, too
     files = [path.relative_to(one) for path in one.rglob("*.*") if path.is_file()]
     assert len(files) == 12 and all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
 
