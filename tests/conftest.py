@@ -15,6 +15,7 @@ import diffusers.utils.logging
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from evaluations.features import Extractor
@@ -24,6 +25,14 @@ from models.vae import Codec
 diffusers.utils.logging.get_logger()
 
 SIDE, CLASSES, IMAGES = 32, 3, 12
+
+
+@pytest.fixture(autouse=True)
+def without_accelerates_state():
+    """Each test begins as a new process does, in whatever order they run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

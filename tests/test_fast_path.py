@@ -181,7 +181,6 @@ class Scaled(Accelerator):
     (False, False, False), (True, False, False), (False, True, True)])
 def test_a_step_waits_for_nothing(encoder_folder, checkpointing, cached, scaled):
     """Images travel to the encoder as bytes; two steps of two micro-batches, from the batch to the meter."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     args = train.parse_args(["--gradient-accumulation-steps", "2"])
     accelerator = Scaled(cpu=True, mixed_precision="bf16")
     encoders = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32, grid=4)
@@ -204,7 +203,6 @@ def test_a_step_waits_for_nothing(encoder_folder, checkpointing, cached, scaled)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_training_on_a_cpu_keeps_memory():
     """After a few, blocks of 64 MiB are filled without page faults: nothing was returned to the system."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     train.open_accelerator(train.resolve(train.parse_args(["--mixed-precision", "no"])))
     for _ in range(10):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -120,7 +120,6 @@ def test_programs_work_without_output(program, train_flags, data_dir, trained, v
                       "x.json")}[program]
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115  (for the test)
-    AcceleratorState._reset_state(reset_partial_state=True)
     main([*map(str, argv)])
     assert list(tmp_path.glob(made))
 
@@ -385,7 +384,6 @@ def test_two_encoders_of_one_destination(data_dir, vae_folder, tmp_path, monkeyp
 def test_a_rate_that_blows_up_keeps_the_last_good_checkpoint(train_flags, tmp_path, capsys, rate):
     """1e38: weights that are not finite are not written; 1e20: updates are skipped, and nothing older is removed."""
     flags = [*train_flags, "--keep-last", "1", "--checkpointing-steps", "2"]
-    AcceleratorState._reset_state(reset_partial_state=True)
     train.main([*flags, "--max-train-steps", "2"])
     good = disk.checkpoint_path(tmp_path / "run", 2)
     before = good.read_bytes()
@@ -426,7 +424,6 @@ def test_a_tracker_that_fails_is_left_out(tmp_path, capsys):
 def test_a_tracker_that_cannot_start_does_not_end_the_run(train_flags, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "REG").touch()                            # where TensorBoard wants a folder
-    AcceleratorState._reset_state(reset_partial_state=True)
     train.main([*train_flags, "--max-train-steps", "1", "--report-to", "tensorboard"])
     assert "tracker" in capsys.readouterr().err and len(log(tmp_path)) == 1
 

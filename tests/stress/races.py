@@ -64,12 +64,16 @@ def race(output: Path, function, argument, rng: random.Random, most: float) -> s
     return "both succeeded" if statuses == [0, 0] else "one was refused"
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--times", type=int, default=50, help="of each")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="what to race (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     folder, rng, failed = Path(tempfile.mkdtemp(prefix="races-")), random.Random(args.seed), False
     files.LOCK_PATIENCE = 0.1
     data, networks = folder / "data", Path("toy/networks").resolve()
