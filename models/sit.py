@@ -157,6 +157,20 @@ def build_projector(width: int, projector_dim: int, z_dim: int) -> nn.Sequential
                          nn.Linear(projector_dim, z_dim))
 
 
+def unpatchify(tokens: torch.Tensor, patch: int, channels: int) -> torch.Tensor:
+    """Tokens (B, N, P*P*C) -> latents (B, C, H, W); within a token the order is row, column, channel."""
+    side = math.isqrt(tokens.shape[1])
+    grid = tokens.view(-1, side, side, patch, patch, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
+
+
+def run_block(block: nn.Module, *inputs: torch.Tensor, keep: bool):
+    """Run a block. Unless `keep`, keep only its inputs for the backward pass, which runs it again."""
+    if keep or not torch.is_grad_enabled():
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)      # a block draws nothing
+
+
 class SiT(nn.Module):
     """The velocity network of REG; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
@@ -225,19 +239,6 @@ class SiT(nn.Module):
             table = position_table(self.pos_embed.shape[-1], self.input_size // self.patch_size)
             self.pos_embed[0, -len(table):] = table.to(self.pos_embed.device)             # a slot, token 0, keeps zero
 
-    def unpatchify(self, x):
-        """Tokens (B, N, P*P*C) -> latents (B, C, H, W); within a token the order is row, column, channel."""
-        side, patch = self.input_size // self.patch_size, self.patch_size
-        x = x.view(-1, side, side, patch, patch, self.in_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.input_size, self.input_size)
-
-    def _run(self, block, tokens, condition):
-        """Run a block; with `checkpointing` keep only its input, and run it again in the backward pass."""
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(tokens, condition)
-        # a block draws nothing
-        return checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
-
     def forward(self, x, t, y, cls_token=None):
         """The velocity of the pair (latents, class token) at time t.
 
@@ -260,11 +261,11 @@ class SiT(nn.Module):
 
         projected = []
         for depth, block in enumerate(self.blocks, start=1):
-            tokens = self._run(block, tokens, condition)                                  # (B, T, D)
+            tokens = run_block(block, tokens, condition, keep=not self.checkpointing)     # (B, T, D)
             if depth == self.encoder_depth:
                 projected = [projector(tokens) for projector in self.projectors]          # (B, T, E) each
         velocity, cls_velocity = self.final_layer(tokens, condition)                      # (B, N, P*P*C), (B, E)
-        return self.unpatchify(velocity), projected, cls_velocity
+        return unpatchify(velocity, self.patch_size, self.in_channels), projected, cls_velocity
 
 
 # depth, width, heads, and the block after which REPA and REG align (their `--encoder-depth`). T is ours, for laptops.

@@ -1,0 +1,156 @@
+"""MMDiT with or without REG's class-token slot, for captions.
+
+Two streams, image and text, with weights of their own and one joint attention (SD3, arXiv 2403.03206), in the size that
+REPA trains on COCO (arXiv 2410.06940). The class token is token 0 of the image stream: the text stream has no output.
+
+Shape letters: B batch, C latent channels, H W latent size, P patch, N = HW/P^2, T = tokens (1+N with a slot, else N),
+L text states, D width, E encoder width.
+"""
+
+import re
+from functools import partial
+
+import torch
+from diffusers.models.attention import JointTransformerBlock
+from torch import nn
+
+from models.sit import (
+    FinalLayer,
+    PatchEmbedder,
+    TimestepEmbedder,
+    build_projector,
+    position_table,
+    run_block,
+    unpatchify,
+)
+from runtime.messages import UserError
+
+
+class MMDiT(nn.Module):
+    """The velocity network for captions; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
+
+    All layers keep PyTorch's initialisation, the modulations and heads included.
+
+    Args:
+        input_size: latent height = width H; a multiple of `patch_size`.
+        context_dim: width of the text encoder's states.
+        encoder_depth: the block (counted from 1) whose output is projected.
+        z_dims: encoder width E of each alignment target.
+        cls_token_dim: encoder width E of the class token in the slot.
+        qk_norm: normalise queries and keys by LayerNorm, in both streams.
+    """
+
+    def __init__(self, *, input_size: int, patch_size: int, in_channels: int, hidden_size: int, depth: int,
+                 num_heads: int, context_dim: int, encoder_depth: int = 8, z_dims: tuple[int, ...] = (768,),
+                 projector_dim: int = 2048, cls_token_dim: int | None = 768, qk_norm: bool = False):
+        super().__init__()
+        if input_size % patch_size:
+            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
+                            f"{patch_size}: use a smaller patch")
+        if z_dims and not 1 <= encoder_depth <= depth:
+            raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
+        # What rebuilds this model; it travels in the checkpoint.
+        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+                           hidden_size=hidden_size, depth=depth, num_heads=num_heads, context_dim=context_dim,
+                           encoder_depth=encoder_depth, z_dims=tuple(z_dims), projector_dim=projector_dim,
+                           cls_token_dim=cls_token_dim, qk_norm=qk_norm)
+        self.in_channels, self.patch_size, self.input_size = in_channels, patch_size, input_size
+        self.context_dim, self.cls_token_dim, self.encoder_depth = context_dim, cls_token_dim, encoder_depth
+        self.checkpointing = False                                # activation checkpointing, set for training
+
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.context_embedder = nn.Linear(context_dim, hidden_size)
+        if cls_token_dim is not None:
+            self.cls_embedder = nn.Linear(cls_token_dim, hidden_size)
+            self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        table = position_table(hidden_size, input_size // patch_size)                     # (N, D)
+        slot = torch.zeros(int(cls_token_dim is not None), hidden_size)                   # (1, D) or (0, D)
+        self.pos_embed = nn.Parameter(torch.cat([slot, table])[None], requires_grad=False)                # (1, T, D)
+        # The last block's text stream gives only keys, queries and values: nothing reads its output.
+        self.blocks = nn.ModuleList(JointTransformerBlock(hidden_size, num_heads, hidden_size // num_heads,
+                                                          context_pre_only=number == depth,
+                                                          qk_norm="layer_norm" if qk_norm else None)
+                                    for number in range(1, depth + 1))
+        self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
+
+    def forward(self, x, t, context, cls_token=None):
+        """The velocity of the pair (latents, class token) at time t.
+
+        Args:
+            x: noised latents (B, C, H, W).      t: times (B,) in [0, 1].
+            context: text states (B, L, context_dim), all attended; those of the empty caption are the null condition.
+            cls_token: noised class token (B, E); required with a slot, forbidden without.
+        Returns:
+            velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
+        """
+        if (cls_token is None) != (self.cls_token_dim is None):
+            raise ValueError("a model with a class-token slot needs cls_token (cls_latents in the samplers), "
+                             "a model without takes none")
+        tokens = self.x_embedder(x)                                                       # (B, N, D)
+        if cls_token is not None:
+            slot = self.cls_norm(self.cls_embedder(cls_token)).unsqueeze(1)               # (B, 1, D)
+            tokens = torch.cat([slot.to(tokens.dtype), tokens], dim=1)                    # (B, 1+N, D)
+        tokens = tokens + self.pos_embed                                                  # (B, T, D)
+        text = self.context_embedder(context)                                             # (B, L, D)
+        time = self.t_embedder(t)                                                         # (B, D)
+
+        projected = []
+        for depth, block in enumerate(self.blocks, start=1):
+            text, tokens = run_block(block, tokens, text, time, keep=not self.checkpointing)  # (B, L, D), (B, T, D)
+            if depth == self.encoder_depth:
+                projected = [projector(tokens) for projector in self.projectors]          # (B, T, E) each
+        velocity, cls_velocity = self.final_layer(tokens, time)                           # (B, N, P*P*C), (B, E)
+        return unpatchify(velocity, self.patch_size, self.in_channels), projected, cls_velocity
+
+
+# "/2" is REPA's for COCO, 24 blocks of 24 heads; T is ours, for laptops.
+MMDiT_models = {
+    "MMDiT/2": partial(MMDiT, depth=24, hidden_size=768, num_heads=24, encoder_depth=8, patch_size=2),
+    "MMDiT-T/2": partial(MMDiT, depth=6, hidden_size=128, num_heads=4, encoder_depth=4, patch_size=2),
+}
+
+# ------------------------------------------------------------------------------------------- names in released files
+
+# Names in REPA's and HASTE's files -> names in diffusers' block. "x" is the image, "context" the text.
+_RELEASED = (
+    (r"x_block\.adaLN_modulation\.1", "norm1.linear"),
+    (r"context_block\.adaLN_modulation\.1", "norm1_context.linear"),
+    (r"x_block\.attn\.proj", "attn.to_out.0"),
+    (r"context_block\.attn\.proj", "attn.to_add_out"),
+    (r"x_block\.attn\.ln_([qk])", r"attn.norm_\1"),
+    (r"context_block\.attn\.ln_([qk])", r"attn.norm_added_\1"),
+    (r"x_block\.mlp\.fc1", "ff.net.0.proj"),
+    (r"x_block\.mlp\.fc2", "ff.net.2"),
+    (r"context_block\.mlp\.fc1", "ff_context.net.0.proj"),
+    (r"context_block\.mlp\.fc2", "ff_context.net.2"),
+)
+_QKV = {"x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
+
+
+def rename_released(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a released MMDiT (`joint_blocks.*`) under our names; other names are kept.
+
+    Queries, keys and values are split. In the last block the text's modulation is (shift, scale); diffusers' is (scale,
+    shift).
+    """
+    found = {}
+    last = max((int(name.split(".")[1]) for name in weights if name.startswith("joint_blocks.")), default=None)
+    for name, weight in weights.items():
+        match = re.fullmatch(r"joint_blocks\.(\d+)\.((x_block|context_block)\..+)\.(weight|bias)", name)
+        if match is None:
+            found[name] = weight
+            continue
+        number, inside, stream, kind = match.groups()
+        if inside.endswith("attn.qkv"):
+            for part, third in zip(_QKV[stream], weight.chunk(3), strict=True):           # (D, D) or (D,) each
+                found[f"blocks.{number}.{part}.{kind}"] = third
+            continue
+        if int(number) == last and inside == "context_block.adaLN_modulation.1":
+            weight = weight.roll(len(weight) // 2, 0)
+        for pattern, ours in _RELEASED:
+            inside = re.sub(pattern, ours, inside)
+        found[f"blocks.{number}.{inside}.{kind}"] = weight
+    return found
