@@ -64,8 +64,8 @@ class MMDiT(nn.Module):
         if cls_token_dim is not None:
             self.cls_embedder = nn.Linear(cls_token_dim, hidden_size)
             self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        table = position_table(hidden_size, input_size // patch_size)                     # (N, D)
         slot = torch.zeros(int(cls_token_dim is not None), hidden_size)                   # (1, D) or (0, D)
+        table = position_table(hidden_size, input_size // patch_size).to(slot.device)     # (N, D)
         self.pos_embed = nn.Parameter(torch.cat([slot, table])[None], requires_grad=False)                # (1, T, D)
         # The last block's text stream gives only keys, queries and values: nothing reads its output.
         self.blocks = nn.ModuleList(JointTransformerBlock(hidden_size, num_heads, hidden_size // num_heads,
