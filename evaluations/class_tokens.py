@@ -42,10 +42,10 @@ def load_class_token_extractor(enc_type: str, device: torch.device, resolution: 
 
 
 def read_class_tokens(path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generated class tokens (N, E) and labels (N,) of generate.py. Raises UserError unless N is `count`."""
-    found = load_npz(path, ("class_tokens", "labels"))
+    """Generated class tokens (N, E) and labels (N,), -1 without (captions). Raises UserError unless N is `count`."""
+    found = {"labels": np.full(count, -1)} | load_npz(path, ("class_tokens", "labels"))
     if len(found) < 2:
-        raise UserError(f"{shown(path)}: has no class_tokens and labels; name a file of generate.py --save-cls-tokens")
+        raise UserError(f"{shown(path)}: has no class_tokens; name a file of generate.py --save-cls-tokens")
     tokens, labels = found["class_tokens"], found["labels"]
     if tokens.dtype.kind != "f" or labels.dtype.kind not in "iu" or not np.isfinite(tokens).all():
         raise UserError(f"{shown(path)}: class tokens of {tokens.dtype} and labels of {labels.dtype}, or not finite; "

@@ -26,6 +26,7 @@ if not __package__:  # called as a script: the repository is not on the path yet
 
 from evaluations import acceptance
 from evaluations.class_tokens import class_token_scores, load_class_token_extractor, read_class_tokens
+from evaluations.clip import DEFAULT, METRIC, Clip, clip_score, read_captions
 from evaluations.extraction import measure, place
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images, pick
@@ -90,9 +91,13 @@ def _score_flags(parser: argparse.ArgumentParser) -> None:
     scores = parser.add_argument_group("scores")
     scores.add_argument("--metrics", metavar="LIST",
                         help=f"comma-separated: {', '.join(INCEPTION_METRICS)}; in other features "
-                             f"{', '.join(OTHER_METRICS)} (None: ADM's five, or fd)")
+                             f"{', '.join(OTHER_METRICS)} (None: ADM's five, or fd); in any, {METRIC}")
     scores.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
                         help="distances in float16 as ADM's, which papers report; in float32; or neither score")
+    scores.add_argument("--clip", metavar="NAME|FOLDER",
+                        help=f"CLIP of {METRIC}, which it adds to the metrics (None: {DEFAULT} if asked for)")
+    scores.add_argument("--captions", type=Path, metavar="FILE",
+                        help="captions of the samples for it, as captions.jsonl (None: that file beside them)")
     scores.add_argument("--class-tokens", type=Path, metavar="FILE",
                         help="class_tokens.npz of the same samples: scores REG's class tokens too")
     scores.add_argument("--enc-type", metavar="NAME", help="their encoder (None: from the sample's settings.json)")
@@ -161,27 +166,35 @@ def score(args: argparse.Namespace) -> None:
     output = _output(args.output, args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights,
                      args.dinov2_weights)
     metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
+    clip_name = args.clip or (DEFAULT if METRIC in (metrics or ()) else None)
+    metrics = metrics and [name for name in metrics if name != METRIC]                    # of the feature network
     if args.precision_recall == "exact" and args.features != "inception":
         raise UserError(f"--precision-recall exact: not a score of --features {args.features}; leave it out")
-    for flag, value in (("--enc-type", args.enc_type), ("--encoder-weights", args.encoder_weights)):
-        if value is not None and args.class_tokens is None:
-            raise UserError(f"{flag} {value}: needs --class-tokens; add it, or leave it out")
+    for flag, value, needed, given in (("--enc-type", args.enc_type, "--class-tokens", args.class_tokens),
+                                       ("--encoder-weights", args.encoder_weights, "--class-tokens", args.class_tokens),
+                                       ("--captions", args.captions, "--clip", clip_name)):
+        if value is not None and given is None:
+            raise UserError(f"{flag} {value}: needs {needed}; add it, or leave it out")
     ref, device = open_images(args.ref_batch, "--ref-batch"), join(args.device)
     load = functools.partial(open_extractor, args.features, device, args.inception_weights, args.dinov2_weights)
     if args.dry_run:
         choose(metrics, ref, UNKNOWN_SAMPLES, load(), args.precision_recall)
+        _ = clip_name and Clip(clip_name)                         # refuses
         return
     sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
     tokens = args.class_tokens and open_class_tokens(args.class_tokens, sample, (settings or {}).get("training") or {},
                                                      args.enc_type, args.encoder_weights, device)
+    captions = clip_name and read_captions(args.sample_batch, args.captions, sample.count)
+    clip = clip_name and Clip(clip_name)                          # the hub's client locks its downloads
     extractor = load()
     result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size)
     token_scores = class_token_scores(*tokens, ref, sample, args.batch_size) if tokens else {}
+    clip_scores = clip_score(sample, captions, clip, device, args.batch_size) if clip else {}
     if result is None:                                            # the first process writes
         return
-    result = token_scores | result
+    result = clip_scores | token_scores | result
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch),
-               "asked": {name: getattr(args, name) for name in ASKED}}
+               "asked": {name: getattr(args, name) for name in ASKED} | ({"clip": args.clip} if args.clip else {})}
     notes = {name: getattr(args, name) for name in NOTES if name in args}
     result |= {"notes": notes} if notes else {}
     if settings is not None:
@@ -194,6 +207,7 @@ def score(args: argparse.Namespace) -> None:
 def lines(result: dict, extractor: Extractor) -> list[str]:
     """ADM's five lines, more for other scores, and one on what was compared."""
     names = PRINTED | {extractor.key: extractor.label}
+    names |= {key: f"CLIP score ({key.removeprefix(METRIC)[1:]})" for key in result if key.startswith(METRIC)}
     scores = [f"{names[key]}: {f'{result[key]:.4f}' if key in FOUR_DECIMALS else result[key]}"
               for key in names if key in result]
     kid = extractor.kid_key

@@ -52,6 +52,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     scoring.add_argument("--metrics", metavar="LIST", help="scores (python -m evaluations.evaluator --help names them)")
     scoring.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
                          help="distances in float16 as in papers, in float32, or neither score")
+    scoring.add_argument("--clip", default=os.environ.get("CLIP") or None, metavar="NAME|FOLDER",
+                         help="CLIP for the clip_score of a text experiment (default: $CLIP)")
     return parser.parse_known_args(argv)
 
 
@@ -121,11 +123,13 @@ class Scoring:
     dinov2_weights: Path | None
     metrics: str | None
     precision_recall: str
+    clip: str | None = None
 
     def scored(self, folder: Path, tokens: bool) -> Path | None:
         """The file in the folder with these scores by this network against this reference, or None."""
         weights = self.inception_weights or self.dinov2_weights
         asked = {name: getattr(self, name) for name in ("features", "metrics", "precision_recall")}
+        asked |= {"clip": self.clip} if self.clip else {}
         for path in sorted(folder.glob(METRICS)):
             result = read_result(path)
             if (result is not None and result["asked"] == asked and Path(result["ref_batch"]) == self.ref_batch
@@ -171,6 +175,9 @@ def main(argv: list[str] | None = None) -> None:
         scoring = Scoring(**{name: getattr(args, name) for name in Scoring.__dataclass_fields__})
         evaluator.main([*flags(vars(scoring)), "--device", "cpu", "--dry-run"])           # likewise, before sampling
     read = functools.cache(generate.read_checkpoint)
+    for path, *_ in work if scoring and (scoring.clip or "clip_score" in (scoring.metrics or "")) else ():
+        if "MMDiT" not in str((read(path)[0].get("args") or {}).get("model", "MMDiT")):
+            raise UserError(f"--clip {scoring.clip}: {path} was trained without captions; leave the CLIP score out")
 
     folders, report = [], []
     for number, ((path, setting, command), sampling) in enumerate(zip(work, parsed, strict=True), 1):

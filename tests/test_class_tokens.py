@@ -115,11 +115,12 @@ def test_tokens_are_read_as_generate_writes_them(tmp_path):
     read, read_labels = read_class_tokens(tmp_path / "class_tokens.npz", 5)
     assert np.array_equal(read, tokens) and np.array_equal(read_labels, labels)
     assert read.dtype == torch.float32 and read_labels.dtype == torch.int64
+    np.savez(tmp_path / "of_captions.npz", class_tokens=tokens)
+    assert read_class_tokens(tmp_path / "of_captions.npz", 5)[1].tolist() == 5 * [-1]     # of no class of a reference
 
 
 @pytest.mark.parametrize("arrays, word", [
     (dict(labels=np.zeros(5)), "no class_tokens"),
-    (dict(class_tokens=np.zeros((5, 8))), "no class_tokens"),
     (dict(class_tokens=np.zeros((5, 8)), labels=np.zeros(4, int)), "for 5 images"),
     (dict(class_tokens=np.zeros((6, 8)), labels=np.zeros(6, int)), "for 5 images"),
     (dict(class_tokens=np.zeros(5), labels=np.zeros(5, int)), "for 5 images"),

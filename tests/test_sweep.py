@@ -154,6 +154,39 @@ def test_one_of_several_nodes_writes_the_table(call, launched, experiment, monke
     assert launched.kinds() == "sample score" and not (experiment / "samples" / "sweep.csv").exists()
 
 
+def test_samples_of_captions_are_scored_by_clip_too(launched, encoder_folder, tiny_clip, tmp_path):
+    """They have no labels; another CLIP scores again, beside the first."""
+    folder, ref = tmp_path / "samples" / "a", tmp_path / "ref.npz"
+    scored(folder, None, labels=None, samples=4)
+    settings = json.loads((folder / "metrics.json").read_text())["settings"]
+    settings["sampling"] = {name: settings["sampling"][name] for name in settings["sampling"].keys()
+                            - {"labels", "classes"}}
+    (folder / "metrics.json").unlink()
+    (folder / "settings.json").write_text(json.dumps(settings))
+    np.savez(folder / "samples.npz", arr_0=random_images(4, 32, 32))
+    (folder / "captions.jsonl").write_text("".join(f'{{"index": {i}, "caption": "a red disc"}}\n' for i in range(4)))
+    np.savez(ref, arr_0=random_images(12, 32, 32))
+    os.utime(ref, (1e9, 1e9))
+    other = shutil.copytree(tiny_clip, tmp_path / "other")
+    for clip in (None, tiny_clip, other):
+        scoring = sweep.Scoring(ref, f"local-dir:{encoder_folder}", None, None, None, "adm", clip and str(clip))
+        assert scoring.scored(folder, tokens=False) is None
+        scoring.score(folder, tokens=False)
+        assert scoring.scored(folder, tokens=False) == folder / "metrics.json"
+    printed = report.write_report([folder])[0]
+    found = [{name for name in row if name.startswith("clip_score")} for row in rows_of(tmp_path)]
+    assert sorted(map(list, found)) == [[], ["clip_score_other"], ["clip_score_tiny-clip"]] and len(launched) == 3
+    assert "clip_score_tiny-clip" in printed and "clip_score_other" in (folder.parent / "sweep.csv").read_text()
+
+
+@pytest.mark.parametrize("more", [["--clip", "some/clip"], ["--metrics", "fd,clip_score"]])
+def test_a_clip_score_of_class_samples_is_refused_before_sampling(call, launched, monkeypatch, tiny_clip, capsys, more):
+    more = [str(tiny_clip) if part == "some/clip" else part for part in more]
+    with pytest.raises(SystemExit):
+        call(*more)
+    assert not launched and "captions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"fid": 2.0}'])
 def test_a_file_of_another_form_is_left_out(tmp_path, capsys, text):
     scored(tmp_path / "a", 1.0)
@@ -215,8 +248,8 @@ def scored(folder: Path, score: float | None, cfg_scale=2.3, low=0.0, high=0.85,
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def asked(metrics=None, precision_recall="adm", features="local-dir:some/net") -> dict:
-    return {"asked": {"features": features, "metrics": metrics, "precision_recall": precision_recall}}
+def asked(metrics=None, precision_recall="adm", features="local-dir:some/net", **clip) -> dict:
+    return {"asked": {"features": features, "metrics": metrics, "precision_recall": precision_recall, **clip}}
 
 
 @pytest.mark.parametrize(("changed", "flags", "found"), [
@@ -230,6 +263,10 @@ def asked(metrics=None, precision_recall="adm", features="local-dir:some/net") -
     (asked("kid"), {}, False),                                                            # fewer than the default
     (asked("fd,kid"), {"metrics": "fd,kid"}, True),
     ({}, {"metrics": "fd,kid"}, False),
+    ({}, {"clip": "some/clip"}, False),
+    (asked(clip="some/clip"), {"clip": "some/clip"}, True),
+    (asked(clip="some/clip"), {"clip": "other/clip"}, False),
+    (asked(clip="some/clip"), {}, False),
     (asked(None, "exact"), {}, False),
     (asked(None, "exact"), {"precision_recall": "exact"}, True)])
 def test_what_counts_as_scored(tmp_path, monkeypatch, changed, flags, found):

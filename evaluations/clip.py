@@ -1,0 +1,98 @@
+"""CLIP score: 100 max(0, cos(image, caption)) of a CLIP's embeddings, averaged over the images.
+
+Hessel et al., arXiv 2104.08718, without their factor 2.5. Letters: N images, B batch, L tokens, P embedding width.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from evaluations.extraction import PIECE, all_threads, measure
+from evaluations.features import Extractor
+from evaluations.images import ImageSet
+from evaluations.metrics import side_by_side
+from models.encoders import sha256_of_parameters
+from runtime.messages import UserError, notice
+from runtime.speed import full_precision
+
+METRIC, DEFAULT = "clip_score", "openai/clip-vit-large-patch14"
+
+
+class Clip(torch.nn.Module):
+    """A CLIP in float32 with its own tokenizer and image processor: uint8 (B, 3, H, W) -> embeddings (B, P)."""
+
+    def __init__(self, name: str):
+        """Load a folder, or a hub id's cache or download. Raises UserError if it is no CLIP, incomplete or damaged."""
+        import transformers  # slow to import
+
+        super().__init__()
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+            if config.model_type != "clip":
+                raise ValueError(f"a {config.model_type}")
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):   # transformers 5 invents one
+                raise ValueError("no tokenizer files")
+            self.processor = transformers.AutoImageProcessor.from_pretrained(name)
+            self.network, found = transformers.CLIPModel.from_pretrained(
+                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"no weight {min(found['missing_keys'])}")
+        except Exception as error:                                # damaged files can make transformers raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"--clip {name}: cannot be loaded ({reason}); give a CLIP's hub id, or folder with weights "
+                            "(safetensors), tokenizer and image processor") from error
+        self.name, self.length = Path(name).resolve().name, config.text_config.max_position_embeddings
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = self.processor(images=list(images.cpu()), return_tensors="pt").pixel_values.to(images.device)
+        return self.network.visual_projection(self.network.vision_model(pixel_values=pixels).pooler_output)
+
+    @torch.inference_mode()
+    def of_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, L) -> embeddings (B, P). Padding needs no mask: it follows the end token, which is the text."""
+        return self.network.text_projection(self.network.text_model(input_ids=tokens).pooler_output)
+
+
+def read_captions(sample: Path, file: Path | None, count: int | None) -> list[str]:
+    """Captions of `sample`, from `file`, else from captions.jsonl beside it or, of a folder, in it or beside it.
+
+    Raises UserError unless it has `count` lines {"index": i, "caption": "..."} in order; the index may be left out.
+    """
+    folders = [sample, sample.parent] if sample.is_dir() else [sample.parent]
+    places = [folder / "captions.jsonl" for folder in folders]
+    path, captions = file or next(filter(Path.is_file, places), places[0]), []
+    if not path.is_file():
+        raise UserError(f"{path}: not found, and --clip needs captions; name their file with --captions")
+    try:
+        for line in path.read_text(encoding="utf-8").rstrip().split("\n"):
+            entry = json.loads(line)
+            if not isinstance(entry["caption"], str) or entry.get("index", len(captions)) != len(captions):
+                raise ValueError("another index, or no text")
+            captions.append(entry["caption"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        wanted = f'{{"index": {len(captions)}, "caption": "..."}}'
+        raise UserError(f"{path}: line {len(captions) + 1} is not {wanted} ({error}); correct it") from error
+    if len(captions) != count:
+        raise UserError(f"{path}: {len(captions)} captions for {count or 'no'} images; name the file of the same run")
+    return captions
+
+
+def clip_score(images: ImageSet, captions: list[str], clip: Clip, device: torch.device, batch_size: int) -> dict | None:
+    """The score of images with their captions (N) and the weights' hash, on the first process; None on others."""
+    network = Extractor(clip.to(device), device, clip.name, sha256_of_parameters(clip), None)
+    seen = measure(images, network, batch_size, {"pooled"}).pooled                # (N, P)
+    if seen is None:
+        return None
+    if cut := sum(len(ids) > clip.length for ids in clip.tokenizer(captions).input_ids):
+        notice(f"{cut} of {len(captions)} captions are cut to the {clip.length} tokens that {clip.name} reads")
+    tokens = clip.tokenizer(captions, padding="max_length", max_length=clip.length, truncation=True,
+                            return_tensors="pt").input_ids.to(device)             # (N, L)
+    with full_precision(device), all_threads():
+        read = torch.cat(side_by_side(clip.of_text, tokens.split(PIECE if device.type == "cpu" else 256), device))
+    cosines = F.cosine_similarity(seen.double(), read.double()).clamp(min=0).cpu()       # (N,)
+    return {f"{METRIC}_{clip.name}": float(100 * cosines.numpy().mean()), "clip_weights_sha256": network.weights_sha256}
