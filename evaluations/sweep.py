@@ -168,16 +168,15 @@ def main(argv: list[str] | None = None) -> None:
     work = [(path, setting, ["--ckpt", str(path), *flags(setting), *passed_on])
             for path, setting in itertools.product(checkpoints(args.experiment, args.steps), settings)]
     parsed = [generate.parse_args(command) for *_, command in work]                       # ends here if one is wrong
-    scoring = None
+    scoring, read = None, functools.cache(generate.read_checkpoint)
     if args.ref_batch is None:
         notice("REF_BATCH is not set: samples are made and not scored")
     else:
         scoring = Scoring(**{name: getattr(args, name) for name in Scoring.__dataclass_fields__})
+        for path, *_ in work if scoring.clip or "clip_score" in (scoring.metrics or "") else ():
+            if "MMDiT" not in str((read(path)[0].get("args") or {}).get("model", "MMDiT")):
+                raise UserError(f"{path}: trained on class labels, without captions; leave --clip and clip_score out")
         evaluator.main([*flags(vars(scoring)), "--device", "cpu", "--dry-run"])           # likewise, before sampling
-    read = functools.cache(generate.read_checkpoint)
-    for path, *_ in work if scoring and (scoring.clip or "clip_score" in (scoring.metrics or "")) else ():
-        if "MMDiT" not in str((read(path)[0].get("args") or {}).get("model", "MMDiT")):
-            raise UserError(f"--clip {scoring.clip}: {path} was trained without captions; leave the CLIP score out")
 
     folders, report = [], []
     for number, ((path, setting, command), sampling) in enumerate(zip(work, parsed, strict=True), 1):

@@ -22,10 +22,10 @@ COLOURS, SHAPES = ("red", "blue", "small red", "large blue", "dark"), ("disc", "
 CAPTIONS = [f"a {colour} {shape} on a dark background" for colour in COLOURS for shape in SHAPES][:9]
 
 
-def coloured_images(count=len(CAPTIONS)):
-    """uint8 (count, 40, 40, 3) of different colours, to be resized."""
-    colours = np.random.default_rng(0).integers(0, 200, (count, 1, 1, 3))
-    return (random_images(count, 40, 40) // 5 + colours).astype(np.uint8)
+def coloured_images():
+    """uint8 (9, 40, 40, 3) of different colours, to be resized."""
+    colours = np.random.default_rng(0).integers(0, 200, (len(CAPTIONS), 1, 1, 3))
+    return (random_images(len(CAPTIONS), 40, 40) // 5 + colours).astype(np.uint8)
 
 
 def cosines_of(folder, images, captions):
