@@ -90,7 +90,7 @@ def clip_score(images: ImageSet, captions: list[str], clip: Clip, device: torch.
         return None
     if cut := sum(len(ids) > clip.length for ids in clip.tokenizer(captions).input_ids):
         notice(f"{cut} of {len(captions)} captions are cut to the {clip.length} tokens that {clip.name} reads")
-    tokens = clip.tokenizer(captions, padding="max_length", max_length=clip.length, truncation=False,
+    tokens = clip.tokenizer(captions, padding="max_length", max_length=clip.length, truncation=True,
                             return_tensors="pt").input_ids.to(device)             # (N, L)
     with full_precision(device), all_threads():
         read = torch.cat(side_by_side(clip.of_text, tokens.split(PIECE if device.type == "cpu" else 256), device))
