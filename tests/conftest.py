@@ -149,3 +149,45 @@ def lax():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         yield tf32_and_autocast()
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+# --- captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORDS = ["a", "small", "large", "red", "blue", "disc", "square", "at", "the", "upper", "left", "on", "dark", ",",
+         "background"]
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A CLIP of transformers with random weights, tokenizer and image processor: 32 px, text width 32, 16 positions.
+
+    Its tokens are WORDS and their letters.
+    """
+    import transformers
+
+    letters = sorted(set("".join(WORDS)))
+    tokens, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
+    for word in WORDS:                                            # each word is merged from the left
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append(" ".join(parts[:2]))
+            parts = ["".join(parts[:2]), *parts[2:]]
+            tokens.append(parts[0])
+    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
+    folder = tmp_path_factory.mktemp("networks") / "tiny-clip"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges)]) + "\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    tokenizer.save_pretrained(folder)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+               pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(vocab_size=len(tokens), max_position_embeddings=16, **size, **ids),
+        vision_config=dict(image_size=SIDE, patch_size=8, **size), projection_dim=16)).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+                                    ).save_pretrained(folder)
+    return folder

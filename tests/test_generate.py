@@ -14,6 +14,7 @@ from PIL import Image
 
 import generate
 from models import checkpoint
+from models.conditioning import ClassLabels
 from models.sit import SiT_models
 from models.vae import load_codec
 from runtime.files import require_room, sha256
@@ -224,7 +225,8 @@ def test_compiled_networks_see_one_batch_size(trained, vae_folder, tmp_path, sam
     folder = SampleFolder(tmp_path, 8, 3, {"images": np.dtype((np.uint8, (32, 32, 3)))}, png=False)
     folder.begin({}, keep=False)
     how = Sampling(num_steps=2)
-    generate.make_blocks(folder, folder.blocks, model, load_codec(str(vae_folder)), how, compiled=True, show=False)
+    generate.make_blocks(folder, folder.blocks, model, load_codec(str(vae_folder)), how,
+                         ClassLabels(model.num_classes), compiled=True, show=False)
     images = np.concatenate([np.load(folder.block_file("images", block)) for block in folder.blocks])
     assert set(sizes) == {3, 6}                                                           # 6: with null labels
     assert images.shape == (8, 32, 32, 3) and np.abs(images.astype(int) - images_of(sample())).max() <= 1
