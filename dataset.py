@@ -231,7 +231,3 @@ class GlobalBatchSampler:
                 position += len(part)
             for micro in batch.reshape(self.accumulation, self.world_size, piece):
                 yield micro[self.rank].tolist()
-
-
-def find_captions(source):
-    raise NotImplementedError
