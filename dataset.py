@@ -73,7 +73,7 @@ class LatentDataset(torch.utils.data.Dataset):
     `fingerprint`, sha256 in hex of the keys and of the labels or captions.
 
     Raises UserError if images, moments, labels or captions, features and arguments do not fit together, for which it
-    opens only the first pair; `dataset[i]` raises it for a damaged file. The "vae" record is for `models.vae.read_space`.
+    opens only the first pair; `dataset[i]` raises it for a damaged file. `models.vae.read_space` checks "vae".
     """
 
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None,
@@ -211,6 +211,21 @@ def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
         raise UserError(f"{shown(data_dir)}: no such data folder; expected one with images/ and vae-sd/")
     raise UserError(f"{shown(data_dir)}: holds no {what} ({', '.join(candidates)}); prepare it with "
                     "`python -m preprocessing.dataset_tools`")
+
+
+def find_captions(data_dir: str | Path) -> Captions:
+    """The captions of a prepared data set, in the order of its keys; moments or images alone are enough.
+
+    Raises UserError if it has none.
+    """
+    data_dir = Path(data_dir)
+    for candidates, extensions in ((MOMENTS, MOMENTS_EXTENSIONS), (IMAGES, IMAGE_EXTENSIONS)):
+        path = next((data_dir / name for name in candidates if (data_dir / name).exists()), None)
+        found = None if path is None else Catalogue(open_store(path), extensions).captions
+        if found is not None:
+            return found
+    raise UserError(f"{shown(data_dir)}: no captions; give a data set with captions, or add them with "
+                    "`preprocessing.dataset_tools captions`")
 
 
 class GlobalBatchSampler:

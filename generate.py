@@ -23,7 +23,7 @@ from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
 from models.interpolant import PATHS
-from models.mmdit import MMDiT
+from models.mmdit import MMDiT, MMDiT_models
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share
@@ -220,15 +220,14 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
     return prompts, lines
 
 
-def conditions_of(args: argparse.Namespace, state: dict) -> Conditions:
-    """What the images show. The text encoder of captions is not loaded yet.
+def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0) -> Conditions:
+    """What the images show; settings.json does not need `num_classes`. The text encoder is not loaded yet.
 
     Raises UserError if the prompts or captions cannot be read.
     """
-    architecture = checkpoint.architecture_of(state, args.model, args.weights)
-    if "num_classes" in architecture:
+    if "text" not in state and args.model not in MMDiT_models:
         seen = state.get("classes")
-        return ClassLabels(architecture["num_classes"], args.labels or "random", args.classes, seen and tuple(seen))
+        return ClassLabels(num_classes, args.labels or "random", args.classes, seen and tuple(seen))
     if args.prompts is not None:
         prompts, _ = read_prompts(args.prompts)
     elif args.prompt is not None:
@@ -376,7 +375,7 @@ def main(argv=None) -> None:
     require_same_everywhere(compiled)
     settings = settings_of(args, path, state, digest, compiled)
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread"
-    how, conditions = sampling_of(settings), conditions_of(args, state)
+    how, conditions = sampling_of(settings), conditions_of(args, state, getattr(model, "num_classes", 0))
     side = model.input_size * space.downsampling
     parts = {"class_tokens": np.dtype((np.float32, (model.cls_token_dim,)))} if args.save_cls_tokens else {}
     parts["images"] = np.dtype((np.uint8, (side, side, 3)))

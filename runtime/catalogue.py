@@ -116,6 +116,9 @@ class Captions:
     def __init__(self, text: np.ndarray, ends: np.ndarray):
         self.text, self.ends = text, ends
 
+    def __len__(self) -> int:
+        return len(self.ends)
+
     def __getitem__(self, i: int) -> str:
         """The captions of entry i, joined by newlines."""
         return self.text[self.ends[i - 1] if i else 0:self.ends[i]].tobytes().decode()

@@ -136,9 +136,10 @@ CHANGES = {
     "cls_cfg_scale": "0", "guidance_low": "0.5", "guidance_high": "0.5", "labels": "balanced", "classes": "2,1",
     "global_seed": "1", "per_proc_batch_size": "4", "precision": "bf16", "vae_precision": "bf16", "compile": None,
     "path_type": "cosine"}
-# Heun needs ode: tested below. The last ones only repeat what the checkpoint says.
+# Heun needs ode: tested below. Others only repeat what the checkpoint says, or are of captions.
 ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun", "encoder_depth", "resolution",
-             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn"}
+             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn", "prompt", "prompts", "captions_from",
+             "captions", "samples_per_prompt", "layout", "text_encoder"}
 
 
 def folder_and_settings(path, *flags) -> tuple[str, dict]:
