@@ -1,4 +1,4 @@
-"""The prepared data set (image, moments and label, paired by key) and the order in which batches are drawn from it.
+"""The prepared data set (image, moments, label or captions, paired by key) and the order in which batches are drawn.
 
 DATA_DIR holds `images/` (png) and `vae-sd/` (npy), or zips of them, each with a dataset.json that
 `preprocessing.dataset_tools` writes, and perhaps `features-*/` (npy), stored encoder outputs.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.cached_features import Features, source_of
-from runtime.catalogue import MAX_CLASSES, Catalogue, read_labels
+from runtime.catalogue import MAX_CLASSES, Captions, Catalogue, read_captions, read_labels
 from runtime.messages import UserError, notice
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, Store, decode_image, few, open_store, read_npy, shown
 
@@ -54,7 +54,7 @@ def classes_with_images(labels: np.ndarray, num_classes: int, where: str) -> np.
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """`dataset[i]` -> image uint8 (3, R, R), moments float32 (2C, H, W), label int, and each encoder's features.
+    """`dataset[i]` -> image uint8 (3, R, R), moments float32 (2C, H, W), label int or captions str, encoders' features.
 
     Entries are in the order of their keys.
 
@@ -65,17 +65,20 @@ class LatentDataset(torch.utils.data.Dataset):
         with_images: False neither needs nor reads images; the image is then an empty tensor (0,)
         features: stored features, each yielded after the label as a dict of tensors (see `FeaturesRecord.layout`)
         only: keys (n,) to which images and moments are limited; the others need no partner
+        captions: yield, instead of the label, the image's captions as one str, joined by newlines
 
     Attributes: `keys` (n,) bytes; `labels` (n,) int64; `num_classes`; `classes_seen` (k,) int64, those with images,
     sorted; `moments_shape` (2C, H, W); `vae_record`, the content of "vae" in the moments' dataset.json or None;
-    `resolution`, None if neither arguments nor data tell it; `fingerprint`, sha256 of keys and labels in hex.
+    `resolution`, None if neither arguments nor data tell it; `captions`, indexed as the entries, or None;
+    `fingerprint`, sha256 in hex of the keys and of the labels or captions.
 
-    Raises UserError if images, moments, labels, features and arguments do not fit together, for which it opens only the
-    first pair; `dataset[i]` raises UserError for a damaged file. `models.vae.read_space` checks the VAE's record.
+    Raises UserError if images, moments, labels or captions, features and arguments do not fit together, for which it
+    opens only the first pair; `dataset[i]` raises it for a damaged file. `models.vae.read_space` checks "vae".
     """
 
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None,
-                 with_images: bool = True, features: Sequence[Features] = (), only: np.ndarray | None = None):
+                 with_images: bool = True, features: Sequence[Features] = (), only: np.ndarray | None = None,
+                 captions: bool = False):
         data_dir = Path(data_dir)
         self.moments = find_store(data_dir, MOMENTS, "moments")
         self.images = find_store(data_dir, IMAGES, "images") if with_images else None
@@ -90,10 +93,13 @@ class LatentDataset(torch.utils.data.Dataset):
         if not len(self.keys):
             raise UserError(f"{shown(self.moments.path)}: holds no .npy file; encode the images with "
                             "`preprocessing.dataset_tools encode`")
+        self.captions = self._find_captions(data_dir, moments, images) if captions else None
         self.labels = self._join_labels(data_dir, moments, images)
         self.num_classes = self._count_classes(num_classes)
-        self.classes_seen = classes_with_images(self.labels, self.num_classes, shown(data_dir))
-        self.fingerprint = hashlib.sha256(self.keys.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
+        self.classes_seen = (np.unique(self.labels) if captions else
+                             classes_with_images(self.labels, self.num_classes, shown(data_dir)))
+        conditions = (self.captions.ends, self.captions.text) if captions else (self.labels.astype("<i8"),)
+        self.fingerprint = hashlib.sha256(b"".join(one.tobytes() for one in (self.keys, *conditions))).hexdigest()
 
         self.moments_shape = read_moments(self.moments, self._moments_names[0]).shape
         self.vae_record = moments.metadata.get("vae")
@@ -118,6 +124,22 @@ class LatentDataset(torch.utils.data.Dataset):
                               f"({few(alone)})")
         raise UserError(f"{' and '.join(faults)}; encode again, or remove what has no partner")
 
+    @staticmethod
+    def _unread_images(data_dir: Path) -> Store | None:
+        """Images that are not read may still have labels and captions."""
+        found = next((data_dir / name for name in IMAGES if (data_dir / name).exists()), None)
+        return None if found is None else open_store(found)
+
+    def _find_captions(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> Captions:
+        found = moments.captions
+        if found is None and images is not None:
+            found = images.captions
+        elif found is None and (store := self._unread_images(data_dir)) is not None:
+            found = read_captions(store, self.keys)
+        if found is None:
+            raise UserError(f"{shown(data_dir)}: no captions; add them with `preprocessing.dataset_tools captions`")
+        return found
+
     def _join_labels(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> np.ndarray:
         labels = moments.labels
         if images is not None:
@@ -127,11 +149,11 @@ class LatentDataset(torch.utils.data.Dataset):
                 raise UserError(f"{self.key(i)}: label {other[i]} in {self.images.where(METADATA)} and {labels[i]} in "
                                 f"{self.moments.where(METADATA)}; encode again, or correct one of them")
             labels = other if labels is None else labels
-        elif labels is None:                                      # images that are not read may still have them
-            found = next((data_dir / name for name in IMAGES if (data_dir / name).exists()), None)
-            labels = None if found is None else read_labels(open_store(found), self.keys)
+        elif labels is None and (store := self._unread_images(data_dir)) is not None:
+            labels = read_labels(store, self.keys)
         if labels is None:
-            notice(f"{shown(data_dir)}: no labels, every image has class 0")
+            if self.captions is None:
+                notice(f"{shown(data_dir)}: no labels, every image has class 0")
             labels = np.zeros(len(self.keys), dtype=np.int64)
         return labels
 
@@ -174,7 +196,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if self.images is not None:
             image = torch.from_numpy(read_image(self.images, self._image_names[i], self.resolution))
         features = [one.read(names[i]) for one, names in zip(self.features, self._features_names, strict=True)]
-        return image, moments, int(self.labels[i]), *features
+        return image, moments, int(self.labels[i]) if self.captions is None else self.captions[i], *features
 
 
 def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
@@ -189,6 +211,21 @@ def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
         raise UserError(f"{shown(data_dir)}: no such data folder; expected one with images/ and vae-sd/")
     raise UserError(f"{shown(data_dir)}: holds no {what} ({', '.join(candidates)}); prepare it with "
                     "`python -m preprocessing.dataset_tools`")
+
+
+def find_captions(data_dir: str | Path) -> Captions:
+    """The captions of a prepared data set, in the order of its keys; moments or images alone are enough.
+
+    Raises UserError if it has none.
+    """
+    data_dir = Path(data_dir)
+    for candidates, extensions in ((MOMENTS, MOMENTS_EXTENSIONS), (IMAGES, IMAGE_EXTENSIONS)):
+        path = next((data_dir / name for name in candidates if (data_dir / name).exists()), None)
+        found = None if path is None else Catalogue(open_store(path), extensions).captions
+        if found is not None:
+            return found
+    raise UserError(f"{shown(data_dir)}: no captions; give a data set with captions, or add them with "
+                    "`preprocessing.dataset_tools captions`")
 
 
 class GlobalBatchSampler:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,18 +18,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dataset import find_captions
 from models import checkpoint
+from models.checkpoint import MODELS, Network
+from models.conditioning import Captions, ClassLabels, Conditions, open_captions
 from models.interpolant import PATHS
-from models.sit import SiT, SiT_models
+from models.mmdit import MMDiT, MMDiT_models
+from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share
-from runtime.files import sha256
+from runtime.files import UNREADABLE, sha256
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.run import CHECKPOINTS, find
 from runtime.samples import SampleFolder, read_settings
 from runtime.speed import allow_tf32, choose_same_kernels, compile_parts, require_same_everywhere
-from samplers import Sampling, image_label, image_rng, sample_images
+from samplers import Sampling, image_rng, sample_images
 
 # Flags of the released programs that set nothing here, and what to use instead; None: the flag is taken.
 RELEASED_FLAGS = {
@@ -40,6 +44,8 @@ RELEASED_FLAGS = {
     "no-tf32": "the network computes in fp32 unless --precision says otherwise; leave it out",
     "tf32": "give --precision tf32",
 }
+PROMPTS = ("prompt", "prompts", "captions_from")              # where captions are from: one of them
+LABEL_FLAGS, CAPTION_FLAGS = ("labels", "classes"), (*PROMPTS, "captions", "layout", "text_encoder")
 LONGEST_NAME = 200           # bytes of a folder's name
 DECIDING = ("checkpoint_sha256", "weights", "vae", "vae_precision", "sampling", "compiled", "num_images",
             "per_proc_batch_size")        # the settings that decide an image
@@ -49,32 +55,47 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description="Sample a REG, REPA or SiT checkpoint; the last line printed is the .npz file.")
     what = parser.add_argument_group("what")
     what.add_argument("--ckpt", required=True, metavar="PATH", help="checkpoint file, or experiment folder: its newest")
-    what.add_argument("--model", choices=tuple(SiT_models), metavar="NAME", help="for released files, which lack it")
+    what.add_argument("--model", choices=tuple(MODELS), metavar="NAME", help="for released files, which lack it")
     what.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
     what.add_argument("--vae", metavar="VAE", help="decoder: hub id, folder, ema or mse; None: the checkpoint's")
     what.add_argument("--sample-dir", metavar="DIR", help="None: samples/ in the experiment, else ./samples")
-    what.add_argument("--num-fid-samples", type=at_least(1), default=50_000, metavar="N", help="number of images")
+    what.add_argument("--num-fid-samples", type=at_least(1), metavar="N", help="number of images; "
+                      f"None: {ClassLabels.count}, for captions {Captions.count}, for prompts all")
     what.add_argument("--save-cls-tokens", action="store_true", help="also write the generated class tokens (REG)")
     what.add_argument("--no-png", action="store_true", help="write samples.npz and the grid only, no images/ folder")
 
-    how = parser.add_argument_group("how (the defaults are the published guided setting)")
+    how = parser.add_argument_group("how (None: the published guided setting)")
     how.add_argument("--mode", choices=("sde", "ode"), default=Sampling.mode, help="Euler-Maruyama, or Euler")
     how.add_argument("--heun", action="store_true", help="Heun instead of Euler, for ode")
     how.add_argument("--num-steps", type=at_least(1, 10**6), default=Sampling.num_steps, metavar="N",
                      help="solver steps")
-    how.add_argument("--cfg-scale", type=guidance, default=Sampling.cfg_scale, metavar="S",
-                     help="guidance of the latents; 1: none")
+    how.add_argument("--cfg-scale", type=guidance, metavar="S", help="guidance of the latents; 1: none; "
+                     f"None: {ClassLabels.published['cfg_scale']}, for captions {Captions.published['cfg_scale']}")
     how.add_argument("--cls-cfg-scale", type=guidance, metavar="S",
                      help="guidance of the class token; None: as --cfg-scale; 0: conditional only")
     how.add_argument("--guidance-low", type=share, default=Sampling.guidance_low, metavar="T",
                      help="guided from this t on, in [0, 1]")
-    how.add_argument("--guidance-high", type=share, default=Sampling.guidance_high, metavar="T",
-                     help="guided up to this t, inclusive")
-    how.add_argument("--labels", choices=("random", "balanced"), default=Sampling.labels,
-                     help="uniformly random, or every class in turn")
-    how.add_argument("--classes", type=class_list, metavar="LIST", help="classes to take in turn, e.g. 207,360")
+    how.add_argument("--guidance-high", type=share, metavar="T", help="guided up to this t, inclusive; None: "
+                     f"{ClassLabels.published['guidance_high']}, for captions {Captions.published['guidance_high']}")
     how.add_argument("--global-seed", type=at_least(0), default=Sampling.seed, metavar="SEED",
                      help="image i depends on (SEED, i) alone")
+
+    labels = parser.add_argument_group("class labels")
+    labels.add_argument("--labels", choices=("random", "balanced"),
+                        help="None: uniformly random; balanced: every class in turn")
+    labels.add_argument("--classes", type=class_list, metavar="LIST", help="classes to take in turn, e.g. 207,360")
+
+    text = parser.add_argument_group("captions")
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given several times")
+    text.add_argument("--prompts", metavar="FILE", help="captions, one per line, or JSONL with `prompt`")
+    text.add_argument("--captions-from", metavar="DATA",
+                      help="prepared data set whose captions are taken; None: that of training")
+    text.add_argument("--captions", choices=("in-order", "random"),
+                      help="None: in their order; or drawn from (SEED, i)")
+    text.add_argument("--samples-per-prompt", type=at_least(1), default=1, metavar="N", help="images of one prompt")
+    text.add_argument("--layout", choices=("geneval",),
+                      help="also write GenEval's folders; --prompts is its file of prompts")
+    text.add_argument("--text-encoder", metavar="NAME|FOLDER", help="None: the checkpoint's")
 
     run = parser.add_argument_group("machine")
     run.add_argument("--per-proc-batch-size", type=at_least(1, 10**5), default=64, metavar="IMAGES",
@@ -96,16 +117,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, instead in RELEASED_FLAGS.items():
         parser.add_argument(f"--{name}", action=Released, instead=instead)
     args = parser.parse_args(argv)
-    if args.cfg_scale < 1:
+    if args.cfg_scale is not None and args.cfg_scale < 1:
         parser.error(f"--cfg-scale {args.cfg_scale}: expected a number of at least 1; 1 is no guidance")
-    if args.guidance_low > args.guidance_high:
+    if args.guidance_high is not None and args.guidance_low > args.guidance_high:
         parser.error(f"--guidance-low {args.guidance_low}: is above --guidance-high {args.guidance_high}")
     if args.heun and args.mode != "ode":
         parser.error("--heun needs --mode ode")
     if args.precision == "tf32" and not torch.cuda.is_available():
         parser.error("--precision tf32: there is no CUDA device; use fp32 or bf16")
-    if args.classes is not None and args.labels != "random":
+    if args.classes is not None and args.labels == "balanced":
         parser.error(f"--labels {args.labels}: --classes are taken in turn; leave --labels out")
+    sources = [f"--{name.replace('_', '-')}" for name in PROMPTS if getattr(args, name) is not None]
+    if len(sources) > 1:
+        parser.error(f"{sources[0]}: contradicts {sources[1]}; give one of them")
+    if args.layout and (args.prompts is None or args.num_fid_samples is not None):
+        parser.error(f"--layout {args.layout}: needs --prompts, GenEval's file, and no --num-fid-samples")
     return args
 
 
@@ -114,13 +140,14 @@ def class_list(text: str) -> tuple[int, ...]:
     return tuple(map(at_least(0), text.split(",")))
 
 
-def require_suitable(args: argparse.Namespace, state: dict, model: SiT) -> None:
+def require_suitable(args: argparse.Namespace, state: dict, model: Network) -> None:
     """Raise UserError for flags that this checkpoint cannot follow or contradicts; where it is silent, they count."""
     trained, weights = state.get("args") or {}, state.get(args.weights, state)
     widths = [bias.numel() for name, bias in weights.items() if re.search(r"projectors\.\d+\.4\.bias$", name)]
     told = {"path_type": trained.get("path_type"), "encoder_depth": trained.get("encoder_depth"),
             "fused_attn": trained.get("fused_attn"), "qk_norm": model.config["qk_norm"],
-            "resolution": model.input_size * latent_space(state).downsampling, "num_classes": model.num_classes,
+            "resolution": model.input_size * latent_space(state).downsampling,
+            "num_classes": getattr(model, "num_classes", 0),
             "cls": model.cls_token_dim or 0, "projector_embed_dims": tuple(widths) or None}
     for name, value in told.items():
         given = getattr(args, name)
@@ -129,12 +156,20 @@ def require_suitable(args: argparse.Namespace, state: dict, model: SiT) -> None:
     if model.cls_token_dim is None and (args.save_cls_tokens or args.cls_cfg_scale is not None):
         flag = "--save-cls-tokens" if args.save_cls_tokens else f"--cls-cfg-scale {args.cls_cfg_scale}"
         raise UserError(f"{flag}: the checkpoint has no class token; leave it out")
-    if args.cfg_scale > 1 and model.y_embedder.dropout_prob == 0:
-        raise UserError(f"--cfg-scale {args.cfg_scale}: trained with --cfg-prob 0, so without guidance; give 1")
-    if args.classes is not None and max(args.classes) >= model.num_classes:
-        raise UserError(f"--classes {max(args.classes)}: the checkpoint has classes 0 to {model.num_classes - 1}")
     if args.cfg_scale == 1 and args.cls_cfg_scale is not None:
         notice(f"--cls-cfg-scale {args.cls_cfg_scale:g}: has no effect, as --cfg-scale 1 guides nothing")
+    captions = isinstance(model, MMDiT)
+    for name in LABEL_FLAGS if captions else CAPTION_FLAGS:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
+                            f"{'captions' if captions else 'class labels'}; leave it out")
+    if args.cfg_scale != 1 and (trained.get("cfg_prob") if captions else model.y_embedder.dropout_prob) == 0:
+        given = "" if args.cfg_scale is None else f" {args.cfg_scale:g}"
+        raise UserError(f"--cfg-scale{given}: trained with --cfg-prob 0, so without guidance; give 1")
+    if captions:
+        return
+    if args.classes is not None and max(args.classes) >= model.num_classes:
+        raise UserError(f"--classes {max(args.classes)}: the checkpoint has classes 0 to {model.num_classes - 1}")
     require_seen(args.classes, state.get("classes"), model.num_classes)
 
 
@@ -162,29 +197,89 @@ def latent_space(state: dict) -> LatentSpace:
     return LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
 
 
+def read_prompts(path: str) -> tuple[list[str], list[str]]:
+    """The prompts of a file with one on each line (of JSONL the field `prompt`), and the lines, without empty ones.
+
+    Raises UserError if there are none, or a line of JSONL has none.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UNREADABLE as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error}); give a text file with a prompt on each line"
+                        ) from error
+    if not lines:
+        raise UserError(f"--prompts {path}: is empty; give a file with a prompt on each line")
+    if not lines[0].startswith("{"):
+        return lines, lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(" ".join(json.loads(line)["prompt"].split()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f'--prompts {path}: line {number} is no JSON object with "prompt"; correct it') from error
+    return prompts, lines
+
+
+def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0) -> Conditions:
+    """What the images show; settings.json does not need `num_classes`. The text encoder is not loaded yet.
+
+    Raises UserError if the prompts or captions cannot be read.
+    """
+    if "text" not in state and args.model not in MMDiT_models:
+        seen = state.get("classes")
+        return ClassLabels(num_classes, args.labels or "random", args.classes, seen and tuple(seen))
+    if args.prompts is not None:
+        prompts, _ = read_prompts(args.prompts)
+    elif args.prompt is not None:
+        prompts = [" ".join(text.split()) for text in args.prompt]
+    else:
+        source = args.captions_from or (state.get("args") or {}).get("data_dir")
+        if source is None:
+            raise UserError("the checkpoint does not tell its data set; give --prompt, --prompts or --captions-from")
+        prompts = find_captions(source)
+    return Captions(prompts, None, None, args.captions or "in-order", args.samples_per_prompt)
+
+
 def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, compiled: bool) -> dict:
     """What makes the images, for settings.json: the flags with what the checkpoint says. `digest`: SHA-256 of its file.
 
-    Raises UserError if the checkpoint was trained on an unknown path.
+    Raises UserError if the checkpoint was trained on an unknown path, or its captions cannot be read.
     """
     path_type = (state.get("args") or {}).get("path_type") or args.path_type or "linear"
     if path_type not in PATHS:
         raise UserError(f"{path}: trained on the path {path_type!r}, expected {' or '.join(PATHS)}; use another file")
     vae = args.vae or latent_space(state).decoder
-    how = Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cfg_scale=args.cfg_scale,
-                   cls_cfg_scale=args.cls_cfg_scale, guidance_low=args.guidance_low, guidance_high=args.guidance_high,
-                   seed=args.global_seed, labels=args.labels, classes=args.classes, seen=state.get("classes"),
-                   path_type=path_type, precision=args.precision)
+    conditions = conditions_of(args, state)
+    guided = {name: value if getattr(args, name) is None else getattr(args, name)
+              for name, value in conditions.published.items()}
+    if args.guidance_low > guided["guidance_high"]:
+        raise UserError(f"--guidance-low {args.guidance_low}: is above --guidance-high {guided['guidance_high']}")
+    how = Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cls_cfg_scale=args.cls_cfg_scale,
+                   guidance_low=args.guidance_low, seed=args.global_seed, path_type=path_type,
+                   precision=args.precision, **guided)
+    of_prompts = isinstance(conditions, Captions) and (args.prompts or args.prompt)
+    count = len(conditions.prompts) * conditions.per_prompt if of_prompts else conditions.count
     libraries = {name: version(name) for name in ("torch", "numpy", "diffusers", "timm")}
     return {"checkpoint": str(path), "checkpoint_sha256": digest, "step": state.get("steps"), "weights": args.weights,
-            "vae": SHORTHANDS.get(vae, vae), "vae_precision": args.vae_precision, "sampling": asdict(how),
-            "compiled": compiled, "num_images": args.num_fid_samples, "per_proc_batch_size": args.per_proc_batch_size,
+            "vae": SHORTHANDS.get(vae, vae), "vae_precision": args.vae_precision,
+            "sampling": asdict(how) | conditions.settings(), "compiled": compiled,
+            "num_images": args.num_fid_samples or count, "per_proc_batch_size": args.per_proc_batch_size,
             "versions": {"python": platform.python_version(), **libraries}, "training": state.get("args")}
+
+
+def sampling_of(settings: dict) -> Sampling:
+    """The sampler's part of settings.json, without what decides the conditions."""
+    return Sampling(**{name: settings["sampling"][name] for name in Sampling.__dataclass_fields__})
 
 
 def folder_of(sample_dir: str | None, settings: dict) -> Path:
     """The folder of the images; its name carries every setting that changes an image, a long one as a hash."""
-    how, path, vae = Sampling(**settings["sampling"]), Path(settings["checkpoint"]), settings["vae"]
+    how, path, vae = sampling_of(settings), Path(settings["checkpoint"]), settings["vae"]
+    shown = settings["sampling"]
+    if "captions" in shown:
+        what = [shown["captions"], f"{shown['prompts']}x{shown['samples_per_prompt']}", shown["prompts_sha256"][:6]]
+    else:
+        what = [shown["labels"] if shown["classes"] is None else "classes" + "+".join(map(str, shown["classes"]))]
     ours = path.parent.name == CHECKPOINTS
     parts = [path.parent.parent.name if ours else "", path.stem, "model" * (settings["weights"] == "model"), how.mode,
              "heun" * how.heun, f"steps{how.num_steps}", f"cfg{how.cfg_scale:.12g}"]
@@ -192,8 +287,7 @@ def folder_of(sample_dir: str | None, settings: dict) -> Path:
         parts += ["" if how.cls_cfg_scale is None else f"cls{how.cls_cfg_scale:.12g}",
                   f"t{how.guidance_low:.12g}-{how.guidance_high:.12g}"]
     place = str(Path(vae).resolve()) if os.path.isdir(vae) else vae                       # two folders may share a name
-    parts += [how.labels if how.classes is None else "classes" + "+".join(map(str, how.classes)), f"seed{how.seed}",
-              how.precision, "compiled" * settings["compiled"],
+    parts += [*what, f"seed{how.seed}", how.precision, "compiled" * settings["compiled"],
               f"vae-{Path(vae).name}-{hashlib.sha256(place.encode()).hexdigest()[:6]}",
               "bf16" * (settings["vae_precision"] == "bf16"), f"batch{settings['per_proc_batch_size']}",
               f"n{settings['num_images']}", "" if settings["training"] else how.path_type.replace("linear", "")]
@@ -219,7 +313,7 @@ def is_same(found: dict, wanted: dict) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-def make_ready(model: SiT, device: torch.device, precision: str, compiled: bool) -> bool:
+def make_ready(model: Network, device: torch.device, precision: str, compiled: bool) -> bool:
     """Move the network to the device in its fastest form; returns whether it is compiled, as asked and if possible."""
     model.to(device)
     if precision == "bf16":
@@ -241,13 +335,23 @@ def open_decoder(vae: str, device: torch.device, precision: str, compiled: bool)
     return codec
 
 
-def make_blocks(folder: SampleFolder, blocks: list[range], model: SiT, codec: Codec, how: Sampling, compiled: bool,
-                show: bool) -> None:
+def make_conditions_ready(conditions: Conditions, name: str | None, recorded: dict | None, path: Path,
+                          device: torch.device) -> Conditions:
+    """Conditions on the device; captions with the text encoder `name` or that which the checkpoint `path` recorded."""
+    if isinstance(conditions, ClassLabels):
+        return replace(conditions, device=device)
+    name = name or (recorded or {}).get("encoder", DEFAULT)       # a released file tells none
+    return open_captions(conditions.prompts, name, None, device, recorded, path, order=conditions.order,
+                         per_prompt=conditions.per_prompt)
+
+
+def make_blocks(folder: SampleFolder, blocks: list[range], model: Network, codec: Codec, how: Sampling,
+                conditions: Conditions, compiled: bool, show: bool) -> None:
     """Sample and write one process's blocks."""
     for block in tqdm(blocks, desc="sampling", unit="block", disable=not show):
         # Compiling for the size of a smaller last block would take longer than to sample a whole one.
         indices = range(block.start, block.start + folder.block_size) if compiled else block
-        images, _, class_tokens = sample_images(model, codec, indices, how)               # (B, 3, R, R), (B,), (B, E)
+        images, _, class_tokens = sample_images(model, codec, indices, how, conditions)   # (B, 3, R, R), B, (B, E)
         arrays = {"images": images.permute(0, 2, 3, 1), "class_tokens": class_tokens}
         folder.write_block(block, **{part: arrays[part][:len(block)].numpy() for part in folder.parts})
 
@@ -271,12 +375,12 @@ def main(argv=None) -> None:
     require_same_everywhere(compiled)
     settings = settings_of(args, path, state, digest, compiled)
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread"
-    how = Sampling(**settings["sampling"])
+    how, conditions = sampling_of(settings), conditions_of(args, state, getattr(model, "num_classes", 0))
     side = model.input_size * space.downsampling
     parts = {"class_tokens": np.dtype((np.float32, (model.cls_token_dim,)))} if args.save_cls_tokens else {}
     parts["images"] = np.dtype((np.uint8, (side, side, 3)))
-    folder = SampleFolder(folder_of(args.sample_dir, settings), args.num_fid_samples, args.per_proc_batch_size, parts,
-                          png=not args.no_png)
+    folder = SampleFolder(folder_of(args.sample_dir, settings), settings["num_images"], args.per_proc_batch_size,
+                          parts, png=not args.no_png)
     missing = folder.missing(is_same(read_settings(folder.path), settings)) if first else None
 
     from accelerate.utils import broadcast_object_list  # slow to import
@@ -285,7 +389,9 @@ def main(argv=None) -> None:
     if missing is None:
         notice(f"already there: {folder.count} images of these settings in {folder.path}")
     else:
-        codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
+        with world.local_main_process_first():                    # one process downloads, the others find the cache
+            codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
+            ready = make_conditions_ready(conditions, args.text_encoder, state.get("text"), path, device)
         silent = "" if "latent_space" in state else ", which names no VAE and so counts as Stable Diffusion's,"
         space.require_same(codec.space, f"the checkpoint{silent}", "the decoder")
         done = len(folder.blocks) - len(missing)
@@ -296,13 +402,15 @@ def main(argv=None) -> None:
                 notice(f"{folder.path}: its samples are of another checkpoint file; they are made again")
             folder.begin(settings, keep=done > 0)
         world.wait_for_everyone()
-        make_blocks(folder, missing[world.process_index::world.num_processes], model, codec, how, compiled, show=first)
+        make_blocks(folder, missing[world.process_index::world.num_processes], model, codec, how, ready, compiled,
+                    show=first)
         world.wait_for_everyone()
         if first:
-            folder.finish(np.array([image_label(i, image_rng(how.seed, i), model.num_classes, how)
-                                    for i in range(folder.count)]))
+            folder.finish([conditions.draw(i, image_rng(how.seed, i)) for i in range(folder.count)])
     if first:
         folder.export()
+        if args.layout:
+            folder.export_geneval(read_prompts(args.prompts)[1], args.samples_per_prompt)
     world.wait_for_everyone()
     say(str(folder.npz()[0]))
 

@@ -31,28 +31,31 @@ def unpack(state: torch.Tensor, shape: torch.Size,
     return latents, (state[:, size:].to(dtype) if state.shape[1] > size else None)
 
 
-def guided_field(model, y: torch.Tensor, shape: torch.Size, dtype: torch.dtype, scales: tuple[float, float],
-                 interval: tuple[float, float]) -> Callable[[float], Callable]:
+def guided_field(model, condition: torch.Tensor, null: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype,
+                 scales: tuple[float, float], interval: tuple[float, float]) -> Callable[[float], Callable]:
     """Classifier-free guidance of the pair, `guidance(t_start) -> field(state, t)`.
 
     Inside the interval (ends inclusive, tested once with the step's starting time) the velocity is u + s (c - u), from
-    one batch with labels and null labels; outside it, or with a latents' scale of 1, the conditional velocity alone. A
-    class-token scale <= 0 leaves the class token conditional.
+    one batch with the condition and its null counterpart; outside it, or with a latents' scale of 1, the conditional
+    velocity alone. A class-token scale <= 0 leaves the class token conditional.
     """
     scale, cls_scale = scales
     low, high = interval
+    unconditional = null                                          # (B, ...), like the condition
+    if scale > 1:
+        unconditional = torch.full_like(condition, model.num_classes) if null is None else null.expand_as(condition)
 
-    def velocity(latents, cls_token, t, labels):
-        times = torch.full((len(labels),), t, dtype=dtype, device=latents.device)
-        v, _, cls_v = model(latents, times, labels, cls_token=cls_token)
+    def velocity(latents, cls_token, t, given):
+        times = torch.full((len(given),), t, dtype=dtype, device=latents.device)
+        v, _, cls_v = model(latents, times, given, cls_token=cls_token)
         return v, cls_v
 
     def conditional(state, t):
-        return pack(velocity(*unpack(state, shape, dtype), t, y))
+        return pack(velocity(*unpack(state, shape, dtype), t, condition))
 
     def guided(state, t):
         latents, cls_token = unpack(state.repeat(2, 1), shape, dtype)
-        both = velocity(latents, cls_token, t, torch.cat([y, torch.full_like(y, model.num_classes)]))
+        both = velocity(latents, cls_token, t, torch.cat([condition, unconditional]))
         (c, u), (cls_c, cls_u) = (member.double().chunk(2) if member is not None else (None, None) for member in both)
         cls_v = cls_c if cls_c is None or cls_scale <= 0 else cls_u + cls_scale * (cls_c - cls_u)
         return pack((u + scale * (c - u), cls_v))
@@ -84,8 +87,8 @@ def euler_maruyama_step(field, x, t, t_next, path, noise):
 
 
 @torch.no_grad()
-def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
-              guidance_high):
+def integrate(step, times: list[float], model, latents, condition, null, cls_latents, cfg_scale, cls_cfg_scale,
+              guidance_low, guidance_high):
     """Carry the pair through `times`, whose last is 0, with `step(field, state, t, t_next)`; the one stepping loop.
 
     Raises UserError naming step and scales if the pair does not stay finite in float32.
@@ -93,7 +96,7 @@ def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scal
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     dtype = next((p.dtype for p in parameters), latents.dtype)
     scales = (cfg_scale, cfg_scale if cls_cfg_scale is None else cls_cfg_scale)
-    guidance = guided_field(model, y, latents.shape, dtype, scales, (guidance_low, guidance_high))
+    guidance = guided_field(model, condition, null, latents.shape, dtype, scales, (guidance_low, guidance_high))
     state = pack((latents, cls_latents))
     finite = torch.zeros((), dtype=torch.long, device=state.device)                       # steps; read at the end only
     for t, t_next in zip(times[:-1], times[1:], strict=True):
@@ -105,15 +108,16 @@ def integrate(step, times: list[float], model, latents, y, cls_latents, cfg_scal
     return unpack(state, latents.shape)
 
 
-def euler_sampler(model, latents, y, num_steps=250, heun=False, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
-                  path_type="linear", cls_latents=None, cls_cfg_scale=None):
+def euler_sampler(model, latents, condition, null=None, num_steps=250, heun=False, cfg_scale=1.0, guidance_low=0.0,
+                  guidance_high=1.0, path_type="linear", cls_latents=None, cls_cfg_scale=None):
     """Probability-flow ODE, Euler or Heun, over `num_steps` equal steps from t = 1 to 0.
 
     Args:
-        model: (latents, t, y, cls_token=) -> (velocity, _, class-token velocity | None), with its null label in
-        `num_classes`.
+        model: (latents, t, condition, cls_token=) -> (velocity, _, class-token velocity | None).
         latents: noise (B, C, H, W).      cls_latents: noise (B, E); required by a model with a class-token slot.
-        y: labels (B,).                   path_type: checked only, the ODE of a velocity is the same on every path.
+        condition: (B, ...), as the model takes it.    null: its counterpart without condition, (B, ...) or one for all;
+        None: `model.num_classes`.
+        path_type: checked only, the ODE of a velocity is the same on every path.
         cfg_scale: guidance of the latents for guidance_low <= t <= guidance_high; 1: none.
         cls_cfg_scale: guidance of the class token; None: cfg_scale; <= 0: conditional only.
     Returns:
@@ -122,11 +126,13 @@ def euler_sampler(model, latents, y, num_steps=250, heun=False, cfg_scale=1.0, g
     get_path(path_type)
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     step = heun_step if heun else euler_step
-    return integrate(step, times, model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low, guidance_high)
+    return integrate(step, times, model, latents, condition, null, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
+                     guidance_high)
 
 
-def euler_maruyama_sampler(model, latents, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
-                           path_type="linear", cls_latents=None, cls_cfg_scale=None, noise=torch.randn_like):
+def euler_maruyama_sampler(model, latents, condition, null=None, num_steps=250, cfg_scale=1.0, guidance_low=0.0,
+                           guidance_high=1.0, path_type="linear", cls_latents=None, cls_cfg_scale=None,
+                           noise=torch.randn_like):
     """Reverse SDE: `num_steps` equally spaced times from 1 to 0.04, then 0. Arguments and result as in `euler_sampler`.
 
     `noise(tensor)` returns Gaussian noise like the tensor; at each step but the last it is called for the latents, then
@@ -139,7 +145,8 @@ def euler_maruyama_sampler(model, latents, y, num_steps=250, cfg_scale=1.0, guid
         return euler_maruyama_step(field, x, t, t_next, path, lambda: pack([noise(member) for member in members]))
 
     times = [*torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64).tolist(), 0.0]
-    return integrate(step, times, model, latents, y, cls_latents, cfg_scale, cls_cfg_scale, guidance_low, guidance_high)
+    return integrate(step, times, model, latents, condition, null, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
+                     guidance_high)
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,6 @@ class Sampling:
     guidance_low: float = 0.0
     guidance_high: float = 0.85
     seed: int = 0
-    labels: str = "random"                   # random: uniform from (seed, i) · balanced: i modulo the number of classes
-    classes: tuple[int, ...] | None = None        # in turn, instead of all classes
-    seen: tuple[int, ...] | None = None           # the classes that exist, if the training data lacked others
     path_type: str = "linear"
     precision: str = "fp32"                       # of the network: fp32 · tf32 · bf16
 
@@ -169,33 +173,25 @@ def image_rng(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, index))
 
 
-def image_label(index: int, rng: np.random.Generator, num_classes: int, how: Sampling) -> int:
-    """The label of image `index`; a random one is the first draw of its generator."""
-    among = how.seen or range(num_classes)
-    drawn = int(rng.integers(len(among)))   # drawn in every mode, so that image i's noise does not depend on the mode
-    if how.classes is not None:
-        return how.classes[index % len(how.classes)]
-    return among[index % len(among) if how.labels == "balanced" else drawn]
+def sample_images(model, codec, indices: Iterable[int], how: Sampling,
+                  conditions) -> tuple[torch.Tensor, list, torch.Tensor | None]:
+    """Turn image numbers into images, with condition and noise of image i from (seed, i) alone.
 
-
-def sample_images(model, codec, indices: Iterable[int],
-                  how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Turn image numbers into images, with label and noise of image i from (seed, i) alone.
-
-    Each image's generator gives the label, the starting latents and class token, then each step's noise in the
+    Each image's generator gives what it shows, the starting latents and class token, then each step's noise in the
     sampler's order.
 
     Args:
-        model: SiT in evaluation mode, on its device.       codec: `decode`s latents (B, C, H, W) to images, as
-        models.vae.Codec does.
+        model: SiT or MMDiT in evaluation mode, on its device.
+        codec: `decode`s latents (B, C, H, W) to images, as models.vae.Codec does.
+        conditions: models.conditioning's, on the model's device.
     Returns:
-        images uint8 (B, 3, R, R), labels (B,), generated class tokens (B, E) float32 or None; on the CPU.
+        images uint8 (B, 3, R, R), what they show (B), generated class tokens (B, E) float32 or None; on the CPU.
     Raises UserError if they are not finite.
     """
     indices = list(indices)
     device = model.pos_embed.device
     rngs = [image_rng(how.seed, index) for index in indices]
-    labels = torch.tensor([image_label(i, rng, model.num_classes, how) for i, rng in zip(indices, rngs, strict=True)])
+    shown = [conditions.draw(i, rng) for i, rng in zip(indices, rngs, strict=True)]
 
     def noise(shape) -> torch.Tensor:
         draws = [rng.standard_normal(tuple(shape), dtype=np.float32) for rng in rngs]
@@ -207,13 +203,13 @@ def sample_images(model, codec, indices: Iterable[int],
     cls_latents = noise((model.cls_token_dim,)) if model.cls_token_dim is not None else None
     settings = dict(num_steps=how.num_steps, cfg_scale=how.cfg_scale, cls_cfg_scale=how.cls_cfg_scale,
                     guidance_low=how.guidance_low, guidance_high=how.guidance_high, path_type=how.path_type,
-                    cls_latents=cls_latents)
-    y = labels.to(device)
+                    cls_latents=cls_latents, null=conditions.null(len(indices)))
+    condition = conditions.embed(shown)                                                   # (B, ...)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=how.precision == "bf16"):
         if how.mode == "sde":
-            latents, cls_token = euler_maruyama_sampler(model, latents, y, noise=lambda x: noise(x.shape[1:]),
+            latents, cls_token = euler_maruyama_sampler(model, latents, condition, noise=lambda x: noise(x.shape[1:]),
                                                         **settings)
         else:
-            latents, cls_token = euler_sampler(model, latents, y, heun=how.heun, **settings)
+            latents, cls_token = euler_sampler(model, latents, condition, heun=how.heun, **settings)
     images = codec.decode(latents.float()).cpu()
-    return images, labels, None if cls_token is None else cls_token.float().cpu()
+    return images, shown, None if cls_token is None else cls_token.float().cpu()

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from runtime.pictures import grid_of
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.extraction import Measured
@@ -33,6 +32,8 @@ from evaluations.scoring import choose, evaluate, measure_reference
 from loss import ALIGNED_TOKENS, SILoss, Terms, weighted
 from models import checkpoint
 from models.cached_features import Features, features_folder, features_path
+from models.checkpoint import MODELS, Network
+from models.conditioning import Captions, ClassLabels, Conditions, open_captions
 from models.encoders import (
     CachedEncoder,
     Encoder,
@@ -44,7 +45,8 @@ from models.encoders import (
     with_weights,
 )
 from models.interpolant import PATHS
-from models.sit import SiT, SiT_models
+from models.mmdit import MMDiT_models
+from models.text import DEFAULT, states_shape
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
 from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, share
@@ -71,18 +73,20 @@ SHOWN = ("loss", "denoising_loss", "cls_loss", "align_cosine", "grad_norm", "ima
 # -------------------------------------------------------------------------------------------------------- the algorithm
 
 def train(args: argparse.Namespace, run: disk.Run, batches: Iterator[tuple], space: LatentSpace, encoders: list,
-          model: SiT, ema: SiT, objective: SILoss, optimizer: torch.optim.AdamW, accelerator: Accelerator) -> None:
+          conditions: Conditions, model: Network, ema: Network, objective: SILoss, optimizer: torch.optim.AdamW,
+          accelerator: Accelerator) -> None:
     """REG (arXiv 2507.01467, section 3). What `run.after` does (log, save, draw, score) is set up in `schedule`."""
     network, micros = accelerator.prepare(model.train()), args.gradient_accumulation_steps
     for step in run.steps():                                      # start + 1 .. --max-train-steps, or until a signal
         for micro in range(micros):
-            seen, moments, labels = next(batches)                 # images or features by encoder, (B, 2C, H, W), (B,)
+            seen, moments, shown = next(batches)                  # images or features by encoder, (B, 2C, H, W), B
             reseed(args.seed, step - 1, micro, accelerator.process_index)
             latents = space.sample(moments)                       # (B, C, H, W)
             with torch.no_grad(), accelerator.autocast():
                 cls_token, targets = encode(encoders, seen, args.method == "reg")         # (B, E), [(B, T, E), ...]
+                given = conditions.drop(conditions.embed(shown), args.cfg_prob)           # (B,) or (B, L, W)
             with nullcontext() if micro == micros - 1 else accelerator.no_sync(network):
-                terms = objective(network, latents, dict(y=labels), cls_token=cls_token,
+                terms = objective(network, latents, {conditions.argument: given}, cls_token=cls_token,
                                   zs=targets if args.proj_coeff > 0 else None)
                 total = weighted(terms, beta=args.cls, lam=args.proj_coeff)
                 accelerator.backward(total / micros)
@@ -124,7 +128,7 @@ def step_if(finite: torch.Tensor, optimizer: torch.optim.AdamW, scaler: torch.am
 
 
 @torch.no_grad()
-def update_ema(ema: SiT, model: SiT, decay: float, finite: torch.Tensor) -> None:
+def update_ema(ema: Network, model: Network, decay: float, finite: torch.Tensor) -> None:
     """ema <- decay * ema + (1 - decay) * model if `finite` (), in one pass over the memory."""
     weight = (1 - decay) * finite.float()                         # on the device: a number would make the host wait
     parameters, averages = list(model.parameters()), list(ema.parameters())
@@ -192,7 +196,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="go on from the experiment's checkpoint of this step; 0: as --resume says")
     output.add_argument("--sampling-steps", type=at_least(0), default=10_000, metavar="STEPS",
                         help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, "
-                             f"scale {GRID.cfg_scale} in [{GRID.guidance_low}, {GRID.guidance_high}]); 0: none")
+                             "guided as published); 0: none")
     output.add_argument("--vae", metavar="VAE",
                         help="VAE that decodes samples: hub id, folder, ema or mse; None: the "
                              "one of the data set's recipe")
@@ -201,7 +205,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scoring = parser.add_argument_group("scoring while training")
     scoring.add_argument("--eval-steps", type=at_least(0), default=0, metavar="STEPS",
                          help=f"steps between scores of EMA samples ({SCORED.mode}, {SCORED.num_steps} steps, "
-                              f"unguided, {SCORED.labels} labels), logged as fid_10k or alike; 0: none")
+                              f"unguided, random labels or captions), logged as fid_10k or alike; 0: none")
     scoring.add_argument("--eval-samples", type=at_least(2, 10**7), default=10_000, metavar="N",
                          help="samples per score; FID compares at equal numbers only")
     scoring.add_argument("--ref-batch", metavar="REF", help="reference: npz, image folder or statistics file")
@@ -230,11 +234,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--path-type", choices=tuple(PATHS), default="linear",
                         help="interpolant between data and noise")
     method.add_argument("--weighting", choices=("uniform", "lognormal"), default="uniform", help="law of t")
-    method.add_argument("--cfg-prob", type=share, default=0.1, metavar="P", help="share of labels dropped for guidance")
+    method.add_argument("--cfg-prob", type=share, default=0.1, metavar="P",
+                        help="share of labels or captions dropped for guidance")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=tuple(SiT_models), default="SiT-XL/2", metavar="NAME",
-                       help="SiT-{T,S,B,L,XL}/{2,4,8}")
+    model.add_argument("--model", choices=tuple(MODELS), default="SiT-XL/2", metavar="NAME",
+                       help="SiT-{T,S,B,L,XL}/{2,4,8}; for captions MMDiT/2 or MMDiT-T/2")
+    model.add_argument("--text-encoder", metavar="NAME|FOLDER",
+                       help=f"CLIP or T5 that reads the captions, for MMDiT; None: {DEFAULT}")
+    model.add_argument("--text-length", type=at_least(2, 4096), metavar="N",
+                       help="tokens of a caption; None: the encoder's positions, or 128 for T5")
     model.add_argument("--qk-norm", action=flag, default=False, help="LayerNorm on queries and keys")
     model.add_argument("--fused-attn", action=flag, default=True, help="the backend's attention kernels")
     model.add_argument("--activation-checkpointing", action=flag, default=False,
@@ -286,7 +295,15 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
                             "no features; leave it out")
         args.cached_features = "off"
     args.align = (args.align or aligned) if args.proj_coeff > 0 else None
-    size = SiT_models[args.model].keywords
+    if args.model in MMDiT_models:
+        args.text_encoder = args.text_encoder or DEFAULT
+        if args.num_classes is not None or not args.fused_attn:
+            flag = "--no-fused-attn" if args.num_classes is None else f"--num-classes {args.num_classes}"
+            raise UserError(f"{flag}: --model {args.model} has captions and no such choice; leave it out")
+    elif args.text_encoder is not None or args.text_length is not None:
+        flag = "--text-length" if args.text_encoder is None else f"--text-encoder {args.text_encoder}"
+        raise UserError(f"{flag}: --model {args.model} has class labels; give --model MMDiT/2, or leave it out")
+    size = MODELS[args.model].keywords
     if args.encoder_depth is None:
         args.encoder_depth = size["encoder_depth"]
     if args.encoder_depth > size["depth"]:
@@ -334,8 +351,11 @@ def main(argv: list[str] | None = None) -> None:
         indices = GlobalBatchSampler(len(data), args.batch_size, seed=args.seed,
                                      accumulation=args.gradient_accumulation_steps,
                                      rank=accelerator.process_index, world_size=accelerator.num_processes)
-        settings = {**vars(args), "resolution": resolution, "num_classes": data.num_classes,
-                    "cached_features": "require" if data.features else "off"}
+        settings = {**vars(args), "resolution": resolution, "cached_features": "require" if data.features else "off"}
+        if args.model in MMDiT_models:
+            _, settings["text_length"], _ = states_shape(args.text_encoder, args.text_length)
+        else:
+            settings["num_classes"] = data.num_classes
         folder = Path(args.output_dir) / args.exp_name
         ids = encoder_ids(args.enc_type, args.encoder_weights) if needs_encoder(args) else []
         resumed = disk.resumable(folder, args.resume, checkpoint.read)
@@ -345,30 +365,31 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.local_main_process_first():              # one process downloads, the others find the cache
             encoders = open_encoders(args, space, resolution, accelerator.device, features=data.features)
             scoring = open_scoring(args, accelerator.device)
+            conditions = open_conditions(args, data, resumed, accelerator.device)
             codec = open_codec(args, space, accelerator)
-        model, ema, objective, optimizer = open_networks(args, space, resolution, data.num_classes, encoders,
+        model, ema, objective, optimizer = open_networks(args, space, resolution, conditions, encoders,
                                                          accelerator.device)
         start = open_weights(args, resumed, model, ema, optimizer, accelerator.scaler)
         resumed = None                                            # several times the size of the model: free it
 
         run = disk.Run(start, args.max_train_steps, stop)
-        seen = tuple(data.classes_seen.tolist()) if len(data.classes_seen) < data.num_classes else None
         about = {"args": settings, "latent_space": space.to_record(), "data": data.fingerprint,
-                 "processes": accelerator.num_processes, "encoders": ids, **({"classes": list(seen)} if seen else {})}
-        grid, scored = (replace(how, seed=args.seed, path_type=args.path_type, seen=seen) for how in (GRID, SCORED))
+                 "processes": accelerator.num_processes, "encoders": ids, **conditions.record()}
+        scored = replace(SCORED, seed=args.seed, path_type=args.path_type)
+        grid = replace(GRID, seed=args.seed, path_type=args.path_type, **conditions.published)
         capture = partial(checkpoint.content, model, ema, optimizer, accelerator.scaler, about)
         with disk.open_folder(folder, run, settings, accelerator) as log:
-            close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, grid, scored,
-                             accelerator)
+            close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, conditions, grid,
+                             scored, accelerator)
             indices.start = start
             loader = DataLoader(data, batch_sampler=indices, num_workers=args.num_workers, worker_init_fn=stop.shield,
                                 pin_memory=accelerator.device.type == "cuda")
             batches = to_device(run.meter.timed(batches_of(loader)), accelerator.device, len(encoders))
-            say(f"{args.model}, {args.method}: {len(data):,} images, {data.num_classes} classes, "
+            say(f"{args.model}, {args.method}: {len(data):,} images, {conditions}, "
                 f"{accelerator.num_processes} process(es), mixed precision {args.mixed_precision}, step {start} "
                 f"of {args.max_train_steps}")
-            train(args, run, run.read_ahead(batches, args.gradient_accumulation_steps), space, encoders, model, ema,
-                  objective, optimizer, accelerator)
+            train(args, run, run.read_ahead(batches, args.gradient_accumulation_steps), space, encoders, conditions,
+                  model, ema, objective, optimizer, accelerator)
             if run.interrupted:
                 close(run.step)
                 if stop.failure is None:
@@ -384,7 +405,7 @@ def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace, int
     """The data set, its latent space, and the side R of its images."""
     features = [] if args.cached_features == "off" else open_features(args)
     data = LatentDataset(args.data_dir, args.resolution, args.num_classes, features=features,
-                         with_images=needs_encoder(args) and not features)
+                         with_images=needs_encoder(args) and not features, captions=args.model in MMDiT_models)
     space, resolution = read_space(data.vae_record, data.moments_shape, data.resolution, args.data_dir)
     for one in features:
         say(f"{one.record.enc_type} is not run: its features ({one.record.dtype}) are read from {one.store.path}")
@@ -466,7 +487,7 @@ def open_encoders(args: argparse.Namespace, space: LatentSpace, resolution: int,
     """The frozen encoders that the method needs, or their stored `features`; REG's must all have a class token."""
     if not needs_encoder(args):
         return []
-    grid = resolution // space.downsampling // SiT_models[args.model].keywords["patch_size"]
+    grid = resolution // space.downsampling // MODELS[args.model].keywords["patch_size"]
     if features:
         encoders = [CachedEncoder(one.record, grid) for one in features]
     elif args.method == "reg":
@@ -501,40 +522,51 @@ def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageS
     return reference, extractor
 
 
-def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, num_classes: int,
-                encoders: Sequence[Encoder | CachedEncoder]) -> SiT:
-    """SiT with the class-token slot and the projectors that the method needs."""
-    return SiT_models[args.model](
+def open_conditions(args: argparse.Namespace, data: LatentDataset, resumed: tuple[Path, dict] | None,
+                    device: torch.device) -> Conditions:
+    """Class labels, or captions with their text encoder: that of the resumed checkpoint."""
+    if args.model not in MMDiT_models:
+        seen = tuple(data.classes_seen.tolist()) if len(data.classes_seen) < data.num_classes else None
+        return ClassLabels(data.num_classes, seen=seen, device=device)
+    path, recorded = (None, None) if resumed is None else (resumed[0], resumed[1].get("text"))
+    return open_captions(data.captions, args.text_encoder, args.text_length, device, recorded, path)
+
+
+def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, conditions: Conditions,
+                encoders: Sequence[Encoder | CachedEncoder]) -> Network:
+    """SiT or MMDiT with the class-token slot and the projectors that the method needs."""
+    own = (dict(context_dim=conditions.null_states.shape[-1]) if isinstance(conditions, Captions) else
+           dict(num_classes=conditions.num_classes, class_dropout_prob=args.cfg_prob, fused_attn=args.fused_attn))
+    return MODELS[args.model](
         input_size=resolution // space.downsampling,
         in_channels=space.channels,
-        num_classes=num_classes,
-        class_dropout_prob=args.cfg_prob,
         encoder_depth=args.encoder_depth,
         z_dims=tuple(encoder.embed_dim for encoder in encoders) if args.proj_coeff > 0 else (),
         projector_dim=args.projector_dim,
         cls_token_dim=encoders[0].embed_dim if args.method == "reg" else None,
         qk_norm=args.qk_norm,
-        fused_attn=args.fused_attn,
+        **own,
     )
 
 
-def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int, num_classes: int, encoders: Sequence,
-                  device: torch.device) -> tuple[SiT, SiT, SILoss, torch.optim.AdamW]:
+def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int, conditions: Conditions,
+                  encoders: Sequence, device: torch.device) -> tuple[Network, Network, SILoss, torch.optim.AdamW]:
     """The network, its EMA, the objective and AdamW, freshly initialised from --seed and compiled if asked.
 
     Raises UserError before anything is built if the networks do not fit into the memory.
     """
     with torch.device("meta"):
-        planned = build_model(args, space, resolution, num_classes, encoders)
+        planned = build_model(args, space, resolution, conditions, encoders)
     need, memory = BYTES_PER_PARAMETER * sum(p.numel() for p in planned.parameters()), memory_of(device)
     if need > memory:
-        raise UserError(f"--model {args.model}, --projector-dim {args.projector_dim}, {num_classes} classes: needs "
+        raise UserError(f"--model {args.model}, --projector-dim {args.projector_dim}, {conditions}: needs "
                         f"about {as_size(need)} of the {as_size(memory)} there are; give smaller ones")
-    if args.num_classes is None and num_classes < IMAGENET and resolution in (256, 512):
-        notice(f"the labels have {num_classes} classes; the released programs would build {IMAGENET}, as "
+    few = isinstance(conditions, ClassLabels) and conditions.num_classes < IMAGENET
+    if few and args.num_classes is None and resolution in (256, 512):
+        notice(f"the labels have {conditions}; the released programs would build {IMAGENET}, as "
                f"--num-classes {IMAGENET} does")
     reseed(args.seed)
-    model = build_model(args, space, resolution, num_classes, encoders).to(device)
+    model = build_model(args, space, resolution, conditions, encoders).to(device)
     model.checkpointing = args.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
     networks = [model, *(one for one in encoders if isinstance(one, Encoder))]
@@ -555,7 +587,7 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def open_weights(args: argparse.Namespace, resumed: tuple[Path, dict] | None, model: SiT, ema: SiT,
+def open_weights(args: argparse.Namespace, resumed: tuple[Path, dict] | None, model: Network, ema: Network,
                  optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler | None) -> int:
     """Load the resumed checkpoint, or --init-weights; return the step to go on from."""
     if resumed is not None:
@@ -569,23 +601,26 @@ def open_weights(args: argparse.Namespace, resumed: tuple[Path, dict] | None, mo
 
 
 def to_device(batches: Iterable[tuple], device: torch.device, encoders: int) -> Iterator[tuple]:
-    """Batches on the device: what each of the encoders sees (images or its stored features), moments, labels."""
+    """Batches on the device: what each of the encoders sees (images or its stored features), moments, and what the
+    images show: labels (B,), or the captions of each image, which stay on the host.
+    """
 
     def move(value):
         if isinstance(value, dict):
             return {part: move(tensor) for part, tensor in value.items()}
         return value.to(device, non_blocking=True)
 
-    for images, moments, labels, *features in batches:
+    for images, moments, shown, *features in batches:
         seen = [move(one) for one in features] or [move(images)] * encoders
-        yield seen, move(moments), move(labels)
+        yield seen, move(moments), move(shown) if isinstance(shown, torch.Tensor) else shown
 
 
 # ------------------------------------------------------------------------------------------- what is due between steps
 
 def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | None, capture: Callable[[int], dict],
-             resolution: int, ema: SiT, codec: Codec | None, scoring: tuple[ImageSet, Extractor] | None,
-             grid: Sampling, scored: Sampling, accelerator: Accelerator) -> Callable[[int], None]:
+             resolution: int, ema: Network, codec: Codec | None, scoring: tuple[ImageSet, Extractor] | None,
+             conditions: Conditions, grid: Sampling, scored: Sampling,
+             accelerator: Accelerator) -> Callable[[int], None]:
     """Enter into the run's table what is due after a step: log, save, draw a `grid`, score `scored` samples.
 
     Returns `close(step)`, which logs and saves what a signal has cut short.
@@ -615,7 +650,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 
     def draw(step: int) -> None:
         if accelerator.is_main_process:
-            draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, grid, step, accelerator)
+            draw_grid(folder / "grids" / f"{step:07d}.png", ema, codec, grid, conditions, step, accelerator)
         accelerator.wait_for_everyone()
 
     @cache
@@ -623,7 +658,8 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         return measure_reference(*scoring, [metric_of(scoring[1])], SCORED_BLOCK)
 
     def score(step: int) -> None:
-        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored)
+        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored,
+                               conditions)
         write_line(log, accelerator, {"step": step, **scores}, scores)
 
     def close(step: int) -> None:
@@ -639,27 +675,28 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
     return close
 
 
-def draw_grid(path: Path, ema: SiT, codec: Codec, how: Sampling, step: int, accelerator: Accelerator) -> None:
-    """Write a grid of EMA samples with fixed labels and noise, as PNG and to the tracker."""
-    images, _, _ = sample_images(ema, codec, range(GRID_IMAGES), how)
-    grid = make_grid(images, nrow=round(GRID_IMAGES**0.5))                                # uint8 (3, ., .)
+def draw_grid(path: Path, ema: Network, codec: Codec, how: Sampling, conditions: Conditions, step: int,
+              accelerator: Accelerator) -> None:
+    """Write a grid of EMA samples with fixed labels or captions and noise, as PNG and to the tracker."""
+    images, shown, _ = sample_images(ema, codec, range(GRID_IMAGES), how, conditions)
+    grid = grid_of(images, round(GRID_IMAGES**0.5), shown if isinstance(conditions, Captions) else None)
     try:
-        write_whole(path, lambda partial: to_pil_image(grid).save(partial, "png"))
+        write_whole(path, lambda partial: grid.save(partial, "png"))
     except UserError as error:                                    # a full disk: the run goes on
         notice(f"warning: {error}")
     for tracker in list(accelerator.trackers):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        show = partial(tracker.log_images, {"samples": grid.permute(1, 2, 0)[None].numpy()}, step=step, **layout)
+        show = partial(tracker.log_images, {"samples": np.asarray(grid)[None]}, step=step, **layout)
         track(accelerator, show)
 
 
-def score_samples(ema: SiT, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,
-                  resolution: int, how: Sampling) -> dict[str, float]:
+def score_samples(ema: Network, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,
+                  resolution: int, how: Sampling, conditions: Conditions) -> dict[str, float]:
     """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others."""
 
     def blocks(ranges):
         for indices in ranges:
-            yield sample_images(ema, codec, indices, how)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
+            yield sample_images(ema, codec, indices, how, conditions)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
 
     samples = ImageSet("EMA samples", count, (resolution, resolution), blocks)
     result = evaluate(reference, samples, extractor, [metric_of(extractor)], batch_size=SCORED_BLOCK,
@@ -685,22 +722,27 @@ def dry_run(args: argparse.Namespace) -> None:
         data, space, resolution = open_data(args)
         num_classes = data.num_classes
     else:
-        space, resolution, num_classes = LatentSpace(), args.resolution or 256, args.num_classes or 1000
-        cut = space.downsampling * SiT_models[args.model].keywords["patch_size"]
+        space, resolution, num_classes = LatentSpace(), args.resolution or 256, args.num_classes or IMAGENET
+        cut = space.downsampling * MODELS[args.model].keywords["patch_size"]
         if resolution % cut:
             raise UserError(f"--resolution {resolution}: expected a multiple of {cut}, {space.downsampling} pixels of "
                             f"the VAE times the patch of {args.model}")
         notice(f"{args.data_dir} does not exist: described for ImageNet at {resolution} px")
     with torch.device("meta"):
+        if args.model in MMDiT_models:
+            conditions = Captions((), None, torch.empty(states_shape(args.text_encoder, args.text_length)[1:]))
+        else:
+            conditions = ClassLabels(num_classes, device="meta")
         encoders = open_encoders(args, space, resolution, "meta", pretrained=False)
-        model = build_model(args, space, resolution, num_classes, encoders)
+        model = build_model(args, space, resolution, conditions, encoders)
         latents = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
         cls_token = None if model.cls_token_dim is None else torch.zeros(1, model.cls_token_dim)
         with FlopCounterMode(display=False) as flops:
-            model(latents, torch.zeros(1), torch.zeros(1, dtype=torch.long), cls_token)
+            model(latents, torch.zeros(1), conditions.null(1), cls_token)
     parameters = sum(p.numel() for p in model.parameters())
     at_inference = parameters - sum(p.numel() for p in model.projectors.parameters())
-    settings = {**vars(args), "resolution": resolution, "num_classes": num_classes, "latent_space": space.to_record()}
+    settings = {**vars(args), "resolution": resolution, "latent_space": space.to_record()}
+    settings |= {} if args.model in MMDiT_models else {"num_classes": num_classes}
     say(json.dumps(settings, indent=2))
     say(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "
         f"projectors), {flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image "

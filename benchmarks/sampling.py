@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks import harness
 from benchmarks.encode import random_vae
 from generate import make_ready
+from models.conditioning import ClassLabels
 from models.sit import SiT, SiT_models
 from models.vae import Codec
 from runtime.speed import allow_tf32, compile_parts
@@ -111,8 +112,9 @@ def measure(device: torch.device, model: str, resolution: int, batch_size: int, 
     table.add("network, guided", timed(lambda way: evaluate(way, count)), 2 * count, "evaluations/s", peak / each,
               f"{source} / {each / 1e9:.4g} GFLOP")
     how, number = Sampling(num_steps=num_steps), evaluations(num_steps)
+    labels = ClassLabels(network.num_classes, device=device)
     seconds = timed(lambda way: sample_images(way.network, way.codec, range(count),
-                                              replace(how, precision=way.precision)))
+                                              replace(how, precision=way.precision), labels))
     table.add(f"{num_steps} SDE steps and decoder", seconds, count, "images/s", peak / (number * each + decoder),
               f"{source} / ({number} evaluations + {decoder / 1e9:.4g} GFLOP)")
     # In proportion to FLOPs: the decoder's part is small at 250 steps.

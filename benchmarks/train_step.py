@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 import loss
 import train
 from benchmarks import harness, plain
+from models.conditioning import ClassLabels
 from models.sit import SiT_models
 from models.vae import LatentSpace
 from runtime.arguments import Parser, at_least
@@ -77,7 +78,7 @@ def open_plain(settings: argparse.Namespace, resolution: int, batch: tuple, devi
     """Return the plain way's step as a function; large batches go in pieces, to fit a GPU in float32."""
     with device:
         encoders = train.open_encoders(settings, SPACE, resolution, device, pretrained=False)
-        model = train.build_model(settings, SPACE, resolution, CLASSES, encoders).train()
+        model = train.build_model(settings, SPACE, resolution, ClassLabels(CLASSES), encoders).train()
     ema, optimizer = deepcopy(model).eval().requires_grad_(False), plain.adamw(model, settings)
     objective = plain.objective(align=settings.align)
 
@@ -99,7 +100,7 @@ def flops_per_image(settings: argparse.Namespace, resolution: int) -> int:
     """Forward and backward pass of one image, with the encoder's forward pass."""
     with torch.device("meta"):
         encoders = train.open_encoders(settings, SPACE, resolution, "meta", pretrained=False)
-        model = train.build_model(settings, SPACE, resolution, CLASSES, encoders).train()
+        model = train.build_model(settings, SPACE, resolution, ClassLabels(CLASSES), encoders).train()
         latents = torch.zeros(1, SPACE.channels, model.input_size, model.input_size)
         image = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
 
@@ -123,10 +124,12 @@ def step_rows(table: harness.Table, settings: argparse.Namespace, resolution: in
     accelerator = open_accelerator(settings, device)
     with device:
         encoders = train.open_encoders(settings, SPACE, resolution, device, pretrained=False)
-        networks = train.open_networks(settings, SPACE, resolution, CLASSES, encoders, device)
+        labels = ClassLabels(CLASSES, device=device)
+        networks = train.open_networks(settings, SPACE, resolution, labels, encoders, device)
     steps = Steps(harness.Turns(["ours", "plain"], device, repeats),
                   partial(open_plain, settings, resolution, batch, device), profile)
-    train.train(settings, steps, train.to_device(repeat(batch), device, 1), SPACE, encoders, *networks, accelerator)
+    train.train(settings, steps, train.to_device(repeat(batch), device, 1), SPACE, encoders, labels, *networks,
+                accelerator)
 
     each = flops_per_image(settings, resolution)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]

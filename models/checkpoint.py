@@ -2,11 +2,12 @@
 
 A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ours:
     scaler         state of the fp16 loss scaler, or None
-    architecture   the constructor arguments of models.sit.SiT
+    architecture   the constructor arguments of models.sit.SiT or models.mmdit.MMDiT
     latent_space   the meaning of the latents (models.vae.LatentSpace)
     data           fingerprint of the data set's keys and labels
     encoders       what identifies the encoders (models.encoders.encoder_ids); older checkpoints lack it
     classes        the classes that have images, if not all have
+    text           of captions: the text encoder's name, its length L and width W, and the null states (L, W)
     processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
@@ -27,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
+from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
 from models.vae import LatentSpace
 from runtime.arguments import Parser
@@ -36,13 +38,18 @@ from runtime.messages import UserError, notice, without_traceback
 from runtime.run import Damaged, find, read_file
 from runtime.stores import shown
 
+Network = SiT | MMDiT
+MODELS = SiT_models | MMDiT_models
+
 # Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
 # ones out.
 KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "processes": int, "architecture": dict,
-         "data": str, "encoders": list, "classes": list, "model": dict, "ema": dict, "opt": dict, "scaler": dict | None}
+         "data": str, "encoders": list, "classes": list, "text": dict, "model": dict, "ema": dict, "opt": dict,
+         "scaler": dict | None}
 LARGEST = MAX_CLASSES                # of any number in an architecture
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
 PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
+NULL = "text.null"                   # the null states' name among exported weights
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
 RELEASED_NAMES = {"cls_projectors2.": "cls_embedder.", "wg_norm.": "cls_norm."}
 
@@ -70,6 +77,8 @@ def read(path: str | Path, mmap: bool = True) -> dict:
         _require_architecture(path, state["architecture"])
     if "latent_space" in state:
         LatentSpace.from_record(state["latent_space"], str(path))
+    if "text" in state:
+        _require_text(path, state["text"])
     return state
 
 
@@ -82,8 +91,21 @@ def _as_json(value: object) -> str | int | float | bool | None:
     return str(value) if written else type(value).__name__
 
 
+def _require_text(path: Path, found: dict) -> None:
+    """Raise Damaged unless this names a text encoder and holds the states of its empty caption."""
+    null, shape = found.get("null"), (found.get("length"), found.get("width"))
+    if not (isinstance(found.get("encoder"), str) and isinstance(null, torch.Tensor) and null.shape == shape):
+        raise Damaged(f"{path}: does not describe its text encoder; use another file")
+    plain_weights({"null": null})
+
+
+def _network_of(names: dict) -> type[Network]:
+    """The class that has these constructor arguments."""
+    return MMDiT if "context_dim" in names else SiT
+
+
 def _require_architecture(path: Path, found: dict) -> None:
-    """Raise Damaged unless these are the constructor arguments of SiT, each of its type and a possible number."""
+    """Raise Damaged unless these are a network's constructor arguments, each of its type and a possible number."""
 
     def fits(value: object, kind: type) -> bool:
         if kind == tuple[int, ...]:
@@ -92,21 +114,22 @@ def _require_architecture(path: Path, found: dict) -> None:
             return isinstance(value, kind)
         return type(value) is int and 0 < value <= LARGEST or kind is type(value) is float and 0 <= value <= LARGEST
 
-    kinds = {name: one.annotation for name, one in inspect.signature(SiT).parameters.items()}
+    network = _network_of(found)
+    kinds = {name: one.annotation for name, one in inspect.signature(network).parameters.items()}
     wrong = [name for name, kind in kinds.items() if name not in found or not fits(found[name], kind)]
     if wrong or found.keys() != kinds.keys():
-        raise Damaged(f"{path}: the architecture is not described by the arguments of SiT ("
+        raise Damaged(f"{path}: the architecture is not described by the arguments of {network.__name__} ("
                       f"{', '.join(wrong) or 'it has others'}); use another file")
 
 
-def content(model: SiT, ema: SiT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, about: dict,
-            step: int) -> dict:
-    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes, encoders, classes."""
+def content(model: Network, ema: Network, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
+            about: dict, step: int) -> dict:
+    """What a checkpoint of `step` holds; `about` gives args, latent_space, data, processes, encoders, classes, text."""
     return {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "steps": step,
             "scaler": None if scaler is None else scaler.state_dict(), "architecture": model.config, **about}
 
 
-def restore(path: Path, state: dict, model: SiT, ema: SiT, optimizer: torch.optim.Optimizer,
+def restore(path: Path, state: dict, model: Network, ema: Network, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler | None) -> int:
     """Put the content of a checkpoint into the networks, the optimiser and the scaler; return its step.
 
@@ -149,7 +172,7 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
             raise UserError(f"the checkpoint's {which!r} is no state dict: name a checkpoint of "
                             "REG, REPA or this program")
     weights = {}
-    for name, tensor in plain_weights(state).items():
+    for name, tensor in rename_released(plain_weights(state)).items():
         if name.startswith("decoder_blocks."):
             raise UserError(f"{shown(name)}: the checkpoint is of an early REPA, which kept the blocks behind "
                             "--encoder-depth apart: rename decoder_blocks.i to blocks.(i + that depth)")
@@ -189,7 +212,7 @@ def plain_weights(state: dict) -> dict[str, torch.Tensor]:
     return plain
 
 
-def load_weights(model: SiT, path_or_dict: str | Path | dict, which: str = "ema") -> None:
+def load_weights(model: Network, path_or_dict: str | Path | dict, which: str = "ema") -> None:
     """Load weights strictly: ours, released REG or released REPA; a file, its content, or a bare state dict.
 
     `which` chooses "ema" or "model" in a whole file. Projectors are dropped if the model has none. A model on the meta
@@ -220,7 +243,10 @@ CAUSES = {
         "only one of them has a class-token slot (REG) of this width; choose the same --method and --enc-type",
     ("pos_embed",): "the resolution, the patch size or the class-token slot differs; choose the "
                     "same --model and --method",
-    ("y_embedder",): "the number of classes differs; set --num-classes to the checkpoint's",
+    ("y_embedder",): "the number of classes differs, or one of them has captions; choose the same --num-classes and "
+                     "--model",
+    ("context_embedder",): "the text encoder's width differs, or one of them has class labels; choose the same "
+                           "--text-encoder and --model",
     ("projectors",): "the encoders, --projector-dim or --proj-coeff differ; choose those of the checkpoint",
     ("x_embedder", "final_layer"):
         "the patch size, width or number of latent channels differs; choose the same --model and VAE",
@@ -238,12 +264,12 @@ def _likely_cause(name: str) -> str:
 
 
 def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> dict:
-    """The SiT constructor arguments of a checkpoint: stored by us, or read off the weights' shapes (released files).
+    """The constructor arguments of a checkpoint's network: stored, or (released files) read off the weights' shapes.
 
     A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if they differ,
     or if the shapes contradict what is stored, so that a model is never larger than its file.
     """
-    size = SiT_models[model_name].keywords if model_name else {}
+    size = MODELS[model_name].keywords if model_name else {}
     if not size and "architecture" not in state:
         raise UserError("this checkpoint does not describe its architecture, like all released files: "
                         "add --model, e.g. SiT-XL/2")
@@ -251,17 +277,24 @@ def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> 
     try:
         _, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         _, tokens, width = weights["pos_embed"].shape
-        classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+        if "context_embedder.weight" in weights:
+            own = {"context_dim": weights["context_embedder.weight"].shape[1]}
+        else:
+            own = {"num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1}
         slot = weights["cls_embedder.weight"].shape[1] if "cls_embedder.weight" in weights else None
         side = math.isqrt(tokens - (slot is not None))
     except KeyError as error:
-        raise UserError(f"the checkpoint lacks {error.args[0]}: it is no SiT of REG, REPA or this program") from None
+        raise UserError(f"the checkpoint lacks {error.args[0]}: it is no SiT or MMDiT of REG, REPA or this program"
+                        ) from None
     except (ValueError, IndexError, TypeError):
         raise UserError("the checkpoint's embeddings have other dimensions than SiT's: name another file") from None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    found = {"hidden_size": width, "depth": depth, "patch_size": patch, "in_channels": channels, "num_classes": classes,
+    found = {"hidden_size": width, "depth": depth, "patch_size": patch, "in_channels": channels, **own,
              "input_size": side * patch, "cls_token_dim": slot,
-             "qk_norm": "blocks.0.attn.q_norm.weight" in weights}
+             "qk_norm": any(f"blocks.0.attn.{name}.weight" in weights for name in ("q_norm", "norm_q"))}
+    if model_name and _network_of(found) is not MODELS[model_name].func:
+        raise UserError(f"--model {model_name}: the checkpoint is of {_network_of(found).__name__}; name the model it "
+                        "was trained as")
     if any(found.get(key, state.get("architecture", size)[key]) != size[key] for key in size if key != "encoder_depth"):
         raise UserError(f"--model {model_name}: the checkpoint has width {width}, depth {depth}, patch {patch}; name "
                         "the model it was trained as")
@@ -274,12 +307,12 @@ def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> 
     return dict(state["architecture"])
 
 
-def build_for_sampling(state: dict, model_name: str | None = None, which: str = "ema") -> SiT:
+def build_for_sampling(state: dict, model_name: str | None = None, which: str = "ema") -> Network:
     """The model of a checkpoint with its weights, in evaluation mode, on the CPU, without projectors."""
     architecture = {**architecture_of(state, model_name, which), "z_dims": ()}
     try:
         with torch.device("meta"):                                # nothing is allocated until the shapes agree
-            model = SiT(**architecture)
+            model = _network_of(architecture)(**architecture)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("the checkpoint's architecture cannot be built "
                         f"({error or architecture}): use another file") from error
@@ -304,6 +337,9 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     about = {"architecture": {**model.config}, "latent_space": state.get("latent_space"), "steps": state.get("steps"),
              "weights": which, "args": args or None, "classes": state.get("classes")}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if "text" in state:
+        about["text"] = {name: value for name, value in state["text"].items() if name != "null"}
+        weights[NULL] = state["text"]["null"].contiguous()
     data = serialised(weights, {"reg": json.dumps(about, default=str)})
     write_whole(out, lambda partial: partial.write_bytes(data))   # save_file would make it readable for its owner alone
 
@@ -314,6 +350,8 @@ def _read_export(path: Path) -> dict:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["reg"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if NULL in weights:
+            about["text"]["null"] = weights.pop(NULL)
         return {about.pop("weights"): weights, **{name: value for name, value in about.items() if value is not None}}
     except (OSError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
@@ -329,7 +367,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("ckpt", metavar="CKPT", help="checkpoint file, or experiment folder (its newest)")
     one.add_argument("out", metavar="OUT", help="the .safetensors file")
     one.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
-    one.add_argument("--model", choices=tuple(SiT_models), default=None, metavar="NAME",
+    one.add_argument("--model", choices=tuple(MODELS), default=None, metavar="NAME",
                      help="needed for released files")
     return parser.parse_args(argv)
 

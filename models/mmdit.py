@@ -11,7 +11,6 @@ import re
 from functools import partial
 
 import torch
-from diffusers.models.attention import JointTransformerBlock
 from torch import nn
 
 from models.sit import (
@@ -43,6 +42,8 @@ class MMDiT(nn.Module):
     def __init__(self, *, input_size: int, patch_size: int, in_channels: int, hidden_size: int, depth: int,
                  num_heads: int, context_dim: int, encoder_depth: int = 8, z_dims: tuple[int, ...] = (768,),
                  projector_dim: int = 2048, cls_token_dim: int | None = 768, qk_norm: bool = False):
+        from diffusers.models.attention import JointTransformerBlock  # slow to import, and needed for captions only
+
         super().__init__()
         if input_size % patch_size:
             raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
@@ -93,7 +94,7 @@ class MMDiT(nn.Module):
             slot = self.cls_norm(self.cls_embedder(cls_token)).unsqueeze(1)               # (B, 1, D)
             tokens = torch.cat([slot.to(tokens.dtype), tokens], dim=1)                    # (B, 1+N, D)
         tokens = tokens + self.pos_embed                                                  # (B, T, D)
-        text = self.context_embedder(context)                                             # (B, L, D)
+        text = self.context_embedder(context.to(self.context_embedder.weight.dtype))      # (B, L, D)
         time = self.t_embedder(t)                                                         # (B, D)
 
         projected = []

@@ -4,15 +4,43 @@ CLIP's text tower gives its last hidden states after the final norm, as in Stabl
 Padding is attended by MMDiT: the states always have the encoder's length.
 """
 
-from pathlib import Path
-
 import torch
+from safetensors import SafetensorError
 
 from runtime.messages import UserError, notice
 
-CLIP_LENGTH = 77             # tokens of CLIP's position table
-T5_LENGTH = 128
+DEFAULT = "openai/clip-vit-large-patch14"
+T5_LENGTH = 128              # tokens; T5's positions are relative
 T5_FAMILY = ("t5", "mt5", "umt5")
+
+
+def states_shape(name: str, length: int | None = None) -> tuple[str, int, int]:
+    """What `name`'s config.json says: kind of encoder, tokens L per caption (`length` if given) and width W of a state.
+
+    Raises UserError if it cannot be read, is no text encoder of CLIP's or T5's kind, or has fewer positions.
+    """
+    if name == DEFAULT:                                           # so that a dry run needs no network
+        kind, longest, width = "clip", 77, 768
+    else:
+        from transformers import AutoConfig  # slow to import, and needed for captions only
+
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise _cannot_be_loaded(name, error) from error
+        kind, text = config.model_type, getattr(config, "text_config", config)
+        if kind not in ("clip", "clip_text_model", *T5_FAMILY):
+            raise UserError(f"--text-encoder {name}: is a {kind}; give a CLIP or a T5 encoder")
+        longest, width = getattr(text, "max_position_embeddings", None), text.hidden_size
+    if longest is not None and length is not None and length > longest:
+        raise UserError(f"--text-length {length}: {name} has {longest} positions; give at most {longest}")
+    return kind, length or longest or T5_LENGTH, width
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return UserError(f"--text-encoder {name}: cannot be loaded ({reason}); give a hub id, or a folder with "
+                     "config.json, weights (safetensors) and tokenizer files")
 
 
 class TextEncoder:
@@ -24,38 +52,28 @@ class TextEncoder:
     def __init__(self, name: str, device: torch.device | str = "cpu", length: int | None = None):
         """Load tokenizer and weights from a folder, the hub's cache or the hub; bf16 on CUDA, else float32.
 
-        Raises UserError if a file is missing or damaged, or if it is no text encoder of CLIP's or T5's kind.
+        Raises UserError if a file is missing or damaged, and as `states_shape`.
         """
         import transformers  # slow to import, and needed for captions only
 
+        self.name = name
+        kind, self.length, self.width = states_shape(name, length)
+        self.masked, self.truncated = kind in T5_FAMILY, False
+        network = getattr(transformers, f"{kind.upper()}EncoderModel") if self.masked else transformers.CLIPTextModel
         transformers.utils.logging.set_verbosity_error()          # CLIP's image tower is "unexpected" in a long table
+        transformers.utils.logging.disable_progress_bar()
         try:
-            config = transformers.AutoConfig.from_pretrained(name)
-            kind = config.model_type
-            if kind in ("clip", "clip_text_model"):
-                network = transformers.CLIPTextModel
-            elif kind in T5_FAMILY:
-                network = getattr(transformers, f"{kind.upper()}EncoderModel")
-            else:
-                raise UserError(f"--text-encoder {name}: a {kind}; give a CLIP or a T5 encoder")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             self.network, found = network.from_pretrained(name, use_safetensors=True, dtype=torch.float32,
                                                           output_loading_info=True)
-            if found["missing_keys"]:
-                raise UserError(f"--text-encoder {name}: lacks {len(found['missing_keys'])} weights, for example "
-                                f"{min(found['missing_keys'])}; download it again")
-        except (OSError, ValueError, RuntimeError) as error:      # UserError is a ValueError
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"--text-encoder {name}: cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
-                            "hub id, or a folder with weights (safetensors) and tokenizer files") from error
-        text = getattr(config, "text_config", config)
-        longest = getattr(text, "max_position_embeddings", None)  # None: T5, whose positions are relative
-        self.length = length or longest or T5_LENGTH
-        if longest is not None and self.length > longest:
-            raise UserError(f"--text-length {length}: {name} has {longest} positions; give at most {longest}")
-        self.name, self.masked, self.truncated = name, kind in T5_FAMILY, False
-        self.width = text.d_model if self.masked else text.hidden_size
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise _cannot_be_loaded(name, error) from error
+        if found["missing_keys"]:
+            raise UserError(f"--text-encoder {name}: lacks {len(found['missing_keys'])} weights, for example "
+                            f"{min(found['missing_keys'])}; download it again")
+        if 2 * len(self.tokenizer) < self.network.config.vocab_size:  # transformers makes an empty one of missing files
+            raise _cannot_be_loaded(name, OSError(f"a tokenizer of {len(self.tokenizer)} tokens; its files are lacking"
+                                                  ))
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         self.network.eval().requires_grad_(False).to(device, dtype)
 
@@ -69,9 +87,3 @@ class TextEncoder:
                                 return_tensors="pt").to(self.network.device)                 # (n, L) each
         mask = {"attention_mask": tokens.attention_mask} if self.masked else {}
         return self.network(input_ids=tokens.input_ids, **mask).last_hidden_state.float()    # (n, L, W)
-
-    def require_width(self, width: int, length: int, path: Path | str) -> None:
-        """Raise UserError unless states are (length, width), as the checkpoint `path` was trained with."""
-        if (self.width, self.length) != (width, length):
-            raise UserError(f"--text-encoder {self.name}: gives {self.length} states of width {self.width}, {path} was "
-                            f"trained with {length} of {width}; use its own text encoder")

@@ -1,4 +1,4 @@
-"""Keys, names and labels of a data set's files, listed or from the catalogue file that its writer left.
+"""Keys, names, labels and captions of a data set's files, listed or from the catalogue file that its writer left.
 
 To list a million files, or to parse a zip's directory and a million labels, takes half a minute. `convert`, `encode`
 and `check` therefore leave a catalogue: `images/catalogue.npz` in a folder, `images.zip.catalogue.npz` beside a zip.
@@ -7,7 +7,8 @@ zip has the same size and CRC-32 of its directory. Otherwise the files are liste
 may therefore be missed only when it is read, and one added is not found: run `check`, which writes the catalogue again.
 
 A million entries must not cost a million Python objects in every loader worker (reading touches their reference
-counts, which copies the memory that fork shares), so names and labels are numpy arrays, names as fixed-width bytes.
+counts, which copies the memory that fork shares), so names, labels and captions are numpy arrays, names as fixed-width
+bytes.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -106,6 +108,64 @@ def _is_labelled(entry: object) -> bool:
             and type(entry[1]) is int and 0 <= entry[1] < 2**63 - 1)
 
 
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+class Captions:
+    """Captions of n entries in two arrays: UTF-8 text (bytes,) uint8, and where each entry ends in it, (n,) int64."""
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        self.text, self.ends = text, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        """The captions of entry i, joined by newlines."""
+        return self.text[self.ends[i - 1] if i else 0:self.ends[i]].tobytes().decode()
+
+
+def pack_captions(joined: list[str]) -> Captions:
+    """`joined` holds the captions of each entry, joined by newlines."""
+    parts = [captions.encode() for captions in joined]
+    return Captions(np.frombuffer(b"".join(parts), np.uint8), np.cumsum([*map(len, parts)], dtype=np.int64))
+
+
+def tidy(captions: object, where: str) -> list[str]:
+    """A caption or a list of them, stripped, with one space for any white space between words.
+
+    Raises UserError naming `where` if there is none, or one is empty or no text.
+    """
+    found = [" ".join(one.split()) if isinstance(one, str) else "" for one in
+             (captions if isinstance(captions, list) else [captions])]
+    if not found or not all(found) or re.search("[\ud800-\udfff]", "".join(found)):
+        raise UserError(f"{where}: captions {shown(str(captions)[:80])}, expected one text or more, none of them "
+                        "empty; correct them")
+    return found
+
+
+def read_captions(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of, metadata: dict | None = None
+                  ) -> Captions | None:
+    """The captions of `keys` (n,) from dataset.json, None if it has none; arguments are those of read_labels.
+
+    Raises UserError if a key has no caption or an empty one.
+    """
+    metadata = read_metadata(store) if metadata is None else metadata
+    entries, where = metadata.get("captions"), store.where(METADATA)
+    if entries is None:
+        return None
+    if not isinstance(entries, dict):
+        raise UserError(f'{where}: expected "captions" to be {{name: [caption, ...], ...}} or null')
+    try:
+        given = {key(os.fsencode(name)): captions for name, captions in entries.items()}
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
+    lacking = keys[[one not in given for one in keys.tolist()]]
+    if len(lacking):
+        raise UserError(f"{where}: no caption for {len(lacking)} of {len(keys)} files ({few(lacking)}); add them with "
+                        "`preprocessing.dataset_tools captions`")
+    return pack_captions(["\n".join(tidy(given[one], f"{where}: {shown(one)}")) for one in keys.tolist()])
+
+
 def digest_of(store: Store, name: bytes) -> str:
     """Hash of a file, 16 hex digits."""
     return hashlib.sha256(store.read(name)).hexdigest()[:16]
@@ -131,21 +191,23 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]  # keys (n,), names (n,), labels (n,) or None, metadata
+# keys (n,), names (n,), labels (n,) or None, captions or None, metadata
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, Captions | None, dict]
 
 
 class Catalogue:
     """The entries of a store, from its catalogue file or listed.
 
     Attributes: `keys` (n,) bytes, sorted; `names` (n,) bytes of their files; `metadata`, the content of dataset.json
-    but for `labels` (n,) int64 or None. Raises UserError as list_keyed and, at the first use of `labels`, read_labels.
+    but for `labels` (n,) int64 or None and `captions` or None. Raises UserError as list_keyed and, at the first use of
+    `labels` or `captions`, as read_labels or read_captions.
     """
 
     def __init__(self, store: Store, extensions: tuple[bytes, ...], recall: bool = True):
         self.store = store
         found = _recall(store, extensions) if recall else None
         if found is not None:
-            self.keys, self.names, self.labels, self.metadata = found
+            self.keys, self.names, self.labels, self.captions, self.metadata = found
             return
         with _without_collector():
             self.keys, self.names = list_keyed(store, extensions)
@@ -154,11 +216,17 @@ class Catalogue:
     def keep(self, keys: np.ndarray) -> None:
         """Forget all entries but those of `keys`."""
         labels, kept = self.labels, np.isin(self.keys, keys)
+        if self.captions is not None:
+            self.captions = pack_captions([self.captions[i] for i in np.flatnonzero(kept)])
         self.keys, self.names, self.labels = self.keys[kept], self.names[kept], None if labels is None else labels[kept]
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys, names=self.names)
+
+    @functools.cached_property
+    def captions(self) -> Captions | None:
+        return read_captions(self.store, self.keys, metadata={"captions": self.metadata.pop("captions", None)})
 
 
 def catalogue_file(path: str | Path) -> Path:
@@ -173,7 +241,7 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> Catalogu
     """
     store = open_store(path)
     found = Catalogue(store, extensions, recall=False)
-    keys, names, labels, metadata = found.keys, found.names, found.labels, found.metadata
+    keys, names, labels, captions, metadata = found.keys, found.names, found.labels, found.captions, found.metadata
     # A zip's readers need all of its files that are not hidden, a folder's only those with a key.
     files = store.names() if isinstance(store, ZipStore) else np.sort(names)
     if not len(keys) or not _are_plain(files):
@@ -184,6 +252,8 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> Catalogu
     start = 0
     if labels is not None:
         arrays["labels"] = labels
+    if captions is not None:
+        arrays["captions"], arrays["caption_ends"] = captions.text, captions.ends
     if isinstance(store, ZipStore):
         arrays["table"] = store.directory[1][np.isin(store.directory[0], files)]
         start = int((arrays["table"][:, 0] + arrays["table"][:, 1]).max())        # behind this are only lists
@@ -226,7 +296,8 @@ def _recall(store: Store, extensions: tuple[bytes, ...]) -> Entries | None:
     some = kept["files"][np.linspace(0, len(kept["files"]) - 1, SAMPLE).astype(int)]
     if not all(name in store for name in some.tolist()):
         return None
-    return kept["keys"], kept["files"][kept["order"]], kept.get("labels"), metadata
+    captions = Captions(kept["captions"], kept["caption_ends"]) if "captions" in kept else None
+    return kept["keys"], kept["files"][kept["order"]], kept.get("labels"), captions, metadata
 
 
 def _stamp(path: str | Path, start: int) -> list[int]:
@@ -264,6 +335,14 @@ def _require_sound(kept: dict[str, np.ndarray], end: int) -> None:
         raise ValueError("order out of range")
     if "labels" in kept and (labels.shape != keys.shape or labels.min() < 0 or labels.max() >= MAX_CLASSES):
         raise ValueError("labels out of range")
+    if "captions" in kept:
+        text, ends = kept["captions"], kept["caption_ends"]
+        shaped = text.dtype == np.uint8 and text.ndim == 1 and ends.dtype == np.int64 and ends.shape == keys.shape
+        if not shaped or ends[-1] != len(text) or (np.diff(ends, prepend=0) <= 0).any():
+            raise ValueError("captions out of range")
+        if (text[ends[:-1]] >> 6 == 0b10).any():                  # inside of a letter of several bytes
+            raise ValueError("captions out of step")
+        text.tobytes().decode()
     if "table" in kept:
         offset, size, inflated, method, _ = kept["table"].T
         stored = method == zipfile.ZIP_STORED

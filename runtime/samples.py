@@ -3,10 +3,12 @@
     settings.json   how the images were made; a folder holds images of one setting only
     blocks/         00000064.npy: a block of images, uint8 (B, R, R, 3), named by its first index; removed at the end
     NAME/           the same for another array of which each image has a row, (B, ...)
-    NAME.npz        that array (N, ...) and the labels (N,)
-    grid.png        the first images
+    NAME.npz        that array (N, ...) and the labels (N,), if the images show labels
+    captions.jsonl  of captions: a line for each image, {"index": 0, "caption": "..."}
+    grid.png        the first images, with their captions
     samples.npz     images and labels in ADM's form, the last of the arrays
     images/         000064.png by index, exported from samples.npz
+    geneval/        00016/samples/0000.png by prompt and image, and 00016/metadata.jsonl, on request
     metrics*.json   scores, written by others; removed before the samples are made again
 """
 
@@ -21,16 +23,16 @@ import numpy as np
 import torch
 from filelock import AcquireReturnProxy
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from runtime.files import lock, make_folder, remove_partials, require_room, to_npy, write_json, write_whole
 from runtime.launch import blocks
 from runtime.messages import UserError
 from runtime.npz import read_npz_rows, read_npz_shape, write_npz
+from runtime.pictures import grid_of
 
 METRICS = "metrics*.json"
+CAPTIONS, GENEVAL = "captions.jsonl", "geneval"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 PNG_EXTRA = 4096                          # bytes by which a PNG file may exceed its pixels, rounded up by the disk
 PNG_THREADS, PNG_AT_ONCE = 8, 256
@@ -120,11 +122,12 @@ class SampleFolder:
         same = keep or read_settings(self.path) == json.loads(json.dumps(settings))
         if same and all(self._is_finished(part) for part in self.parts):
             raise UserError(f"{self.path}: another process has just written it; give the same command again")
-        for stale in (file for name in (METRICS, "*.npz", "grid.png") for file in self.path.glob(name)):
+        for stale in (file for name in (METRICS, "*.npz", CAPTIONS, "grid.png") for file in self.path.glob(name)):
             stale.unlink()
         remove_partials(self.path)
         kept = {self.block_folder(part) for part in self.parts} if keep else set()
-        for folder in {self.path / "images", *(file.parent for file in self.path.glob("*/[0-9]*.npy"))} - kept:
+        old = (file.parent for file in self.path.glob("*/[0-9]*.npy"))
+        for folder in {self.path / "images", self.path / GENEVAL, *old} - kept:
             shutil.rmtree(folder, ignore_errors=True)
         if not keep:                      # last: the old settings stay until nothing made with them is left
             write_json(self.path / "settings.json", settings)
@@ -138,18 +141,25 @@ class SampleFolder:
             data = to_npy(arrays[part])
             write_whole(self.block_file(part, block), lambda partial, data=data: partial.write_bytes(data))
 
-    def finish(self, labels: np.ndarray) -> None:
-        """One process, after all blocks: write the npz files, with `labels` (N,), and grid.png."""
+    def finish(self, shown: list[int] | list[str]) -> None:
+        """One process, after all blocks: write the npz files and grid.png; `shown`: the labels or captions, N."""
         def load(part: str, count: int = self.count):
             return (np.load(self.block_file(part, block)) for block in self.blocks if block.start < count)
 
+        captions = shown if isinstance(shown[0], str) else None
+        labels = {} if captions else {"labels": np.array(shown)}                                  # (N,)
+        if captions:
+            lines = (json.dumps({"index": i, "caption": text}, ensure_ascii=False) for i, text in enumerate(captions))
+            text = "".join(f"{line}\n" for line in lines)
+            write_whole(self.path / CAPTIONS, lambda partial: partial.write_text(text, encoding="utf-8"))
         for part in [part for part in self.parts if part != "images"]:
-            write_npz(self.npz(part)[0], (), 0, (0, 0), **{part: np.concatenate(list(load(part))), "labels": labels})
+            write_npz(self.npz(part)[0], (), 0, (0, 0), **{part: np.concatenate(list(load(part)))}, **labels)
         first = torch.from_numpy(np.concatenate(list(load("images", GRID_IMAGES)))[:GRID_IMAGES])   # (64, R, R, 3)
-        grid = to_pil_image(make_grid(first.permute(0, 3, 1, 2), nrow=GRID_COLUMNS))
+        grid = grid_of(first.permute(0, 3, 1, 2), GRID_COLUMNS, captions and captions[:GRID_IMAGES])
         write_whole(self.path / "grid.png", lambda partial: grid.save(partial, "png"))
         images = tqdm(load("images"), desc="npz", unit="block", total=len(self.blocks))
-        write_npz(self.npz()[0], images, self.count, first.shape[1:3], arr_1=labels)
+        write_npz(self.npz()[0], images, self.count, first.shape[1:3],
+                  **({} if captions else {"arr_1": labels["labels"]}))
 
     def export(self) -> None:
         """One process, once samples.npz is finished: remove the blocks, write missing PNG files, unlock the folder."""
@@ -161,6 +171,17 @@ class SampleFolder:
         if self._lock is not None:
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock.lock.release(force=True)
+
+    def export_geneval(self, prompts: list[str], per_prompt: int) -> None:
+        """One process, after `export`: write GenEval's folders; `prompts` are the lines of its file (JSON)."""
+        every = blocks(self.count, per_prompt)
+        for number, images in enumerate(read_npz_rows(self.npz()[0], every)):             # (per_prompt, R, R, 3)
+            folder = self.path / GENEVAL / f"{number:05d}"
+            make_folder(folder / "samples")
+            for i, image in enumerate(images):
+                _write_png(folder / "samples" / f"{i:04d}.png", image)
+            line = prompts[number].encode()
+            write_whole(folder / "metadata.jsonl", lambda partial, line=line: partial.write_bytes(line))
 
     def _export(self, missing: set[int]) -> None:
         make_folder(self.path / "images")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from loss import SILoss, weighted
 from models.cached_features import FeaturesRecord
+from models.conditioning import ClassLabels
 from models.encoders import CachedEncoder, load_encoders
 from models.vae import LatentSpace, load_codec
 from runtime import run as disk
@@ -81,8 +82,8 @@ def compiled() -> tuple[dict, tuple, list[float], list[float]]:
     ema, run = deepcopy(model), disk.Run(0, len(data), StopRequest())
     run.every((1,), lambda step: losses.append(run.meter.read(lambda rows: rows, 3)[0]["loss"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
-    train.train(args, run, iter(data), SPACE, [Encoded], model, ema, SILoss(compile=True), optimizer,
-                Accelerator(cpu=True))
+    train.train(args, run, iter(data), SPACE, [Encoded], ClassLabels(5), model, ema, SILoss(compile=True),
+                optimizer, Accelerator(cpu=True))
     return v, outputs, losses + [parameter.double().norm().item() for parameter in ema.parameters()], plainly
 
 
@@ -196,8 +197,8 @@ def test_a_step_waits_for_nothing(encoder_folder, checkpointing, cached, scaled)
         accelerator.scaler = torch.amp.GradScaler("cpu")
     batch = [seen], torch.rand(4, 8, 8, 8), torch.tensor([0, 1, 2, 3])
     with NoReading():
-        train.train(args, disk.Run(0, 2, StopRequest()), iter(4 * [batch]), SPACE, encoders, model, deepcopy(model),
-                    SILoss(), optimizer, accelerator)
+        train.train(args, disk.Run(0, 2, StopRequest()), iter(4 * [batch]), SPACE, encoders, ClassLabels(5), model,
+                    deepcopy(model), SILoss(), optimizer, accelerator)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
@@ -216,7 +217,8 @@ def test_what_is_compiled(train_flags, encoder_folder, vae_folder):
     """Of SiT blocks, projectors and final layer; of an encoder its blocks and what precedes them; a VAE's halves."""
     encoder, = load_encoders(f"local-dir:{encoder_folder}", "cpu", 32)
     args = train.resolve(train.parse_args([*train_flags, "--compile", "--activation-checkpointing"]))
-    model, *_ = train.open_networks(args, LatentSpace(downsampling=4), 32, 3, [encoder], torch.device("cpu"))
+    model, *_ = train.open_networks(args, LatentSpace(downsampling=4), 32, ClassLabels(3), [encoder],
+                                    torch.device("cpu"))
     vae = load_codec(str(vae_folder)).vae
     assert model.checkpointing and compile_parts(vae)
     compiled = {name for network in (model, encoder, vae) for name, module in network.named_modules()

@@ -14,6 +14,7 @@ from PIL import Image
 import generate
 import train
 from models import checkpoint
+from models.conditioning import ClassLabels
 from models.sit import SiT_models
 from models.vae import LatentSpace
 from preprocessing import dataset_tools
@@ -256,5 +257,5 @@ def test_center_crop_wide_keeps_the_width_on_black():
     ([], 256, 1), (["--num-classes", "1000"], 256, 0), ([], 32, 0)])
 def test_a_subset_of_imagenet_hears_of_1000_classes(capsys, flags, resolution, said):
     args = train.resolve(train.parse_args(["--method", "sit", "--model", "SiT-T/2", *flags]))
-    train.open_networks(args, LatentSpace(), resolution, args.num_classes or 3, [], torch.device("cpu"))
+    train.open_networks(args, LatentSpace(), resolution, ClassLabels(args.num_classes or 3), [], torch.device("cpu"))
     assert capsys.readouterr().err.count("--num-classes 1000") == said

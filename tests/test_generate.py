@@ -14,6 +14,7 @@ from PIL import Image
 
 import generate
 from models import checkpoint
+from models.conditioning import ClassLabels
 from models.sit import SiT_models
 from models.vae import load_codec
 from runtime.files import require_room, sha256
@@ -135,9 +136,10 @@ CHANGES = {
     "cls_cfg_scale": "0", "guidance_low": "0.5", "guidance_high": "0.5", "labels": "balanced", "classes": "2,1",
     "global_seed": "1", "per_proc_batch_size": "4", "precision": "bf16", "vae_precision": "bf16", "compile": None,
     "path_type": "cosine"}
-# Heun needs ode: tested below. The last ones only repeat what the checkpoint says.
+# Heun needs ode: tested below. Others only repeat what the checkpoint says, or are of captions.
 ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun", "encoder_depth", "resolution",
-             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn"}
+             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn", "prompt", "prompts", "captions_from",
+             "captions", "samples_per_prompt", "layout", "text_encoder"}
 
 
 def folder_and_settings(path, *flags) -> tuple[str, dict]:
@@ -224,7 +226,8 @@ def test_compiled_networks_see_one_batch_size(trained, vae_folder, tmp_path, sam
     folder = SampleFolder(tmp_path, 8, 3, {"images": np.dtype((np.uint8, (32, 32, 3)))}, png=False)
     folder.begin({}, keep=False)
     how = Sampling(num_steps=2)
-    generate.make_blocks(folder, folder.blocks, model, load_codec(str(vae_folder)), how, compiled=True, show=False)
+    generate.make_blocks(folder, folder.blocks, model, load_codec(str(vae_folder)), how,
+                         ClassLabels(model.num_classes), compiled=True, show=False)
     images = np.concatenate([np.load(folder.block_file("images", block)) for block in folder.blocks])
     assert set(sizes) == {3, 6}                                                           # 6: with null labels
     assert images.shape == (8, 32, 32, 3) and np.abs(images.astype(int) - images_of(sample())).max() <= 1

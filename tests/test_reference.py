@@ -1,5 +1,6 @@
 """Golden vectors recorded from the released REG and REPA programs and the original DINOv2 code."""
 
+import inspect
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from loss import SILoss
 from models.checkpoint import load_weights
 from models.encoders import load_encoders
 from models.interpolant import lognormal_t
+from models.mmdit import MMDiT
 from models.sit import SiT
 from samplers import euler_maruyama_sampler, euler_sampler
 
@@ -34,9 +36,9 @@ def distance(ours: torch.Tensor, theirs) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def seeded(name: str, shape) -> torch.Tensor:
+def seeded(name: str, shape, scale: float = 0.05) -> torch.Tensor:
     """The weight that the recorded programs had under the released name `name`."""
-    weight = 0.05 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+    weight = scale * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
         weight += 1
     return torch.from_numpy(weight).float()
@@ -136,3 +138,51 @@ def dinov2_weights(names) -> dict[str, torch.Tensor]:
         shape = shapes.get(name) or shapes.get(name.split(".", 2)[-1]) or (width,)
         weights[name] = torch.zeros(shape) if name == "mask_token" else seeded(name, shape)
     return weights
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+def released_mmdit(v: dict) -> MMDiT:
+    """REPA's text-to-image network, its weights loaded under their released names."""
+    config = {key.removeprefix("config_"): value.tolist() for key, value in v.items() if key.startswith("config_")}
+    model = MMDiT(cls_token_dim=None, **{name: config[name] for name in inspect.signature(MMDiT).parameters
+                                         if name in config}).eval()
+    described = dict(np.load(DATA / "mmdit_forward.npz"))
+    keys, shapes = described["state_dict_keys"].tolist(), described["state_dict_shapes"].tolist()
+    weights = {name: seeded(name, [int(side) for side in shape.split("x")], 0.1)
+               for name, shape in zip(keys, shapes, strict=True)}
+    if not len(model.projectors):
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("projectors.")}
+    load_weights(model, weights | {"pos_embed": tensor(described["pos_embed"])})
+    return model
+
+
+def test_mmdit_forward():
+    v = vectors("mmdit_forward")
+    model = released_mmdit(v)
+    with torch.no_grad():
+        velocity, projected, cls_velocity = model(tensor(v["x"]), tensor(v["t"]), tensor(v["context"]))
+    assert distance(velocity, v["out"]) < FORWARD and distance(projected[0], v["zs0"]) < FORWARD
+    assert cls_velocity is None
+
+
+def test_mmdit_loss():
+    v = vectors("mmdit_loss")
+    terms = SILoss()(released_mmdit(v), tensor(v["images"]), dict(context=tensor(v["context"])), zs=[tensor(v["zs0"])],
+                     time_input=tensor(v["t"]), noises=tensor(v["noise"]))
+    assert distance(terms.denoising, v["denoising_loss"]) < FORWARD and terms.cls is None
+    assert abs(terms.proj.item() - v["proj_loss"].item()) < FORWARD
+
+
+@pytest.mark.parametrize("name", ["mmdit_ode_euler_cfg", "mmdit_sde_nocfg", "mmdit_sde_cfg"])
+def test_mmdit_samples(name):
+    v = vectors(name)
+    settings = {key: v[key].item() for key in ("num_steps", "cfg_scale", "guidance_low", "guidance_high") if key in v}
+    given = dict(condition=tensor(v["context"]), null=tensor(v["null_context"]), **settings)
+    if "eps" in v:
+        drawn = iter(tensor(v["eps"]))
+        samples, _ = euler_maruyama_sampler(released_mmdit(v), tensor(v["latents"]), noise=lambda _: next(drawn),
+                                            **given)
+    else:
+        samples, _ = euler_sampler(released_mmdit(v), tensor(v["latents"]), **given)
+    assert distance(samples, v["samples"]) < FORWARD

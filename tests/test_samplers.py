@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from models.conditioning import ClassLabels
 from models.interpolant import PATHS, widen
 from runtime.messages import UserError
 from samplers import (
     Sampling,
     euler_maruyama_sampler,
     euler_sampler,
-    image_label,
     image_rng,
     pack,
     sample_images,
@@ -154,42 +154,33 @@ class Pixels:
         return (latents * 40 + 128).clamp(0, 255).to(torch.uint8)
 
 
-HOW = Sampling(num_steps=3, seed=7)
+HOW, LABELS = Sampling(num_steps=3, seed=7), ClassLabels(5)
 
 
 def test_image_depends_on_seed_and_index_alone():
     model = randomised(small()).eval()
-    images, labels, tokens = sample_images(model, Pixels, range(6), HOW)
+    images, labels, tokens = sample_images(model, Pixels, range(6), HOW, LABELS)
     assert images.dtype == torch.uint8 and images.shape == (6, 3, 8, 8) and tokens.shape == (6, 12)
-    rows = [sample_images(model, Pixels, [i], HOW) for i in (4, 1)]
+    rows = [sample_images(model, Pixels, [i], HOW, LABELS) for i in (4, 1)]
     for (image, label, token), i in zip(rows, (4, 1), strict=True):
-        assert label == labels[i]
+        assert label == [labels[i]]
         assert (image[0].int() - images[i].int()).abs().max() <= 1        # kernels depend on the batch size
         torch.testing.assert_close(token[0], tokens[i], atol=1e-4, rtol=1e-4)
-    again, _, _ = sample_images(model, Pixels, range(6), HOW)
+    again, _, _ = sample_images(model, Pixels, range(6), HOW, LABELS)
     assert (again == images).all()
-    other, _, _ = sample_images(model, Pixels, range(6), replace(HOW, seed=8))
+    other, _, _ = sample_images(model, Pixels, range(6), replace(HOW, seed=8), LABELS)
     assert (other != images).any(dim=(1, 2, 3)).all()
 
 
 @pytest.mark.parametrize("change", [
     dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4), dict(cfg_scale=1.0), dict(cls_cfg_scale=0.0),
-    dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16"),
-    dict(labels="balanced"), dict(classes=(4,))])
+    dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16")])
 def test_every_setting_changes_the_images(change):
     model = randomised(small()).eval()
     base = replace(HOW, mode="ode") if change.get("heun") else HOW
-    a, _, tokens_a = sample_images(model, Pixels, range(8), base)
-    b, _, tokens_b = sample_images(model, Pixels, range(8), replace(base, **change))
+    a, _, tokens_a = sample_images(model, Pixels, range(8), base, LABELS)
+    b, _, tokens_b = sample_images(model, Pixels, range(8), replace(base, **change), LABELS)
     assert (a != b).any() or not torch.equal(tokens_a, tokens_b)
-
-
-def test_labels():
-    labels = [image_label(i, image_rng(0, i), 10, Sampling()) for i in range(5000)]
-    counts = np.bincount(labels, minlength=10)
-    assert abs(counts - 500).max() < 5 * math.sqrt(5000 * 0.1 * 0.9)
-    assert [image_label(i, image_rng(0, i), 3, Sampling(labels="balanced")) for i in range(4)] == [0, 1, 2, 0]
-    assert [image_label(i, image_rng(0, i), 300, Sampling(classes=(207, 260))) for i in range(3)] == [207, 260, 207]
 
 
 def test_seeds_and_indices_keep_more_than_32_bits():

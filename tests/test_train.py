@@ -19,6 +19,7 @@ from evaluations.features import load_extractor
 from evaluations.scoring import evaluate
 from loss import SILoss
 from models import checkpoint
+from models.conditioning import ClassLabels
 from models.vae import LatentSpace
 from runtime import run as disk
 from runtime.stopping import StopRequest
@@ -158,7 +159,8 @@ def two_steps(micros: int, rank: int = 0, ranks: int = 1) -> tuple[torch.Tensor,
     args = train.parse_args(["--gradient-accumulation-steps", str(micros), "--max-grad-norm", "1e9"])
     objective, optimizer = FromLatents(), Recorder(model.parameters(), lr=0.0)
     objective.draws = []
-    train.train(args, disk.Run(0, 2, StopRequest()), iter(2 * batches), LatentSpace(scale=1.0), [Encoded], model,
+    train.train(args, disk.Run(0, 2, StopRequest()), iter(2 * batches), LatentSpace(scale=1.0), [Encoded],
+                ClassLabels(5), model,
                 deepcopy(model), objective, optimizer, Accelerator(cpu=True))
     return optimizer.gradient, objective.draws
 

@@ -1,0 +1,149 @@
+"""What an image is asked to show: class labels or captions, two implementations of one interface.
+
+    draw(index, rng)     what image `index` shows, from its own generator: a label or a caption
+    embed(shown)         what the network sees of a batch (B, ...); `argument` is its name in the network's forward
+    null(n)              its unconditional counterpart (n, ...), for guidance
+    drop(embedded, p)    training: a share p replaced by the null condition
+
+Trainer, samplers, guidance, grids, checkpoints and scores know only this.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from models.text import TextEncoder
+from runtime.messages import UserError
+
+SAME_STATES = 0.05           # relative distance of the null states of one encoder: bf16 and other kernels give 0.01
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Class labels for models.sit.SiT. The network itself drops them in training (`class_dropout_prob`)."""
+
+    num_classes: int                         # also the null label
+    labels: str = "random"                   # random: uniform from (seed, i) · balanced: i modulo the number of classes
+    classes: tuple[int, ...] | None = None   # in turn, instead of all classes
+    seen: tuple[int, ...] | None = None      # the classes that exist, if the training data lacked others
+    device: torch.device | str = "cpu"
+
+    argument: ClassVar[str] = "y"
+    published: ClassVar[dict] = {"cfg_scale": 2.3, "guidance_high": 0.85}
+    count: ClassVar[int] = 50_000            # samples of a published score
+
+    def draw(self, index: int, rng: np.random.Generator) -> int:
+        """The label of image `index`; a random one is the first draw of its generator."""
+        among = self.seen or range(self.num_classes)
+        drawn = int(rng.integers(len(among)))  # drawn in every mode, so that image i's noise does not depend on it
+        if self.classes is not None:
+            return self.classes[index % len(self.classes)]
+        return among[index % len(among) if self.labels == "balanced" else drawn]
+
+    def embed(self, shown: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(shown).to(self.device, non_blocking=True)                  # (B,)
+
+    def null(self, n: int) -> torch.Tensor:
+        return torch.full((n,), self.num_classes, device=self.device)                     # (n,)
+
+    def drop(self, embedded: torch.Tensor, share: float) -> torch.Tensor:
+        return embedded
+
+    def settings(self) -> dict:
+        """What decides which image shows what, for settings.json."""
+        return {"labels": self.labels, "classes": self.classes, "seen": self.seen}
+
+    def record(self) -> dict:
+        """What a checkpoint says of the condition."""
+        return {"classes": list(self.seen)} if self.seen else {}
+
+    def __str__(self) -> str:
+        return f"{self.num_classes} classes"
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions for models.mmdit.MMDiT, as the states of a frozen text encoder.
+
+    An entry of `prompts` is one caption, or several of one image with line breaks between them.
+    """
+
+    prompts: Sequence[str]
+    encoder: TextEncoder | None              # None: not loaded yet, `embed` is impossible
+    null_states: torch.Tensor | None         # (L, W), of the empty caption
+    order: str = "random"                    # random: uniform from (seed, i) · in-order: image i shows prompt i
+    per_prompt: int = 1                      # images of one prompt, in a row
+
+    argument: ClassVar[str] = "context"
+    published: ClassVar[dict] = {"cfg_scale": 2.0, "guidance_high": 1.0}      # REPA's for COCO
+    count: ClassVar[int] = 30_000
+
+    def draw(self, index: int, rng: np.random.Generator) -> str:
+        """The caption of image `index`; the first two draws of its generator choose an entry and one of its captions.
+
+        Both are drawn in every mode, so that image i's noise does not depend on the prompts.
+        """
+        first, second = rng.random(2)
+        count = len(self.prompts)
+        among = self.prompts[int(first * count) if self.order == "random" else index // self.per_prompt % count]
+        among = among.split("\n")
+        return among[int(second * len(among))]
+
+    def embed(self, shown: Sequence[str]) -> torch.Tensor:
+        """Text states (B, L, W) of one caption of each entry, drawn from PyTorch's generator where there are several.
+
+        Those of the training data are drawn so at each access, from the run's own randomness.
+        """
+        assert self.encoder is not None
+        choices = [entry.split("\n") for entry in shown]
+        captions = [among[int(torch.randint(len(among), ())) if len(among) > 1 else 0] for among in choices]
+        return self.encoder.states(captions)                                              # (B, L, W)
+
+    def null(self, n: int) -> torch.Tensor:
+        return self.null_states.expand(n, -1, -1)                                         # (n, L, W)
+
+    def drop(self, embedded: torch.Tensor, share: float) -> torch.Tensor:
+        """Replace all states of a caption with those of the empty one, with probability `share`."""
+        dropped = torch.rand(len(embedded), device=embedded.device) < share               # (B,)
+        return torch.where(dropped[:, None, None], self.null_states, embedded)
+
+    def settings(self) -> dict:
+        digest = hashlib.sha256("\0".join(self.prompts).encode(errors="surrogateescape")).hexdigest()
+        return {"captions": self.order, "prompts": len(self.prompts), "prompts_sha256": digest,
+                "samples_per_prompt": self.per_prompt}
+
+    def record(self) -> dict:
+        length, width = self.null_states.shape
+        return {"text": {"encoder": self.encoder.name, "length": length, "width": width,
+                         "null": self.null_states.cpu()}}
+
+    def __str__(self) -> str:
+        return f"captions through {self.encoder.name}"
+
+
+Conditions = ClassLabels | Captions
+
+
+def open_captions(prompts: Sequence[str], name: str, length: int | None, device: torch.device, recorded: dict | None,
+                  path: Path | None = None, **how) -> Captions:
+    """Captions with the text encoder `name`; `recorded`: what the checkpoint `path` says of its own, if there is one.
+
+    Raises UserError if the encoder cannot be loaded, or is not the one recorded.
+    """
+    encoder = TextEncoder(name, device, length or (recorded or {}).get("length"))
+    null = encoder.states([""])[0]                                                        # (L, W)
+    if recorded is not None:
+        before = recorded["null"].to(null)
+        if before.shape != null.shape:
+            raise UserError(f"--text-encoder {name}: gives {len(null)} states of width {encoder.width}, {path} was "
+                            f"trained with {recorded['length']} of {recorded['width']}; use its own text encoder")
+        if (before - null).norm() > SAME_STATES * before.norm():
+            raise UserError(f"--text-encoder {name}: other weights or another tokenizer than {path} was trained with; "
+                            "use its own text encoder")
+        null = before
+    return Captions(prompts, encoder, null, **how)
