@@ -29,6 +29,7 @@ class Clip(torch.nn.Module):
 
         super().__init__()
         transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(name)
             if config.model_type != "clip":

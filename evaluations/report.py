@@ -50,7 +50,8 @@ def read_row(metrics: Path, result: dict) -> dict:
         **{name: None if how["cfg_scale"] == 1 else how[name] for name in GUIDANCE},
         "seed": how["seed"], "network_precision": how["precision"], "vae": settings["vae"],
         "block": settings["per_proc_batch_size"], "num_samples": result["num_samples"],
-        "labels": how.get("labels") if how.get("classes") is None else "classes " + " ".join(map(str, how["classes"])),
+        "labels": (f"captions {how['captions']} {how['prompts_sha256'][:6]}" if "captions" in how else how["labels"]
+                   if how["classes"] is None else "classes " + " ".join(map(str, how["classes"]))),
         "features": result["features"], "feature_weights": result["weights_sha256"][:8],
         "reference": result["ref_batch"],
     }

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         scoring = Scoring(**{name: getattr(args, name) for name in Scoring.__dataclass_fields__})
         for path, *_ in work if scoring.clip or "clip_score" in (scoring.metrics or "") else ():
-            if "MMDiT" not in str((read(path)[0].get("args") or {}).get("model", "MMDiT")):
+            if "text" not in read(path)[0] and "MMDiT" not in str(parsed[0].model):
                 raise UserError(f"{path}: trained on class labels, without captions; leave --clip and clip_score out")
         evaluator.main([*flags(vars(scoring)), "--device", "cpu", "--dry-run"])           # likewise, before sampling
 

@@ -14,7 +14,10 @@ import generate
 from evaluations import evaluator, report, sweep
 from runtime.files import sha256
 from runtime.messages import UserError
+from tests import test_text_to_image
 from tests.conftest import random_images
+
+captioned, flags, run = test_text_to_image.captioned, test_text_to_image.flags, test_text_to_image.run  # fixtures
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
@@ -154,29 +157,26 @@ def test_one_of_several_nodes_writes_the_table(call, launched, experiment, monke
     assert launched.kinds() == "sample score" and not (experiment / "samples" / "sweep.csv").exists()
 
 
-def test_samples_of_captions_are_scored_by_clip_too(launched, encoder_folder, tiny_clip, tmp_path):
-    """They have no labels; another CLIP scores again, beside the first."""
-    folder, ref = tmp_path / "samples" / "a", tmp_path / "ref.npz"
-    scored(folder, None, labels=None, samples=4)
-    settings = json.loads((folder / "metrics.json").read_text())["settings"]
-    settings["sampling"] = {name: settings["sampling"][name] for name in settings["sampling"].keys()
-                            - {"labels", "classes"}}
-    (folder / "metrics.json").unlink()
-    (folder / "settings.json").write_text(json.dumps(settings))
-    np.savez(folder / "samples.npz", arr_0=random_images(4, 32, 32))
-    (folder / "captions.jsonl").write_text("".join(f'{{"index": {i}, "caption": "a red disc"}}\n' for i in range(4)))
-    np.savez(ref, arr_0=random_images(12, 32, 32))
-    os.utime(ref, (1e9, 1e9))
-    other = shutil.copytree(tiny_clip, tmp_path / "other")
-    for clip in (None, tiny_clip, other):
-        scoring = sweep.Scoring(ref, f"local-dir:{encoder_folder}", None, None, None, "adm", clip and str(clip))
-        assert scoring.scored(folder, tokens=False) is None
-        scoring.score(folder, tokens=False)
-        assert scoring.scored(folder, tokens=False) == folder / "metrics.json"
-    printed = report.write_report([folder])[0]
-    found = [{name for name in row if name.startswith("clip_score")} for row in rows_of(tmp_path)]
-    assert sorted(map(list, found)) == [[], ["clip_score_other"], ["clip_score_tiny-clip"]] and len(launched) == 3
-    assert "clip_score_tiny-clip" in printed and "clip_score_other" in (folder.parent / "sweep.csv").read_text()
+def test_samples_of_captions_are_scored_by_clip_too(run, launched, encoder_folder, tiny_clip, tmp_path, capsys):
+    """They have no labels; another CLIP scores again, beside the first; other prompts are not comparable."""
+    experiment, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(tiny_clip, tmp_path / "other")
+    np.savez(tmp_path / "ref.npz", arr_0=random_images(12, 32, 32), arr_1=np.arange(12))
+    os.utime(tmp_path / "ref.npz", (1e9, 1e9))
+    printed = []
+    for more in ([], ["--clip", tiny_clip], ["--clip", other], ["--clip", tiny_clip],
+                 ["--clip", tiny_clip, "--prompt", "a red disc"]):
+        sweep.main([str(experiment), "--num-fid-samples", "8", "--num-steps", "1", "--no-png", "--save-cls-tokens",
+                    "--ref-batch", str(tmp_path / "ref.npz"), "--features", f"local-dir:{encoder_folder}",
+                    *map(str, more)])
+        printed.append(capsys.readouterr().out)
+    assert launched.kinds() == "sample score sample score sample score sample sample score"
+    rows = rows_of(experiment)
+    assert sorted(name for row in rows for name in row if name.startswith("clip_score")) == [
+        "clip_score_other", "clip_score_tiny-clip", "clip_score_tiny-clip"]
+    assert all("class_token_cosine" in row and "class_token_accuracy" not in row for row in rows)
+    assert len({row["labels"] for row in rows}) == 2 and all(row["labels"].startswith("captions ") for row in rows)
+    header, = (line for line in printed[1].splitlines() if "cfg_scale" in line)
+    assert "clip_score_tiny-clip" in header and "clip_score_tiny-clip" not in printed[0]
 
 
 @pytest.mark.parametrize("more", [["--clip", "some/clip"], ["--metrics", "fd,clip_score"]])
