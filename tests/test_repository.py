@@ -29,7 +29,7 @@ ALLOWED = {
     "loss": {"models.interpolant"},
     "samplers": {"models.interpolant", "runtime"},
     "dataset": {"models.cached_features", "runtime"},
-    "generate": {"samplers", "models", "runtime"},
+    "generate": {"samplers", "dataset", "models", "runtime"},
     "preprocessing": {"preprocessing", "dataset", "models", "runtime"},
     "evaluations.sweep": {"evaluations", "generate", "runtime"},
     "evaluations": {"evaluations", "models.encoders", "preprocessing.crop", "runtime"},
