@@ -73,7 +73,7 @@ class LatentDataset(torch.utils.data.Dataset):
     `fingerprint`, sha256 in hex of the keys and of the labels or captions.
 
     Raises UserError if images, moments, labels or captions, features and arguments do not fit together, for which it
-    opens only the first pair; `dataset[i]` raises it for a damaged file. The "vae" record is for `models.vae.read_space`.
+    opens only the first pair; `dataset[i]` raises it for a damaged file. `models.vae.read_space` checks "vae".
     """
 
     def __init__(self, data_dir: str | Path, resolution: int | None = None, num_classes: int | None = None,
