@@ -255,13 +255,14 @@ class TarStore(ZipStore):
         for i, tar in enumerate(self._tars):
             folder = "" if tar == self.path else f"{Path(tar).stem}/"
             for member in _members(tar):
-                name, plain = member.name.removeprefix("./"), member.isreg() and not member.issparse()
-                if not (plain or member.isdir()) or member.size < 0 or not is_zip_name(name):
+                if member.isdir():
+                    continue
+                name = member.name.removeprefix("./")
+                if not member.isreg() or member.issparse() or member.size < 0 or not is_zip_name(name):
                     raise UserError(f'{shown(tar)}: {shown(name)} is a link, no plain file, or not a relative name '
                                     'without ".." and backslashes; write the tar again (tar -h)')
-                if plain:
-                    names.append(os.fsencode(folder + name))
-                    table.append((i, member.offset_data, member.size))
+                names.append(os.fsencode(folder + name))
+                table.append((i, member.offset_data, member.size))
         return self._sorted(names, table, 3)
 
     def read(self, name: bytes | str) -> bytes:
