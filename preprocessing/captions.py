@@ -43,9 +43,8 @@ def _entries(record: object, where: str) -> Iterator[tuple[tuple, object]]:
     if isinstance(record.get("annotations"), list):
         try:
             called = {image["id"]: image["file_name"] for image in record.get("images", ())}
-            for one in record["annotations"]:
-                if one["caption"].strip():                        # an annotation without words is no caption
-                    yield (called.get(one["image_id"]), one["image_id"]), one["caption"]
+            yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"])
+                        for one in record["annotations"] if one["caption"].strip())           # some have no words
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: not COCO's captions ({shown(repr(error))}); give captions_*.json") from error
     elif key is not None and text is not None:
@@ -58,18 +57,18 @@ def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, li
     """The captions in a file by name, see `index_of`. Raises UserError naming keys of no picture, or of several."""
     data, where = FolderStore("").read(file), shown(file)
     lines = [data] if file.endswith(".json") else [line for line in data.splitlines() if line.strip()]
-    content = [parse_json(line, where) for line in lines]
-    records = content[0] if file.endswith(".json") and isinstance(content[0], list) else content
+    records = [parse_json(line, where) for line in lines]
+    records = records[0] if file.endswith(".json") and isinstance(records[0], list) else records
     found, unknown = {}, {}
     for keys, text in (entry for record in records for entry in _entries(record, where)):
-        known = [index[key] for key in keys if isinstance(key, str | int) and index.get(key) is not None]
-        if known:
-            found.setdefault(known[0], []).extend(tidy(text, f"{where}: {shown(known[0])}"))
+        name = next((index[key] for key in keys if isinstance(key, str | int) and index.get(key)), None)
+        if name is None:
+            unknown[str(keys[0] or keys[-1])] = None
         else:
-            unknown[shown(str(keys[0] or keys[-1]))] = None
+            found.setdefault(name, []).extend(tidy(text, f"{where}: {shown(name)}"))
     if unknown:
-        raise UserError(f"{where}: {len(unknown)} keys are of no picture, or of several ({', '.join([*unknown][:3])}"
-                        f"{', ...' * (len(unknown) > 3)}); correct or remove them")
+        raise UserError(f"{where}: {len(unknown)} keys are of no picture, or of several "
+                        f"({few(np.array([*unknown][:4]))}); correct or remove them")
     return found
 
 
@@ -93,20 +92,20 @@ def read_beside(store: Store, names: np.ndarray, files: set[bytes]) -> dict[byte
 
 def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadata: dict, file: str | None,
                     begun: np.ndarray) -> dict[bytes, list[str]] | None:
-    """Captions of the pictures `names` (n,), None if there are none.
+    """Captions of the pictures `names` (n,), None if there are none. A notice counts the files that are passed over.
 
     From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`; else from
-    those of the files `others` that lie beside pictures. A notice counts the rest of them.
+    those of the files `others` that lie beside pictures.
     """
-    listed = read_captions(store, names, bytes, metadata) if file is None else None
-    if listed is not None:
+    left, listed = set(others.tolist()), None if file else read_captions(store, names, bytes, metadata)
+    if file:
+        found = read_file(file, index_of(begun))
+    elif listed:
         found = {name: listed[i].split("\n") for i, name in enumerate(names.tolist())}
     else:
-        left = set(others.tolist())
-        found = read_beside(store, names, left) if file is None else read_file(file, index_of(begun))
-        others = np.array(sorted(left), dtype=bytes)
-    stores.pass_over(store, others)
-    if found or file is not None:
+        found = read_beside(store, names, left)
+    stores.pass_over(store, others[[name in left for name in others.tolist()]])
+    if found or file:
         require_all(found, names, shown(file or store.path))
     return found or None
 

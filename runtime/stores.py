@@ -9,7 +9,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -226,23 +226,8 @@ class ZipStore:
         return data
 
 
-def _members(tar: str) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar. Raises UserError for a damaged or compressed one."""
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()                           # it keeps all of them
-                yield member
-    except (*UNREADABLE, tarfile.TarError) as error:
-        raise UserError(f"{shown(tar)}: not a readable tar without compression ({shown(str(error))}); write it again"
-                        ) from error
-
-
 class TarStore(ZipStore):
-    """The files of an uncompressed tar, or of a folder of tars as TAR/NAME (WebDataset), read by offset like a zip's.
-
-    Raises UserError like ZipStore; links and other special files are refused.
-    """
+    """The files of an uncompressed tar, or of several as TAR/NAME (WebDataset), read by offset like those of a zip."""
 
     def __init__(self, path: str | Path, tars: list[str]):
         super().__init__(path)
@@ -254,15 +239,19 @@ class TarStore(ZipStore):
         names, table = [], []
         for i, tar in enumerate(self._tars):
             folder = "" if tar == self.path else f"{Path(tar).stem}/"
-            for member in _members(tar):
-                if member.isdir():
-                    continue
-                name = member.name.removeprefix("./")
-                if not member.isreg() or member.issparse() or member.size < 0 or not is_zip_name(name):
-                    raise UserError(f'{shown(tar)}: {shown(name)} is a link, no plain file, or not a relative name '
-                                    'without ".." and backslashes; write the tar again (tar -h)')
-                names.append(os.fsencode(folder + name))
-                table.append((i, member.offset_data, member.size))
+            try:
+                with tarfile.open(tar, "r:") as archive:
+                    while (member := archive.next()) is not None:
+                        archive.members.clear()                   # it keeps all of them
+                        name = member.name.removeprefix("./")
+                        if member.isreg() and not member.issparse() and member.size >= 0 and is_zip_name(name):
+                            names.append(os.fsencode(folder + name))
+                            table.append((i, member.offset_data, member.size))
+                        elif not member.isdir():
+                            raise ValueError(f'{name}: a link, no file, or no relative name without ".."')
+            except (*UNREADABLE, tarfile.TarError) as error:
+                raise UserError(f"{shown(tar)}: not a tar of plain files, uncompressed ({shown(str(error))}); write it "
+                                "again") from error
         return self._sorted(names, table, 3)
 
     def read(self, name: bytes | str) -> bytes:
