@@ -131,10 +131,8 @@ class LatentDataset(torch.utils.data.Dataset):
         return None if found is None else open_store(found)
 
     def _find_captions(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> Captions:
-        found = moments.captions
-        if found is None and images is not None:
-            found = images.captions
-        elif found is None and (store := self._unread_images(data_dir)) is not None:
+        found = moments.captions or (images and images.captions)
+        if found is None and images is None and (store := self._unread_images(data_dir)) is not None:
             found = read_captions(store, self.keys)
         if found is None:
             raise UserError(f"{shown(data_dir)}: no captions; add them with `preprocessing.dataset_tools captions`")
@@ -151,11 +149,9 @@ class LatentDataset(torch.utils.data.Dataset):
             labels = other if labels is None else labels
         elif labels is None and (store := self._unread_images(data_dir)) is not None:
             labels = read_labels(store, self.keys)
-        if labels is None:
-            if self.captions is None:
-                notice(f"{shown(data_dir)}: no labels, every image has class 0")
-            labels = np.zeros(len(self.keys), dtype=np.int64)
-        return labels
+        if labels is None and self.captions is None:
+            notice(f"{shown(data_dir)}: no labels, every image has class 0")
+        return np.zeros(len(self.keys), dtype=np.int64) if labels is None else labels
 
     def _count_classes(self, given: int | None) -> int:
         top = int(self.labels.argmax())

@@ -17,6 +17,7 @@ from runtime.catalogue import Catalogue, digest_of, write_catalogue
 from runtime.files import write_whole
 from runtime.launch import blocks
 from runtime.messages import UserError, notice, say
+from runtime.pictures import grid_of
 from runtime.stores import IMAGE_EXTENSIONS, shown
 
 CHUNK = 64   # entries that a worker reads at a time
@@ -76,7 +77,7 @@ def _fault(entries: LatentDataset, i: int) -> str | None:
 
 
 def side_by_side(entries: LatentDataset, space: LatentSpace, codec: Codec) -> tuple[Image.Image, float]:
-    """A picture of a few images above their decoded latents, and the mean PSNR between them in dB."""
+    """A picture of a few images above their decoded latents and a caption, and the mean PSNR between them in dB."""
     chosen = np.linspace(0, len(entries) - 1, min(SHOWN, len(entries))).round().astype(int)
     images = torch.stack([entries[i][0] for i in chosen])                         # (B, 3, R, R)
     moments = torch.stack([entries[i][1] for i in chosen])                        # (B, 2C, H, W)
@@ -84,6 +85,9 @@ def side_by_side(entries: LatentDataset, space: LatentSpace, codec: Codec) -> tu
     decoded = codec.decode(space.latents(moments, no_noise)).cpu()                # (B, 3, R, R)
     error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))     # (B,)
     psnr = 10 * torch.log10(255**2 / error.clamp(min=1e-3)).mean().item()
+    if entries.captions is not None:
+        captions = [entries.captions[i].partition("\n")[0] for i in chosen]
+        return grid_of(torch.cat([images, decoded], dim=2), len(chosen), captions), psnr
     rows = torch.cat([torch.cat(list(row), dim=2) for row in (images, decoded)], dim=1)       # (3, 2R, B*R)
     return Image.fromarray(rows.permute(1, 2, 0).numpy()), psnr
 
@@ -114,7 +118,8 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
     faults, good = _unpaired(catalogues)
     if faults and not len(good):
         _refuse(faults, len(faults), source)
-    entries = LatentDataset(source, features=[Features(path) for path in features], only=good)
+    entries = LatentDataset(source, features=[Features(path) for path in features], only=good,
+                            captions=any(one.captions is not None for one in catalogues[:2]))
     space, resolution = read_space(entries.vae_record, entries.moments_shape, entries.resolution, shown(source))
     codec = load_codec(model_url or space.decoder, "cuda" if torch.cuda.is_available() else "cpu")
     space.require_same(codec.space, "the data set", "the decoder")
@@ -132,5 +137,6 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
     drawn, psnr = side_by_side(entries, space, codec)
     write_whole(picture, lambda partial: drawn.save(partial, "png"))
     by = "".join(f", features of {one.record.enc_type}" for one in entries.features)
+    by += ", captions" * (entries.captions is not None)
     say(f"{shown(source)}: {len(entries)} images of {resolution} px, moments {entries.moments_shape}, "
         f"{entries.num_classes} classes{by}, all readable; see {shown(output)} (PSNR {psnr:.1f} dB)")

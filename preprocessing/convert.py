@@ -11,13 +11,14 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import classes_with_images
+from preprocessing.captions import source_captions
 from preprocessing.crop import TRANSFORMS, NotSquare, require_square, to_rgb, to_square
 from preprocessing.destination import Destination, digest, in_workers, listed, names_when_begun
 from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
 from runtime.messages import MayPass, UserError, notice, say
-from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, list_names, open_store, shown
+from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, TarStore, few, open_source, shown, split_names
 
 CHUNK = 16  # pictures that a worker converts at a time
 LOOKED_AT = 64  # pictures that must be square before anything is written
@@ -32,13 +33,14 @@ def parse_resolution(text: str) -> int:
     return side
 
 
-def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable[[bytes], bytes] = bytes
-                  ) -> tuple[np.ndarray | None, list | None, str]:
+def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable[[bytes], bytes] = bytes,
+                  captioned: bool = False) -> tuple[np.ndarray | None, list | None, str]:
     """Labels (n,) int64 of the pictures or None, the names of the classes or None, and their origin in words.
 
     They are read from the source's dataset.json, whose content is `metadata`, and matched by `key`; without labels
     there, a label is the rank of the picture's top-level folder in sorted order. Notices tell of classes without
-    pictures and of folders that are not classes. Raises UserError if only some pictures have a label.
+    pictures and of folders that are not classes. Raises UserError if only some pictures have a label; `captioned` ones
+    then have none, nor do those in tars.
     """
     where = shown(store.path)
     if "labels" in metadata:
@@ -49,7 +51,7 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
         return labels, metadata.get("classes"), "from its dataset.json"
     folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
     loose = folders == b""
-    if loose.all():
+    if loose.all() or (captioned and (loose.any() or isinstance(store, TarStore))):
         return None, None, "none in a flat folder"
     if loose.any():
         raise UserError(f"{where}: {loose.sum()} pictures lie beside its class folders "
@@ -158,20 +160,22 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
 
 
 def convert(source: str, dest: str, resolution: int, workers: int, transform: str | None = None,
-            max_images: int | None = None, skip_bad: int = 0) -> None:
+            max_images: int | None = None, skip_bad: int = 0, captions: str | None = None) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
+    The source may be tars (`open_source`). Captions are those of the file `captions`, or what `source_captions` finds.
     At most `skip_bad` pictures that cannot be read are left out; their numbers, and those of pictures removed from the
     source since the work was begun, stay free. Raises UserError if source or settings are wrong, `dest` holds something
     else, or, after all others are done, more pictures cannot be read.
     """
-    store = open_store(source)
-    present, metadata = list_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
+    store = open_source(source)
+    (present, others), metadata = split_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
     if not len(present):
         raise UserError(f"--source {shown(source)}: holds no pictures; "
                         f"expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
     all_names = names_when_begun(dest, present)
-    labels, classes, origin = source_labels(store, all_names, metadata)
+    texts = source_captions(store, present, others, metadata, captions, all_names)
+    labels, classes, origin = source_labels(store, all_names, metadata, captioned=texts is not None)
     chosen = spread(labels, len(all_names), max_images)
     names, labels = all_names[chosen], None if labels is None else labels[chosen]
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(names, metadata),
@@ -181,8 +185,14 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     gone, outputs = outputs[~here], outputs[here]
     names, labels = names[here], None if labels is None else labels[here]
     destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
+    captioned = {} if texts is None else {os.fsdecode(output): texts[name]
+                                          for output, name in zip(outputs.tolist(), names.tolist(), strict=True)}
     if destination.is_finished():
         destination.close()
+        done = stores.read_metadata(stores.open_store(dest)).get("captions")
+        if captioned and not (done and done.items() <= captioned.items()):
+            raise UserError(f"--dest {shown(dest)}: is finished already, with other captions or none; change them with "
+                            "`preprocessing.dataset_tools captions`")
         say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     destination.require_room(resolution * (3 * resolution + 1))   # a PNG's rows
@@ -192,7 +202,8 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     destination.leave_out(gone)
     exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
     destination.leave_out(outputs[~exists])
-    destination.finish({"labels": listed(outputs[exists], None if labels is None else labels[exists]),
+    kept = captioned and {"captions": {name: captioned[name] for name in map(os.fsdecode, outputs[exists].tolist())}}
+    destination.finish({**kept, "labels": listed(outputs[exists], None if labels is None else labels[exists]),
                         "classes": classes, "transform": {"name": settings["transform"], "resolution": resolution},
                         "removed": [*map(os.fsdecode, np.setdiff1d(all_names, present))]})
     say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")

@@ -6,7 +6,7 @@ from PIL import Image
 from runtime.messages import UserError
 from runtime.stores import MAX_PIXELS
 
-TRANSFORMS = ("center-crop-dhariwal", "center-crop", "center-crop-wide", "none")
+TRANSFORMS = ("center-crop-dhariwal", "center-crop", "center-crop-lanczos", "center-crop-wide", "none")
 
 
 class NotSquare(UserError):
@@ -59,8 +59,9 @@ def require_square(image: Image.Image, where: str) -> None:
 def to_square(image: Image.Image, resolution: int, transform: str | None, where: str = "the picture") -> Image.Image:
     """Make an RGB picture `resolution` px wide and high by one of TRANSFORMS; None: the first, if it is square.
 
-    center-crop: the central square, resized with Lanczos' filter. center-crop-wide: the whole width, on black; of a
-    tall picture the central square. none: no change. Raises UserError for a picture that the transform does not take.
+    center-crop, also called center-crop-lanczos: the central square, resized with Lanczos' filter, as is usual for
+    COCO. center-crop-wide: the whole width, on black; of a tall picture the central square. none: no change. Raises
+    UserError for a picture that the transform does not take.
     """
     width, height = image.size
     if transform is None:

@@ -1,12 +1,13 @@
-"""Prepare a data set: `convert` pictures to images, `encode` images to moments or to an encoder's features, `check` it.
+"""Prepare a data set: `convert` pictures, `encode` images to moments or an encoder's features, add `captions`, `check`.
 
     python -m preprocessing.dataset_tools convert --source=PHOTOS --dest=DATA/images --resolution=256x256
     python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/vae-sd
     python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/features-dinov2-vit-b \
         --enc-type=dinov2-vit-b
+    python -m preprocessing.dataset_tools captions --source=DATA --captions=captions.json
     python -m preprocessing.dataset_tools check --source=DATA
 
-The same command continues an interrupted one. Source and destination are folders or zip files.
+The same command continues an interrupted one. Source and destination are folders or zip files; pictures may be in tars.
 Several GPUs: `accelerate launch -m preprocessing.dataset_tools encode ...`.
 """
 
@@ -23,6 +24,7 @@ if not __package__:  # called as a script: the repository is not on the path yet
 from models.cached_features import DTYPES, features_folder
 from models.vae import SHORTHANDS
 from preprocessing import encode as encoding
+from preprocessing.captions import captions
 from preprocessing.check import check
 from preprocessing.convert import convert, parse_resolution
 from preprocessing.crop import TRANSFORMS
@@ -62,7 +64,7 @@ def build_parser() -> Parser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                   # of this process
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="convert | encode | check")
+    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | check")
     optional = {"default": argparse.SUPPRESS}                     # the functions know it; no "(default: None)"
 
     def command(function, text: str, **paths: str) -> Parser:
@@ -73,11 +75,13 @@ def build_parser() -> Parser:
         return added
 
     one = command(convert, "crop and resize pictures to square RGB images",
-                  source="pictures: a folder or a zip; labels from its dataset.json or its top-level folders",
+                  source="pictures: a folder, a zip or tars; labels from its dataset.json or its top-level folders",
                   dest="images: a folder or a name ending in .zip")
     one.add_argument("--resolution", type=parse_resolution, default="256x256", help="of the images, square, in pixels")
     one.add_argument("--transform", **optional, choices=TRANSFORMS,
                      help=f"none: pictures must fit (default: {TRANSFORMS[0]} if all pictures are square)")
+    one.add_argument("--captions", **optional, metavar="FILE",
+                     help="COCO's captions_*.json, other JSON or JSON lines (default: .txt or .json beside pictures)")
     one.add_argument("--max-images", type=at_least(1), **optional, help="the first of each class (default: all)")
     one.add_argument("--skip-bad", type=at_least(0), default=0, metavar="N", help="leave out up to N unreadable ones")
     one.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that convert; 0: this one")
@@ -100,6 +104,9 @@ def build_parser() -> Parser:
                      help="compile the VAE; moments change within its precision (default: on a GPU in bf16)")
     two.add_argument("--workers", type=at_least(0, 1000), default=min(cores, 8) if torch.cuda.is_available() else 0,
                      help="processes that read, per process that encodes; 0: none, which suits a CPU")
+
+    command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
+            captions="COCO's captions_*.json, other JSON or JSON lines")
 
     three = command(check, "verify a prepared data set and draw a picture to look at",
                     source="the data folder with images and vae-sd, folders or zips")

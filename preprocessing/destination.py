@@ -39,7 +39,8 @@ def in_workers(function: Callable[[Any], Any], items: Sequence, workers: int, in
 
 
 def digest(names: np.ndarray, metadata: dict) -> str:
-    """Hash of a source's file names and the content of its dataset.json, 16 hex digits."""
+    """Hash of a source's file names and the content of its dataset.json but for captions, 16 hex digits."""
+    metadata = {name: metadata[name] for name in metadata if name != "captions"}  # they may be added later
     plain = np.array(names.tolist(), dtype=bytes).tobytes()       # as wide as the longest of them, not of other files
     return hashlib.sha256(plain + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,5 +1,6 @@
 """`encode`: images to VAE moments (mean and std of the posterior) or to an encoder's features, under the same keys."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +17,7 @@ from models.vae import SHORTHANDS, LatentSpace, load_codec
 from preprocessing.convert import source_labels, spread
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import speed
-from runtime.catalogue import key_of, list_keyed
+from runtime.catalogue import key_of, list_keyed, read_captions
 from runtime.files import as_size, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
@@ -158,8 +159,8 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
            max_images: int | None = None) -> None:
     """Encode images of `source` (see `spread`), all RGB of one size, into `dest`, with any number of processes.
 
-    Writes one npy file per image, and dataset.json with what made them; moments have the labels of the source and the
-    names of its classes, see `source_labels`. Batches are the same consecutive images however the work is divided or
+    Writes one npy file per image, and dataset.json with what made them; moments have the labels, captions and names of
+    classes of the source, see `source_labels`. Batches are the same consecutive images however the work is divided or
     interrupted, because results may differ by float noise between batch sizes. Raises UserError as `convert` does.
     """
     store = open_store(source)
@@ -168,6 +169,7 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
         raise UserError(f"--source {shown(source)}: holds no images; expected those that `convert` writes")
     metadata = read_metadata(store)
     values, classes, _ = source_labels(store, names, metadata, key_of)
+    texts = read_captions(store, keys, metadata=metadata)
     chosen = spread(values, len(names), max_images)
     keys, names = keys[chosen], names[chosen]
     resolution = read_image(store, names[0]).shape[-1]
@@ -178,6 +180,8 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {} if network.kind != "moments" else {
         "labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}
+    if labels and texts is not None:
+        labels["captions"] = {os.fsdecode(name): texts[i].split("\n") for name, i in zip(outputs, chosen, strict=True)}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         if state.is_main_process:

@@ -1,6 +1,49 @@
+"""Grids of images with their captions."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from runtime.stores import shown
 
-def grid_of(images, columns, captions=None):
-    return to_pil_image(make_grid(images, nrow=columns))
+SIDE, SIZE = 128, 12      # px: the least width of a captioned image, and the height of its letters
+LINES, MARGIN = 10, 4     # of a caption, the rest is cut off; px around images and captions
+
+
+def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """At most LINES lines of `width` px; words are kept whole where they fit."""
+    lines = [""]
+    for word in shown(text[:10 * width]).split(" "):              # no letter that is drawn is so narrow
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        for letter in f" {word}" if lines[-1] else word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines if len(lines) <= LINES else [*lines[:LINES - 1], "..."]
+
+
+def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """A grid of uint8 images (N, 3, H, W), row by row, with the captions (N,) below them.
+
+    With captions, small images are enlarged by a whole factor, so that the text fits.
+    """
+    if captions is None:
+        return to_pil_image(make_grid(images, nrow=columns))
+    count, _, height, width = images.shape
+    scale, font = -(-SIDE // width), ImageFont.load_default(size=SIZE)
+    height, width = scale * height, scale * width
+    texts = [wrap(caption, width, font) for caption in captions]
+    row = height + max(map(len, texts)) * (SIZE + 2) + 2 * MARGIN
+    size = MARGIN + min(columns, count) * (width + MARGIN), MARGIN + -(-count // columns) * row
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        left, top = MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * row
+        grid.paste(to_pil_image(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        for line, words in enumerate(text):
+            draw.text((left, top + height + line * (SIZE + 2)), words, "black", font)
+    return grid

@@ -1,10 +1,11 @@
-"""A folder or a zip as named bytes. Refuses hostile names, decompression bombs and pictures too large to decode."""
+"""A folder, a zip or tars as named bytes; refuses hostile names, decompression bombs and pictures too large."""
 
 import functools
 import io
 import json
 import os
 import struct
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -155,15 +156,17 @@ class ZipStore:
             if fault := _fault(entry, end):
                 raise UserError(f"{self.where(entry.orig_filename)}: {fault}")
         entries = [entry for entry in listed if entry.filename[-1] != "/"]
-        names = np.array([os.fsencode(entry.filename) for entry in entries], dtype=bytes)
+        table = [(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries]
+        return self._sorted([os.fsencode(entry.filename) for entry in entries], table, 5)
+
+    def _sorted(self, files: list[bytes], rows: list[tuple], columns: int) -> tuple[np.ndarray, np.ndarray]:
+        names, table = np.array(files, dtype=bytes), np.array(rows, dtype=np.int64).reshape(-1, columns)
         order = np.argsort(names, kind="stable")
         names = names[order]
         twice = np.flatnonzero(names[1:] == names[:-1])
         if len(twice):
-            raise UserError(f"{shown(self.path)}: holds two files named {few(names[twice[:1]])}; write the zip again")
-        table = np.array([(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries],
-                         dtype=np.int64)
-        return names, table.reshape(-1, 5)[order]
+            raise UserError(f"{shown(self.path)}: holds two files named {few(names[twice[:1]])}; write it again")
+        return names, table[order]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
@@ -188,14 +191,17 @@ class ZipStore:
         row = int(np.searchsorted(names, np.array(name, dtype=names.dtype), side="right")) - 1
         return row if row >= 0 and names[row] == name else None
 
+    def _entry(self, name: bytes | str) -> list[int]:
+        row = self._row(name)
+        if row is None:
+            raise UserError(f"{self.where(name)}: no such file in it")
+        return self.directory[1][row].tolist()
+
     def __contains__(self, name: bytes | str) -> bool:
         return self._row(name) is not None
 
     def read(self, name: bytes | str) -> bytes:
-        row = self._row(name)
-        if row is None:
-            raise UserError(f"{self.where(name)}: no such file in the zip")
-        offset, size, inflated, method, crc = self.directory[1][row].tolist()
+        offset, size, inflated, method, crc = self._entry(name)
 
         def fetch() -> bytes:
             try:
@@ -220,7 +226,59 @@ class ZipStore:
         return data
 
 
-Store = FolderStore | ZipStore
+class TarStore(ZipStore):
+    """The files of an uncompressed tar, or of several as TAR/NAME (WebDataset), read by offset like those of a zip."""
+
+    def __init__(self, path: str | Path, tars: list[str]):
+        super().__init__(path)
+        self._tars = tars
+
+    @functools.cached_property
+    def directory(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names (n,) of all files, sorted; and (n, 3) int64: index of the tar, offset, size."""
+        names, table = [], []
+        for i, tar in enumerate(self._tars):
+            folder = "" if tar == self.path else f"{Path(tar).stem}/"
+            try:
+                with tarfile.open(tar, "r:") as archive:
+                    while (member := archive.next()) is not None:
+                        archive.members.clear()                   # it keeps all of them
+                        name = member.name.removeprefix("./")
+                        if member.isreg() and not member.issparse() and member.size >= 0 and is_zip_name(name):
+                            names.append(os.fsencode(folder + name))
+                            table.append((i, member.offset_data, member.size))
+                        elif not member.isdir():
+                            raise ValueError(f'{name}: a link, no file, or no relative name without ".."')
+            except (*UNREADABLE, tarfile.TarError) as error:
+                raise UserError(f"{shown(tar)}: not a tar of plain files, uncompressed ({shown(str(error))}); write it "
+                                "again") from error
+        return self._sorted(names, table, 3)
+
+    def read(self, name: bytes | str) -> bytes:
+        tar, offset, size = self._entry(name)
+
+        def fetch() -> bytes:
+            with open(self._tars[tar], "rb") as file:
+                return os.pread(file.fileno(), size, offset)
+
+        if len(data := read_patiently(fetch, self.where(name))) != size:
+            raise UserError(f"{self.where(name)}: the tar was cut since it was listed; write it again")
+        return data
+
+
+Store = FolderStore | ZipStore | TarStore
+
+
+def open_source(path: str | Path) -> Store:
+    """As `open_store`, and a .tar file, or a folder of them that holds neither pictures nor folders."""
+    if os.path.isfile(path) and str(path).endswith(".tar"):
+        return TarStore(path, [str(path)])
+    inside = [*map(os.fsdecode, os.listdir(path))] if os.path.isdir(path) else []
+    inside = [os.path.join(path, name) for name in sorted(inside) if name[0] != "."]
+    tars = [name for name in inside if name.endswith(".tar")]
+    if tars and not any(os.fsencode(name).lower().endswith(IMAGE_EXTENSIONS) or os.path.isdir(name) for name in inside):
+        return TarStore(path, tars)
+    return open_store(path)
 
 
 def open_store(path: str | Path) -> Store:
@@ -249,16 +307,20 @@ def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
     write_whole(path, write)
 
 
+def parse_json(data: bytes, where: str) -> object:
+    """The content of a JSON text. Raises UserError naming `where` if it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or "not enough memory"
+        raise UserError(f"{where}: not JSON ({reason}); write it again") from error
+
+
 def read_metadata(store: Store) -> dict:
     """The content of the store's dataset.json, {} without one. Raises UserError if it is not a JSON object."""
     if METADATA not in store:
         return {}
-    data = store.read(METADATA)
-    try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError, MemoryError) as error:
-        reason = str(error) or "not enough memory"
-        raise UserError(f"{store.where(METADATA)}: not JSON ({reason}); write it again") from error
+    metadata = parse_json(store.read(METADATA), store.where(METADATA))
     if not isinstance(metadata, dict):
         raise UserError(f'{store.where(METADATA)}: must be an object like '
                         '{"labels": [["00000/img00000000.png", 7], ...]}')
@@ -280,12 +342,23 @@ def list_names(store: Store, extensions: tuple[bytes, ...]) -> np.ndarray:
 
     Every program lists with it: conversion, encoding, training and evaluation see the same files.
     """
+    names, other = split_names(store, extensions)
+    pass_over(store, other)
+    return names
+
+
+def split_names(store: Store, extensions: tuple[bytes, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`list_names` without its notice, and the names (m,) of all others that are not our own."""
     names, hidden = store.listing()
     fits = np.array([name.lower().endswith(extensions) for name in names.tolist()], dtype=bool)
     other = np.array([name for name in [*hidden.tolist(), *names[~fits].tolist()] if name not in OWN], dtype=bytes)
+    return names[fits], other
+
+
+def pass_over(store: Store, other: np.ndarray) -> None:
+    """A notice counts the names `other` (m,)."""
     if len(other):
         notice(f"{shown(store.path)}: {len(other)} hidden or other file(s) or folder(s) passed over ({few(other)})")
-    return names[fits]
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
