@@ -138,8 +138,8 @@ CHANGES = {
     "path_type": "cosine"}
 # Heun needs ode: tested below. Others only repeat what the checkpoint says, or are of captions.
 ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun", "encoder_depth", "resolution",
-             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn", "prompt", "prompts", "captions_from",
-             "captions", "samples_per_prompt", "layout", "text_encoder"}
+             "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn", "prompt", "prompts", "layout",
+             "captions_from", "captions", "samples_per_prompt", "text_encoder"}
 
 
 def folder_and_settings(path, *flags) -> tuple[str, dict]:
