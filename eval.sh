@@ -9,6 +9,7 @@
 #               python generate.py --help: sampling
 # Environment:  REF_BATCH           reference .npz or image folder, e.g. ADM's VIRTUAL_imagenet256_labeled.npz
 #               FEATURES            inception (FID, the default), dinov2, or local-dir:FOLDER (a Frechet distance there)
+#               CLIP                hub id or folder: also the CLIP score, for models of captions
 #               INCEPTION_WEIGHTS   file with the 2015 Inception weights, instead of cache and download
 #               NUM_GPUS            default all; without a GPU the number of CPU processes, default 1
 #               PYTHON              default python

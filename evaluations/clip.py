@@ -14,10 +14,11 @@ from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from evaluations.metrics import side_by_side
 from models.encoders import sha256_of_parameters
+from models.text import load_pretrained, states_shape
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
 
-METRIC, DEFAULT = "clip_score", "openai/clip-vit-large-patch14"
+METRIC = "clip_score"
 
 
 class Clip(torch.nn.Module):
@@ -25,29 +26,13 @@ class Clip(torch.nn.Module):
 
     def __init__(self, name: str):
         """Load a folder, or a hub id's cache or download. Raises UserError if it is no CLIP, incomplete or damaged."""
-        import transformers  # slow to import
-
         super().__init__()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            config = transformers.AutoConfig.from_pretrained(name)
-            if config.model_type != "clip":
-                raise ValueError(f"a {config.model_type}")
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):   # transformers 5 invents one
-                raise ValueError("no tokenizer files")
-            self.processor = transformers.AutoImageProcessor.from_pretrained(name)
-            self.network, found = transformers.CLIPModel.from_pretrained(
-                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-            if found["missing_keys"]:
-                raise ValueError(f"no weight {min(found['missing_keys'])}")
-        except Exception as error:                                # damaged files can make transformers raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--clip {name}: cannot be loaded ({reason}); give a CLIP's hub id, or folder with weights "
-                            "(safetensors), tokenizer and image processor") from error
-        self.name, self.length = Path(name).resolve().name, config.text_config.max_position_embeddings
-        self.eval().requires_grad_(False)
+        kind, self.length, _ = states_shape(name, flag="--clip")
+        if kind != "clip":
+            raise UserError(f"--clip {name}: is a {kind}; give a CLIP with its image tower")
+        self.tokenizer, self.processor, self.network = load_pretrained(name, "--clip", "AutoTokenizer",
+                                                                       "AutoImageProcessor", "CLIPModel")
+        self.name = Path(name).resolve().name
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = self.processor(images=list(images.cpu()), return_tensors="pt").pixel_values.to(images.device)

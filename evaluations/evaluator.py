@@ -26,12 +26,13 @@ if not __package__:  # called as a script: the repository is not on the path yet
 
 from evaluations import acceptance
 from evaluations.class_tokens import class_token_scores, load_class_token_extractor, read_class_tokens
-from evaluations.clip import DEFAULT, METRIC, Clip, clip_score, read_captions
+from evaluations.clip import METRIC, Clip, clip_score, read_captions
 from evaluations.extraction import measure, place
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import ImageSet, open_images, pick
 from evaluations.metrics import NEIGHBOURS
 from evaluations.scoring import INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
+from models.text import DEFAULT
 from runtime.arguments import Parser, at_least
 from runtime.files import write_json
 from runtime.launch import join_processes, leave_processes

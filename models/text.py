@@ -5,7 +5,6 @@ Padding is attended by MMDiT: the states always have the encoder's length.
 """
 
 import torch
-from safetensors import SafetensorError
 
 from runtime.messages import UserError, notice
 
@@ -14,7 +13,7 @@ T5_LENGTH = 128              # tokens; T5's positions are relative
 T5_FAMILY = ("t5", "mt5", "umt5")
 
 
-def states_shape(name: str, length: int | None = None) -> tuple[str, int, int]:
+def states_shape(name: str, length: int | None = None, flag: str = "--text-encoder") -> tuple[str, int, int]:
     """What `name`'s config.json says: kind of encoder, tokens L per caption (`length` if given) and width W of a state.
 
     Raises UserError if it cannot be read, is no text encoder of CLIP's or T5's kind, or has fewer positions.
@@ -22,25 +21,46 @@ def states_shape(name: str, length: int | None = None) -> tuple[str, int, int]:
     if name == DEFAULT:                                           # so that a dry run needs no network
         kind, longest, width = "clip", 77, 768
     else:
-        from transformers import AutoConfig  # slow to import, and needed for captions only
-
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise _cannot_be_loaded(name, error) from error
+        config, = load_pretrained(name, flag, "AutoConfig")
         kind, text = config.model_type, getattr(config, "text_config", config)
         if kind not in ("clip", "clip_text_model", *T5_FAMILY):
-            raise UserError(f"--text-encoder {name}: is a {kind}; give a CLIP or a T5 encoder")
+            raise UserError(f"{flag} {name}: is a {kind}; give a CLIP or a T5 encoder")
         longest, width = getattr(text, "max_position_embeddings", None), text.hidden_size
     if longest is not None and length is not None and length > longest:
         raise UserError(f"--text-length {length}: {name} has {longest} positions; give at most {longest}")
     return kind, length or longest or T5_LENGTH, width
 
 
-def _cannot_be_loaded(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    return UserError(f"--text-encoder {name}: cannot be loaded ({reason}); give a hub id, or a folder with "
-                     "config.json, weights (safetensors) and tokenizer files")
+def load_pretrained(name: str, flag: str, *parts: str) -> list:
+    """Parts of a folder, of the hub's cache or of the hub, by their classes in transformers; networks in float32.
+
+    Weights are read from safetensors, and code is never taken from there. Raises UserError if a part is missing,
+    incomplete or damaged.
+    """
+    import transformers  # slow to import, and needed for captions only
+
+    transformers.utils.logging.set_verbosity_error()              # CLIP's image tower is "unexpected" in a long table
+    transformers.utils.logging.disable_progress_bar()
+    loaded = []
+    try:
+        for part in parts:
+            kind = getattr(transformers, part)
+            if part.startswith("Auto"):
+                loaded.append(kind.from_pretrained(name, trust_remote_code=False))
+                continue
+            network, found = kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32,
+                                                  output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"no weight {min(found['missing_keys'])}")
+            loaded.append(network.eval().requires_grad_(False))
+            words = getattr(network.config, "text_config", network.config).vocab_size
+            if 2 * len(loaded[0]) < words:                        # transformers makes an empty one of missing files
+                raise ValueError(f"a tokenizer of {len(loaded[0])} tokens; its files are missing")
+    except Exception as error:                                    # damaged files can make transformers raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag} {name}: cannot be loaded ({reason}); give a hub id, or a folder with config.json, "
+                        "weights (safetensors) and tokenizer files") from error
+    return loaded
 
 
 class TextEncoder:
@@ -52,30 +72,14 @@ class TextEncoder:
     def __init__(self, name: str, device: torch.device | str = "cpu", length: int | None = None):
         """Load tokenizer and weights from a folder, the hub's cache or the hub; bf16 on CUDA, else float32.
 
-        Raises UserError if a file is missing or damaged, and as `states_shape`.
+        Raises UserError as `states_shape` and `load_pretrained`.
         """
-        import transformers  # slow to import, and needed for captions only
-
         self.name = name
         kind, self.length, self.width = states_shape(name, length)
         self.masked, self.truncated = kind in T5_FAMILY, False
-        network = getattr(transformers, f"{kind.upper()}EncoderModel") if self.masked else transformers.CLIPTextModel
-        transformers.utils.logging.set_verbosity_error()          # CLIP's image tower is "unexpected" in a long table
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            self.network, found = network.from_pretrained(name, use_safetensors=True, dtype=torch.float32,
-                                                          output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise _cannot_be_loaded(name, error) from error
-        if found["missing_keys"]:
-            raise UserError(f"--text-encoder {name}: lacks {len(found['missing_keys'])} weights, for example "
-                            f"{min(found['missing_keys'])}; download it again")
-        if 2 * len(self.tokenizer) < self.network.config.vocab_size:  # transformers makes an empty one of missing files
-            raise _cannot_be_loaded(name, OSError(f"a tokenizer of {len(self.tokenizer)} tokens; its files are lacking"
-                                                  ))
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.network.eval().requires_grad_(False).to(device, dtype)
+        network = f"{kind.upper()}EncoderModel" if self.masked else "CLIPTextModel"
+        self.tokenizer, self.network = load_pretrained(name, "--text-encoder", "AutoTokenizer", network)
+        self.network.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> torch.Tensor:

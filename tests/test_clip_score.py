@@ -166,7 +166,7 @@ def line(number, text):
     (line(3, '{"index": 3, "caption": "a"}'), (), "line 3"),
     (lambda sets: np.savez(sets / "made" / "samples.npz", mu=np.zeros(24), sigma=np.eye(24)), (), "no images"),
     (lambda sets: None, ("--clip", "{sets}/made"), "made: cannot be loaded"),
-    (lambda sets: None, ("--clip", "{sets}/tiny"), "tiny: cannot be loaded"),
+    (lambda sets: None, ("--clip", "{sets}/tiny"), "tiny: is a"),
 ])
 def test_captions_or_a_clip_that_do_not_fit_are_refused(tiny_clip, sets, capsys, change, more, word):
     change(sets)
@@ -205,7 +205,7 @@ def another_kind(folder):
     (without("config.json"), "config.json"),
     (without("model.safetensors"), "model.safetensors"),
     (without("preprocessor_config.json"), "image processor"),
-    (without("vocab.json", "merges.txt", "tokenizer.json"), "no tokenizer files"),
+    (without("vocab.json", "merges.txt", "tokenizer.json"), "tokenizer"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "header"),
     (without_a_weight, "visual_projection.weight"),
     (another_kind, "clip_text_model"),
@@ -213,6 +213,6 @@ def another_kind(folder):
 def test_an_incomplete_or_damaged_clip_is_refused(tiny_clip, tmp_path, damage, word):
     folder = shutil.copytree(tiny_clip, tmp_path / "clip")
     damage(folder)
-    with pytest.raises(UserError, match=f"--clip .*clip: cannot be loaded .*{word}") as error:
+    with pytest.raises(UserError, match=f"--clip .*{word}") as error:
         Clip(str(folder))
     assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """Files from elsewhere run no code, and take no more memory than they are worth: every place that reads one."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -15,10 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from evaluations.class_tokens import read_class_tokens
+from evaluations.clip import Clip
 from evaluations.features import load_extractor
 from evaluations.images import open_images
 from models import checkpoint
 from models.encoders import load_encoders
+from models.text import TextEncoder
 from models.vae import load_codec
 from runtime.catalogue import Catalogue
 from runtime.messages import UserError
@@ -79,6 +82,8 @@ PLACES = {
     "--dinov2-weights": ("x.pth", WEIGHTS_FILES,
                          lambda place: load_extractor("dinov2", dinov2_weights=place / "x.pth")),
     "--vae": ("vae/diffusion_pytorch_model.bin", WEIGHTS_FILES, lambda place: load_codec(str(place / "vae"))),
+    "--text-encoder": ("clip/pytorch_model.bin", WEIGHTS_FILES, lambda place: TextEncoder(str(place / "clip"))),
+    "--clip": ("clip/pytorch_model.bin", WEIGHTS_FILES, lambda place: Clip(str(place / "clip"))),
     "moments and features": ("data/a.npy", (as_npy, as_pickle),
                              lambda place: read_npy(open_store(place / "data"), b"a.npy")),
     "samples and references": ("x.npz", (as_npz, as_pickle), lambda place: open_images(str(place / "x.npz"), "REF")),
@@ -88,8 +93,9 @@ PLACES = {
 
 
 @pytest.fixture
-def place(tmp_path, encoder_folder, vae_folder):
-    """An encoder and a VAE without weights, and a folder of data."""
+def place(tmp_path, encoder_folder, vae_folder, tiny_clip):
+    """An encoder, a VAE and a CLIP without weights, and a folder of data."""
+    shutil.copytree(tiny_clip, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
     for name, folder in (("encoder", encoder_folder), ("vae", vae_folder)):
         (tmp_path / name).mkdir()
         shutil.copy(folder / "config.json", tmp_path / name)
@@ -105,6 +111,21 @@ def test_no_place_runs_code(place, name, arm):
     with pytest.raises(UserError) as refused:
         read(place)
     assert not FIRED and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("load", [TextEncoder, Clip])
+def test_code_beside_a_text_encoder_is_not_run(place, tiny_clip, file, load):
+    """Hub repositories may bring classes of their own (`auto_map`); transformers would ask, or run them."""
+    shutil.copy(tiny_clip / "model.safetensors", place / "clip")
+    (place / "clip" / "own.py").write_text("from tests.test_files_of_others import fire\nfire()\nclass Own: pass\n")
+    config = json.loads((place / "clip" / file).read_text())
+    names = ("AutoConfig", "AutoTokenizer", "AutoImageProcessor", "AutoModel")
+    config["auto_map"] = dict.fromkeys(names, "own.Own")
+    (place / "clip" / file).write_text(json.dumps(config))
+    with contextlib.suppress(UserError):                          # transformers' own class, or a refusal
+        load(str(place / "clip"))
+    assert not FIRED
 
 
 @pytest.mark.parametrize("arm", [as_npz, as_pickle])

@@ -32,7 +32,7 @@ ALLOWED = {
     "generate": {"samplers", "dataset", "models", "runtime"},
     "preprocessing": {"preprocessing", "dataset", "models", "runtime"},
     "evaluations.sweep": {"evaluations", "generate", "runtime"},
-    "evaluations": {"evaluations", "models.encoders", "preprocessing.crop", "runtime"},
+    "evaluations": {"evaluations", "models.encoders", "models.text", "preprocessing.crop", "runtime"},
     "train": EVERYTHING - {"generate"},
     "benchmarks": EVERYTHING | {"benchmarks", "toy"},
     "toy": EVERYTHING | {"toy"},
