@@ -26,7 +26,7 @@ from models.interpolant import PATHS
 from models.mmdit import MMDiT, MMDiT_models
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
-from runtime.arguments import Parser, Released, at_least, guidance, share
+from runtime.arguments import Parser, Released, at_least, guidance, positive, share
 from runtime.files import UNREADABLE, sha256
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
@@ -77,6 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="guided from this t on, in [0, 1]")
     how.add_argument("--guidance-high", type=share, metavar="T", help="guided up to this t, inclusive; None: "
                      f"{ClassLabels.published['guidance_high']}, for captions {Captions.published['guidance_high']}")
+    how.add_argument("--time-shift", type=positive, metavar="S", help="of the steps' times; None: as in training")
     how.add_argument("--global-seed", type=at_least(0), default=Sampling.seed, metavar="SEED",
                      help="image i depends on (SEED, i) alone")
 
@@ -254,8 +255,11 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
               for name, value in conditions.published.items()}
     if args.guidance_low > guided["guidance_high"]:
         raise UserError(f"--guidance-low {args.guidance_low}: is above --guidance-high {guided['guidance_high']}")
+    shift = args.time_shift or (state.get("args") or {}).get("time_shift", 1.0)
+    if not isinstance(shift, int | float) or not 0 < shift < 1e6:
+        raise UserError(f"{path}: trained with the time shift {shift!r}, expected a number above 0; give --time-shift")
     how = Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cls_cfg_scale=args.cls_cfg_scale,
-                   guidance_low=args.guidance_low, seed=args.global_seed, path_type=path_type,
+                   guidance_low=args.guidance_low, seed=args.global_seed, path_type=path_type, time_shift=shift,
                    precision=args.precision, **guided)
     of_prompts = isinstance(conditions, Captions) and (args.prompts or args.prompt)
     count = len(conditions.prompts) * conditions.per_prompt if of_prompts else conditions.count
@@ -287,7 +291,8 @@ def folder_of(sample_dir: str | None, settings: dict) -> Path:
         parts += ["" if how.cls_cfg_scale is None else f"cls{how.cls_cfg_scale:.12g}",
                   f"t{how.guidance_low:.12g}-{how.guidance_high:.12g}"]
     place = str(Path(vae).resolve()) if os.path.isdir(vae) else vae                       # two folders may share a name
-    parts += [*what, f"seed{how.seed}", how.precision, "compiled" * settings["compiled"],
+    parts += ["" if how.time_shift == 1 else f"shift{how.time_shift:.12g}", *what, f"seed{how.seed}", how.precision,
+              "compiled" * settings["compiled"],
               f"vae-{Path(vae).name}-{hashlib.sha256(place.encode()).hexdigest()[:6]}",
               "bf16" * (settings["vae_precision"] == "bf16"), f"batch{settings['per_proc_batch_size']}",
               f"n{settings['num_images']}", "" if settings["training"] else how.path_type.replace("linear", "")]
@@ -302,7 +307,7 @@ def is_same(found: dict, wanted: dict) -> bool:
     def deciding(settings: dict) -> dict:
         how = settings.get("sampling")
         if isinstance(how, dict):
-            how = {"seen": None, **how}                           # older files lack it
+            how = {"seen": None, "time_shift": 1.0, **how}                           # older files lack it
             if how.get("cfg_scale") == 1:
                 how |= dict.fromkeys(("cls_cfg_scale", "guidance_low", "guidance_high"))
         settings = {name: settings.get(name) for name in DECIDING} | {"sampling": how}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from models.interpolant import draw_t, get_path
+from models.interpolant import draw_t, get_path, shift_time
 
 # Which tokens are aligned: those of [class token; patches], or one of the two parts.
 ALIGNED_TOKENS = {"all": slice(None), "patches": slice(1, None), "class": slice(0, 1)}
@@ -58,12 +58,13 @@ class SILoss:
     Args:
         prediction: only "v", the velocity.      path_type: "linear" or "cosine".
         weighting: law of t, "uniform" or "lognormal".
+        time_shift: s of `shift_time`, for the times that are drawn; 1: none.
         align: aligned tokens, "all", "patches" or "class"; the last two need a model with a class-token slot.
         compile: fuse the alignment over (B, T, E) tokens into one kernel, forward and backward.
     """
 
     def __init__(self, prediction: str = "v", path_type: str = "linear", weighting: str = "uniform", align: str = "all",
-                 compile: bool = False):
+                 compile: bool = False, time_shift: float = 1.0):
         if prediction != "v":
             raise ValueError(f"unknown prediction {prediction!r}: SiT predicts the velocity, 'v'")
         if weighting not in ("uniform", "lognormal"):
@@ -71,7 +72,7 @@ class SILoss:
         if align not in ALIGNED_TOKENS:
             raise ValueError(f"unknown align {align!r}: use one of {', '.join(ALIGNED_TOKENS)}")
         self.path = get_path(path_type)
-        self.path_type, self.weighting = path_type, weighting
+        self.path_type, self.weighting, self.time_shift = path_type, weighting, time_shift
         self.tokens = ALIGNED_TOKENS[align]
         self.alignment_loss = torch.compile(alignment_loss, dynamic=False) if compile else alignment_loss
 
@@ -85,8 +86,10 @@ class SILoss:
             time_input (B,), noises (like images), cls_noises (like cls_token): drawn if None.
         """
         images = images.float()
-        drawn = draw_t(self.weighting, self.path_type, len(images), images.device) if time_input is None else time_input
-        t = drawn.float()                                                                 # (B,)
+        if time_input is None:
+            time_input = draw_t(self.weighting, self.path_type, len(images), images.device)
+            time_input = time_input if self.time_shift == 1 else shift_time(time_input, self.time_shift)
+        t = time_input.float()                                                            # (B,)
         pair = [(images, torch.randn_like(images) if noises is None else noises.float())]
         if cls_token is not None:
             cls_token = cls_token.float()

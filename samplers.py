@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from models.interpolant import get_path
+from models.interpolant import get_path, shift_time
 from runtime.messages import UserError
 
 LAST_SDE_TIME = 0.04         # the score is singular at t = 0: the last step leaves from here, and adds no noise
@@ -86,6 +86,12 @@ def euler_maruyama_step(field, x, t, t_next, path, noise):
     return x_next + (w * (t - t_next)) ** 0.5 * noise()
 
 
+def time_grid(last: float, count: int, shift: float) -> list[float]:
+    """`count` times from 1 to `last`, equally spaced, then moved by `shift_time`; both ends stay."""
+    times = shift_time(torch.linspace(1, last, count, dtype=torch.float64), shift).tolist()
+    return [*times[:-1], last]
+
+
 @torch.no_grad()
 def integrate(step, times: list[float], model, latents, condition, null, cls_latents, cfg_scale, cls_cfg_scale,
               guidance_low, guidance_high):
@@ -109,7 +115,7 @@ def integrate(step, times: list[float], model, latents, condition, null, cls_lat
 
 
 def euler_sampler(model, latents, condition, null=None, num_steps=250, heun=False, cfg_scale=1.0, guidance_low=0.0,
-                  guidance_high=1.0, path_type="linear", cls_latents=None, cls_cfg_scale=None):
+                  guidance_high=1.0, path_type="linear", cls_latents=None, cls_cfg_scale=None, time_shift=1.0):
     """Probability-flow ODE, Euler or Heun, over `num_steps` equal steps from t = 1 to 0.
 
     Args:
@@ -120,18 +126,19 @@ def euler_sampler(model, latents, condition, null=None, num_steps=250, heun=Fals
         path_type: checked only, the ODE of a velocity is the same on every path.
         cfg_scale: guidance of the latents for guidance_low <= t <= guidance_high; 1: none.
         cls_cfg_scale: guidance of the class token; None: cfg_scale; <= 0: conditional only.
+        time_shift: s of `shift_time`, which moves the times between the first and the last; 1: equal steps.
     Returns:
         final latents (B, C, H, W) and class token (B, E) or None, float64.
     """
     get_path(path_type)
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    times = time_grid(0.0, num_steps + 1, time_shift)
     step = heun_step if heun else euler_step
     return integrate(step, times, model, latents, condition, null, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
                      guidance_high)
 
 
 def euler_maruyama_sampler(model, latents, condition, null=None, num_steps=250, cfg_scale=1.0, guidance_low=0.0,
-                           guidance_high=1.0, path_type="linear", cls_latents=None, cls_cfg_scale=None,
+                           guidance_high=1.0, path_type="linear", cls_latents=None, cls_cfg_scale=None, time_shift=1.0,
                            noise=torch.randn_like):
     """Reverse SDE: `num_steps` equally spaced times from 1 to 0.04, then 0. Arguments and result as in `euler_sampler`.
 
@@ -144,7 +151,7 @@ def euler_maruyama_sampler(model, latents, condition, null=None, num_steps=250, 
         members = [member for member in unpack(x, latents.shape) if member is not None]
         return euler_maruyama_step(field, x, t, t_next, path, lambda: pack([noise(member) for member in members]))
 
-    times = [*torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64).tolist(), 0.0]
+    times = [*time_grid(LAST_SDE_TIME, num_steps, time_shift), 0.0]
     return integrate(step, times, model, latents, condition, null, cls_latents, cfg_scale, cls_cfg_scale, guidance_low,
                      guidance_high)
 
@@ -162,6 +169,7 @@ class Sampling:
     guidance_high: float = 0.85
     seed: int = 0
     path_type: str = "linear"
+    time_shift: float = 1.0                       # of the steps' times, as in training
     precision: str = "fp32"                       # of the network: fp32 · tf32 · bf16
 
 
@@ -203,7 +211,7 @@ def sample_images(model, codec, indices: Iterable[int], how: Sampling,
     cls_latents = noise((model.cls_token_dim,)) if model.cls_token_dim is not None else None
     settings = dict(num_steps=how.num_steps, cfg_scale=how.cfg_scale, cls_cfg_scale=how.cls_cfg_scale,
                     guidance_low=how.guidance_low, guidance_high=how.guidance_high, path_type=how.path_type,
-                    cls_latents=cls_latents, null=conditions.null(len(indices)))
+                    cls_latents=cls_latents, time_shift=how.time_shift, null=conditions.null(len(indices)))
     condition = conditions.embed(shown)                                                   # (B, ...)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=how.precision == "bf16"):
         if how.mode == "sde":

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from runtime.pictures import grid_of
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +43,7 @@ from models.encoders import (
     same_encoders,
     with_weights,
 )
-from models.interpolant import PATHS
+from models.interpolant import PATHS, auto_shift
 from models.mmdit import MMDiT_models
 from models.text import DEFAULT, states_shape
 from models.vae import Codec, LatentSpace, load_codec, read_space
@@ -56,6 +55,7 @@ from runtime.launch import leave_processes, require_joined
 from runtime.loading import batches_of, require_short_tmpdir
 from runtime.log import Log, peak_memory, require_tracker, track, write_line
 from runtime.messages import UserError, notice, say, without_traceback
+from runtime.pictures import grid_of
 from runtime.speed import allow_tf32, compile_parts, keep_memory
 from runtime.stopping import StopRequest
 from samplers import Sampling, sample_images
@@ -234,12 +234,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--path-type", choices=tuple(PATHS), default="linear",
                         help="interpolant between data and noise")
     method.add_argument("--weighting", choices=("uniform", "lognormal"), default="uniform", help="law of t")
+    method.add_argument("--time-shift", type=time_shift, default=1.0, metavar="S|auto",
+                        help="move t towards noise, t' = S t / (1 + (S - 1) t); auto: S = sqrt(C H W / 4096)")
     method.add_argument("--cfg-prob", type=share, default=0.1, metavar="P",
                         help="share of labels or captions dropped for guidance")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=tuple(MODELS), default="SiT-XL/2", metavar="NAME",
-                       help="SiT-{T,S,B,L,XL}/{2,4,8}; for captions MMDiT/2 or MMDiT-T/2")
+                       help="SiT-{T,S,B,L,XL}/{1,2,4,8}; for captions MMDiT/2 or MMDiT-T/2")
     model.add_argument("--text-encoder", metavar="NAME|FOLDER",
                        help=f"CLIP or T5 that reads the captions, for MMDiT; None: {DEFAULT}")
     model.add_argument("--text-length", type=at_least(2, 4096), metavar="N",
@@ -278,6 +280,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", action=Released, instead=instead)
     parser.add_argument("--prediction", action=Released, nargs=None, choices=("v",))      # always velocities
     return parser.parse_args(argv)
+
+
+def time_shift(text: str) -> float | str:
+    """A type for a positive number or `auto`."""
+    return text if text == "auto" else positive(text)
+
+
+def shift_of(args: argparse.Namespace, space: LatentSpace, resolution: int) -> float:
+    """--time-shift as a number."""
+    if args.time_shift == "auto":
+        return auto_shift(space.channels, resolution // space.downsampling)
+    return args.time_shift
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -351,7 +365,9 @@ def main(argv: list[str] | None = None) -> None:
         indices = GlobalBatchSampler(len(data), args.batch_size, seed=args.seed,
                                      accumulation=args.gradient_accumulation_steps,
                                      rank=accelerator.process_index, world_size=accelerator.num_processes)
-        settings = {**vars(args), "resolution": resolution, "cached_features": "require" if data.features else "off"}
+        shift = shift_of(args, space, resolution)
+        settings = {**vars(args), "resolution": resolution, "time_shift": shift,
+                    "cached_features": "require" if data.features else "off"}
         if args.model in MMDiT_models:
             _, settings["text_length"], _ = states_shape(args.text_encoder, args.text_length)
         else:
@@ -375,8 +391,8 @@ def main(argv: list[str] | None = None) -> None:
         run = disk.Run(start, args.max_train_steps, stop)
         about = {"args": settings, "latent_space": space.to_record(), "data": data.fingerprint,
                  "processes": accelerator.num_processes, "encoders": ids, **conditions.record()}
-        scored = replace(SCORED, seed=args.seed, path_type=args.path_type)
-        grid = replace(GRID, seed=args.seed, path_type=args.path_type, **conditions.published)
+        same = dict(seed=args.seed, path_type=args.path_type, time_shift=shift)
+        grid, scored = replace(GRID, **same, **conditions.published), replace(SCORED, **same)
         capture = partial(checkpoint.content, model, ema, optimizer, accelerator.scaler, about)
         with disk.open_folder(folder, run, settings, accelerator) as log:
             close = schedule(run, args, folder, log, capture, resolution, ema, codec, scoring, conditions, grid,
@@ -449,7 +465,7 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
 
 # What makes a run the same one. Every other setting may change on the way, and the change is printed.
 SAME_RUN = ("method", "align", "model", "enc_type", "encoder_depth", "projector_dim", "qk_norm", "path_type",
-            "weighting", "resolution", "num_classes", "batch_size", "seed")
+            "weighting", "time_shift", "resolution", "num_classes", "batch_size", "seed")
 
 
 def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace, fingerprint: str,
@@ -466,7 +482,7 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
     if state["data"] != fingerprint:
         raise UserError(f"{path}: trained on other files or labels than --data-dir {settings['data_dir']}; use its "
                         "data set, or another --exp-name")
-    before = {**state["args"], "processes": state.get("processes")}
+    before = {"time_shift": 1.0, **state["args"], "processes": state.get("processes")}
     if settings["init_weights"] not in (None, before.get("init_weights")):
         raise UserError(f"--init-weights {settings['init_weights']}: {path} has weights of its own; leave it "
                         "out, or use another --exp-name")
@@ -572,7 +588,8 @@ def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int,
     networks = [model, *(one for one in encoders if isinstance(one, Encoder))]
     compiled = args.compile and all([compile_parts(network) for network in networks])
     aligned = args.align if args.method == "reg" and args.align else "all"  # without a slot all tokens are patches
-    objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned, compile=compiled)
+    objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned, compile=compiled,
+                       time_shift=shift_of(args, space, resolution))
     # Fused: one kernel for all parameters, which can skip an update without asking the host (`step_if`).
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
@@ -741,7 +758,8 @@ def dry_run(args: argparse.Namespace) -> None:
             model(latents, torch.zeros(1), conditions.null(1), cls_token)
     parameters = sum(p.numel() for p in model.parameters())
     at_inference = parameters - sum(p.numel() for p in model.projectors.parameters())
-    settings = {**vars(args), "resolution": resolution, "latent_space": space.to_record()}
+    settings = {**vars(args), "resolution": resolution, "time_shift": shift_of(args, space, resolution),
+                "latent_space": space.to_record()}
     settings |= {} if args.model in MMDiT_models else {"num_classes": num_classes}
     say(json.dumps(settings, indent=2))
     say(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "

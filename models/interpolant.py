@@ -69,6 +69,16 @@ def get_path(path_type: str) -> Interpolant:
     return PATHS[path_type]
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t' = s t / (1 + (s - 1) t): times moved towards noise for s > 1 (SD3, arXiv 2403.03206, section 5.3.2)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def auto_shift(channels: int, side: int) -> float:
+    """s = sqrt(C H W / 4096): 1 for latents of 4x32x32, and more for larger ones, which need more noise."""
+    return math.sqrt(channels * side * side / 4096)
+
+
 def draw_t(uniform_or_lognormal: str, path_type: str, batch: int, device: torch.device) -> Tensor:
     """Draw t (B,) in [0, 1]: uniform, or lognormal, sigma / alpha = exp(N(0, 1)) (EDM, arXiv 2206.00364)."""
     if uniform_or_lognormal == "uniform":

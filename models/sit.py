@@ -280,5 +280,5 @@ SiT_models = {
     f"SiT-{size}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, encoder_depth=encoder_depth,
                                    patch_size=patch)
     for size, (depth, width, heads, encoder_depth) in SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in (1, 2, 4, 8)
 }

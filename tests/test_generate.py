@@ -135,7 +135,7 @@ CHANGES = {
     "weights": "model", "vae": "mse", "num_fid_samples": "3", "mode": "ode", "num_steps": "3", "cfg_scale": "1",
     "cls_cfg_scale": "0", "guidance_low": "0.5", "guidance_high": "0.5", "labels": "balanced", "classes": "2,1",
     "global_seed": "1", "per_proc_batch_size": "4", "precision": "bf16", "vae_precision": "bf16", "compile": None,
-    "path_type": "cosine"}
+    "path_type": "cosine", "time_shift": "2"}
 # Heun needs ode: tested below. Others only repeat what the checkpoint says, or are of captions.
 ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun", "encoder_depth", "resolution",
              "num_classes", "cls", "projector_embed_dims", "qk_norm", "fused_attn", "prompt", "prompts", "layout",

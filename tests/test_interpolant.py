@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.interpolant import PATHS, draw_t, get_path, widen
+from models.interpolant import PATHS, auto_shift, draw_t, get_path, shift_time, widen
 
 T = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 
@@ -66,3 +66,13 @@ def test_uniform_t():
     t = draw_t("uniform", "linear", 20_000, torch.device("cpu"))
     assert t.min() >= 0 and t.max() < 1
     assert abs(t.mean() - 0.5) < 4 * math.sqrt(1 / 12 / 20_000)
+
+
+def test_time_shift():
+    """The ends stay; s divides the odds of data, t' / (1 - t') = s t / (1 - t); 512 px of four channels have s = 2."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    shifted = shift_time(t, 3.0)
+    assert shifted[0] == 0 and shifted[-1] == 1
+    torch.testing.assert_close((shifted / (1 - shifted))[1:-1], 3 * (t / (1 - t))[1:-1])
+    assert torch.equal(shift_time(t, 1.0), t)
+    assert (auto_shift(4, 32), auto_shift(4, 64)) == (1, 2) and round(auto_shift(32, 16), 2) == 1.41

@@ -117,3 +117,20 @@ def test_losses_are_float32_under_autocast():
 def test_unknown_settings(wrong):
     with pytest.raises(ValueError, match=r"unknown"):
         SILoss(**wrong)
+
+
+def test_drawn_times_are_shifted_and_given_times_are_not():
+    seen = []
+
+    def model(x, t, y, cls_token=None):
+        seen.append(t)
+        return x, [], None
+
+    x = torch.zeros(4000, 1, 1, 1)
+    torch.manual_seed(0)
+    SILoss()(model, x, dict(y=None))
+    torch.manual_seed(0)
+    SILoss(time_shift=3.0)(model, x, dict(y=None))
+    torch.testing.assert_close(seen[1], 3 * seen[0] / (1 + 2 * seen[0]))
+    SILoss(time_shift=3.0)(model, x[:1], dict(y=None), time_input=torch.tensor([0.5]))
+    assert seen[2].tolist() == [0.5]

@@ -174,7 +174,8 @@ def test_image_depends_on_seed_and_index_alone():
 
 @pytest.mark.parametrize("change", [
     dict(mode="ode"), dict(mode="ode", heun=True), dict(num_steps=4), dict(cfg_scale=1.0), dict(cls_cfg_scale=0.0),
-    dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16")])
+    dict(guidance_high=0.3), dict(guidance_low=0.5), dict(path_type="cosine"), dict(precision="bf16"),
+    dict(time_shift=2.0)])
 def test_every_setting_changes_the_images(change):
     model = randomised(small()).eval()
     base = replace(HOW, mode="ode") if change.get("heun") else HOW
@@ -203,3 +204,17 @@ def test_samples_that_do_not_stay_finite_are_an_error_that_names_the_step(sample
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match=r"step 3 of 4 \(guidance scale 1e\+10"):
         sampler(Exploding(), noise, torch.tensor([0, 1]), num_steps=steps, cfg_scale=1e10)
+
+
+def test_shifted_times_keep_their_ends_and_solve_the_same_equation():
+    """dx/dt = x cos(3t) as above: other steps, the same solution; the last SDE time stays 0.04."""
+    exact = math.exp(-math.sin(3) / 3)
+    field = Field(lambda x, t, y: x * widen((3 * t).cos(), x))
+    latents, _ = euler_sampler(field, X, Y, num_steps=400, time_shift=2.0)
+    torch.testing.assert_close(latents, X * exact, rtol=0.02, atol=0)
+    u = 1 - torch.arange(400) / 400
+    torch.testing.assert_close(torch.tensor(field.times), 2 * u / (1 + u), rtol=0, atol=1e-6)
+    field.times.clear()
+    euler_maruyama_sampler(field, X, Y, num_steps=4, time_shift=3.0)
+    u = torch.tensor([1, 0.68, 0.36])
+    torch.testing.assert_close(torch.tensor(field.times), torch.cat([3 * u / (1 + 2 * u), torch.tensor([0.04])]))
