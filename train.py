@@ -367,7 +367,8 @@ def main(argv: list[str] | None = None) -> None:
                                      rank=accelerator.process_index, world_size=accelerator.num_processes)
         shift = shift_of(args, space, resolution)
         settings = {**vars(args), "resolution": resolution, "time_shift": shift,
-                    "cached_features": "require" if data.features else "off"}
+                    "cached_features": "require" if data.features else "off", "images": len(data),
+                    "processes": accelerator.num_processes, "hardware": hardware_of(accelerator.device)}
         if args.model in MMDiT_models:
             _, settings["text_length"], _ = states_shape(args.text_encoder, args.text_length)
         else:
@@ -376,8 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         ids = encoder_ids(args.enc_type, args.encoder_weights) if needs_encoder(args) else []
         resumed = disk.resumable(folder, args.resume, checkpoint.read)
         if resumed is not None:
-            require_same_run(*resumed, {**settings, "processes": accelerator.num_processes}, space, data.fingerprint,
-                             ids)
+            require_same_run(*resumed, settings, space, data.fingerprint, ids)
         with accelerator.local_main_process_first():              # one process downloads, the others find the cache
             encoders = open_encoders(args, space, resolution, accelerator.device, features=data.features)
             scoring = open_scoring(args, accelerator.device)
@@ -482,7 +482,7 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
     if state["data"] != fingerprint:
         raise UserError(f"{path}: trained on other files or labels than --data-dir {settings['data_dir']}; use its "
                         "data set, or another --exp-name")
-    before = {"time_shift": 1.0, **state["args"], "processes": state.get("processes")}
+    before = {"time_shift": 1.0, "processes": state.get("processes"), **state["args"]}
     if settings["init_weights"] not in (None, before.get("init_weights")):
         raise UserError(f"--init-weights {settings['init_weights']}: {path} has weights of its own; leave it "
                         "out, or use another --exp-name")
@@ -595,6 +595,11 @@ def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                                   weight_decay=args.adam_weight_decay, fused=True)
     return model, ema, objective, optimizer
+
+
+def hardware_of(device: torch.device) -> str:
+    """The device's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def memory_of(device: torch.device) -> int:

@@ -30,6 +30,9 @@ from runtime.samples import METRICS, read_settings
 # Flags of generate.py that take several values here.
 SWEPT = ("weights", "mode", "num_steps", "cfg_scale", *GUIDANCE, "labels", "num_fid_samples", "global_seed")
 
+# Samplings under a name of the field: 100 evaluations of the network, without guidance.
+PRESETS = {"nfe100": {"mode": "ode", "num_steps": "100", "cfg_scale": "1"}}
+
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This program's arguments, and the others, which go to generate.py unchanged."""
@@ -54,7 +57,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
                          help="distances in float16 as in papers, in float32, or neither score")
     scoring.add_argument("--clip", default=os.environ.get("CLIP") or None, metavar="NAME|FOLDER",
                          help="CLIP for the clip_score of a text experiment (default: $CLIP)")
-    return parser.parse_known_args(argv)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="nfe100: unguided, 100 Euler steps")
+    args, passed_on = parser.parse_known_args(argv)
+    for name, value in PRESETS.get(args.preset, {}).items():
+        if getattr(args, name) is not None:
+            parser.error(f"--preset {args.preset}: contradicts {flag(name)}; leave one of them out")
+        setattr(args, name, value)
+    return args, passed_on
 
 
 def flag(name: str) -> str:

@@ -9,22 +9,23 @@ import pytest
 from PIL import Image
 
 import train
+from evaluations.efficiency import crossing
 from runtime.messages import UserError
 from toy import compare
 from toy.compare import COMPARED, SCALES, read_curve, report, train_all, train_command
-from toy.summary import METHODS, steps_to, summarise, table
+from toy.summary import METHODS, summarise, table
 
 
 @pytest.mark.parametrize("target", [0.5, 3.0, 7.9])
 def test_steps_to_a_distance_are_exact_on_a_power_law(target):
     curve = {step: 80 * step**-0.4 for step in (250, 500, 1000, 3000, 400_000)}
-    assert steps_to(curve, target) == pytest.approx((80 / target) ** 2.5, rel=1e-9)
+    assert crossing(curve, target) == pytest.approx((80 / target) ** 2.5, rel=1e-9)
 
 
 @pytest.mark.parametrize(("distances", "target", "steps"),
                          [((8, 2, 4), 4, 2**0.5), ((8, 2, 4), 9, 1), ((8, 6, 5), 4, None), ((8, 6, 5), 5, 4)])
 def test_the_first_crossing_counts(distances, target, steps):
-    assert steps_to(dict(zip((1, 2, 4), distances, strict=True)), target) == (steps and pytest.approx(steps))
+    assert crossing(dict(zip((1, 2, 4), distances, strict=True)), target) == (steps and pytest.approx(steps))
 
 
 def falling(final: float) -> dict[int, float]:

@@ -3,7 +3,6 @@
 A curve is {step: Frechet distance} of one run; curves[method][seed] of all runs are scored at the same steps.
 """
 
-import math
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -11,6 +10,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
+
+from evaluations.efficiency import crossing
 
 
 class Method(NamedTuple):
@@ -32,20 +33,6 @@ METHODS = {
 TARGETS = ("sit", "repa")         # the others are timed until their final distance
 
 
-def steps_to(curve: dict[int, float], target: float) -> float | None:
-    """The first step at which the distance is down to `target`, or None.
-
-    Between scores the curve is a straight line in log-log coordinates. At `target` from the start: the first step.
-    """
-    points = sorted(curve.items())
-    if points[0][1] <= target:
-        return float(points[0][0])
-    for (step, distance), (next_step, next_distance) in zip(points[:-1], points[1:], strict=True):
-        if next_distance <= target:
-            return step * (next_step / step) ** (math.log(distance / target) / math.log(distance / next_distance))
-    return None
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Mean and sample standard deviation (0 of a single value)."""
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0}
@@ -65,7 +52,7 @@ def summarise(curves: dict[str, dict[int, dict[int, float]]]) -> dict:
                   for target, of_target in ends.items() if target != method}
         found[method] = {
             "distance": {step: spread([run[step] for run in runs.values()]) for step in steps},
-            "steps_to": {target: [steps_to(*pair) for pair in pairs] for target, pairs in paired.items() if pairs},
+            "steps_to": {target: [crossing(*pair) for pair in pairs] for target, pairs in paired.items() if pairs},
             "over_sit": spread([run[steps[-1]] / end for run, end in paired["sit"]]) if paired.get("sit") else None,
         }
     return found
