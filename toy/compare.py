@@ -44,7 +44,7 @@ SCALES = {
         "--eval-samples": 2048, "--mixed-precision": "bf16", "--num-workers": 12, "--projector-dim": 1024},
 }
 DATA = {"cpu": ("data/toy", 8192), "gpu": ("data/toy64", 32768)}          # folder, training images
-COMPARED = {"cpu": ("sit", "repa", "reg"), "gpu": tuple(METHODS)}
+COMPARED = {"cpu": ("sit", "repa", "reg", "class-token"), "gpu": tuple(METHODS)}
 
 
 def train_command(flags: dict, method: str, seed: int) -> list[str]:
