@@ -69,7 +69,7 @@ def test_results_come_from_the_metrics_of_finished_runs(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["curves"]["reg"]["1"] == {"100": 6.0, "200": pytest.approx(3 * 2**0.5), "400": 3.0}
     assert results["summary"]["reg"]["steps_to"]["sit"] == [pytest.approx(225)]
-    assert len(results["not_run"]) == 7 and "repa-seed0" in results["not_run"] and "REPA" not in text
+    assert len(results["not_run"]) == 10 and "repa-seed0" in results["not_run"] and "REPA" not in text
     assert (tmp_path / "tables.md").read_text() == text and "Not run: sit-seed0" in text
     for name in ("convergence.png", "samples.png"):
         assert Image.open(tmp_path / name).size[0] > 300
