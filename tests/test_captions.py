@@ -371,16 +371,14 @@ def member(name: str, data: bytes = b"words", kind: bytes = tarfile.REGTYPE, lin
 BAD_TARS = {"absolute": [member("/a.png")], "above": [member("a/../../b.png")], "a backslash": [member("a\\b.png")],
             "a link": [member("a.png", b"", tarfile.SYMTYPE, "/etc/passwd")],
             "a hard link": [member("a.png"), member("b.png", b"", tarfile.LNKTYPE, "a.png")],
-            "a pipe": [member("a.png", b"", tarfile.FIFOTYPE)],
-            "a folder before itself": [member("a", b"", tarfile.DIRTYPE)], "two": [member("a.png"), member("./a.png")]}
+            "a pipe": [member("a.png", b"", tarfile.FIFOTYPE)], "two": [member("a.png"), member("./a.png")]}
 
 
 @pytest.mark.parametrize("members", BAD_TARS.values(), ids=BAD_TARS)
 def test_hostile_tars_are_refused(tmp_path, members, refused):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for info, data in members:
-            info.pax_headers = {"size": "-1024"} if info.isdir() else {}          # the next file is this one
-            archive.addfile(info, data)
+        for one in members:
+            archive.addfile(*one)
     with pytest.raises(UserError, match=r"a\.tar: [^\n]*$"):
         open_source(tmp_path / "a.tar").names()
     (tmp_path / "tars").mkdir()
