@@ -326,7 +326,7 @@ def test_captions_beside_pictures_in_folders_zips_and_tars(photos, tmp_path, kin
     convert(photos, tmp_path / "expected")
     for name in PICTURES:
         fill(photos, beside(name))
-    fill(photos, {"a/p1.json": b'{"key": "not read, .txt comes first"}', "a/notes.txt": b"of no picture"})
+    fill(photos, {"a/p1.json": b'{"caption": "not read, .txt comes first"}', "a/notes.txt": b"of no picture"})
     capsys.readouterr()
     source = pack(photos, kind)
     convert(source, tmp_path / "images", "--workers=2")
@@ -444,6 +444,7 @@ def test_captions_added_later_change_nothing_but_captions(captioned, tmp_path, v
     main(["captions", f"--source={tmp_path / 'plain'}", f"--captions={prepared_keys(tmp_path)}"])
     for kind, files in before.items():
         after = contents(tmp_path / "plain" / kind)
+        assert "captions" in np.load(catalogue_file(tmp_path / "plain" / kind)).files
         captions = json.loads(after["dataset.json"]).pop("captions")
         assert list(captions.values()) == [WORDS[name] for name in sorted(PICTURES)]
         assert json.loads(after["dataset.json"]) == {**json.loads(files["dataset.json"]), "captions": captions}
