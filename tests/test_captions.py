@@ -102,7 +102,7 @@ def test_the_fingerprint_depends_on_captions_and_not_on_labels(tmp_path):
     assert everything(data)[1] == found != labels
     caption(data, "vae-sd", [*CAPTIONS[:-1], ["the lest"]])
     assert everything(data)[1] != found
-    caption(data, "vae-sd", [["a red disc", "two dogs"], ["dogs in the snow"], *CAPTIONS[2:]])
+    caption(data, "vae-sd", [["a red disct"], ["wo dogs", "dogs in the snow"], *CAPTIONS[2:]])      # the same letters
     assert everything(data)[1] != found
 
 
@@ -153,7 +153,8 @@ def test_captions_that_cannot_be_used_are_one_sentence(tmp_path, captions, word,
 
 HOSTILE = {"no ends": {"caption_ends": None}, "too few": {"caption_ends": lambda ends: ends[:-1]},
            "an empty entry": {"caption_ends": lambda ends: np.r_[ends[:2], ends[1], ends[3:]]},
-           "beyond the text": {"caption_ends": lambda ends: ends + 1},
+           "beyond the text": {"caption_ends": lambda ends: np.r_[ends[:-1], ends[-1] + 9]},
+           "less than the text": {"caption_ends": lambda ends: np.r_[ends[:-1], ends[-1] - 1]},
            "unsorted": {"caption_ends": lambda ends: ends[::-1]},
            "inside of a letter": {"caption_ends": lambda ends: np.r_[ends[:2], ends[2] - 1, ends[3:]]},
            "no UTF-8": {"captions": lambda text: text | 0x80}, "numbers": {"captions": lambda text: text.astype(int)},
@@ -325,7 +326,7 @@ def test_captions_beside_pictures_in_folders_zips_and_tars(photos, tmp_path, kin
     convert(photos, tmp_path / "expected")
     for name in PICTURES:
         fill(photos, beside(name))
-    fill(photos, {"a/p1.json": b'{"key": "not read, .txt comes first"}', "a/notes.txt": b"of no picture"})
+    fill(photos, {"a/p1.json": b'{"caption": "not read, .txt comes first"}', "a/notes.txt": b"of no picture"})
     capsys.readouterr()
     source = pack(photos, kind)
     convert(source, tmp_path / "images", "--workers=2")
@@ -378,10 +379,11 @@ def test_hostile_tars_are_refused(tmp_path, members, refused):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for one in members:
             archive.addfile(*one)
-    assert "a.tar" in refused(convert, tmp_path / "a.tar", tmp_path / "images")
+    with pytest.raises(UserError, match=r"a\.tar: [^\n]*$"):
+        open_source(tmp_path / "a.tar").names()
     (tmp_path / "tars").mkdir()
     (tmp_path / "a.tar").rename(tmp_path / "tars/a.tar")
-    refused(convert, tmp_path / "tars", tmp_path / "images")
+    assert "tars" in refused(convert, tmp_path / "tars", tmp_path / "images")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-10_000], lambda data: data[:700], lambda data: b"",
@@ -442,6 +444,7 @@ def test_captions_added_later_change_nothing_but_captions(captioned, tmp_path, v
     main(["captions", f"--source={tmp_path / 'plain'}", f"--captions={prepared_keys(tmp_path)}"])
     for kind, files in before.items():
         after = contents(tmp_path / "plain" / kind)
+        assert "captions" in np.load(catalogue_file(tmp_path / "plain" / kind)).files
         captions = json.loads(after["dataset.json"]).pop("captions")
         assert list(captions.values()) == [WORDS[name] for name in sorted(PICTURES)]
         assert json.loads(after["dataset.json"]) == {**json.loads(files["dataset.json"]), "captions": captions}
