@@ -33,8 +33,11 @@ def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None =
     """
     if captions is None:
         return to_pil_image(make_grid(images, nrow=columns))
+    from matplotlib import get_data_path  # slow to import
+
     count, _, height, width = images.shape
-    scale, font = -(-SIDE // width), ImageFont.load_default(size=SIZE)
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", SIZE)  # Pillow's own has no accents
+    scale = -(-SIDE // width)
     height, width = scale * height, scale * width
     texts = [wrap(caption, width, font) for caption in captions]
     row = height + max(map(len, texts)) * (SIZE + 2) + 2 * MARGIN
