@@ -85,11 +85,19 @@ def test_an_entry_has_its_captions_with_and_without_catalogues(tmp_path, holders
     assert "captions" not in write_catalogue(stores(data)["vae-sd"], (b".npy",)).metadata
 
 
-def test_captions_of_the_moments_are_taken_first_and_white_space_collapsed(tmp_path):
+def test_white_space_in_captions_is_collapsed(tmp_path):
     data = write_data(tmp_path)
-    caption(data, "images", [["other"]] * COUNT)
     caption(data, "vae-sd", [[" a\tred\n\n disc "]] * COUNT)
     assert everything(data)[0] == ["a red disc"] * COUNT
+
+
+def test_other_captions_in_images_than_in_moments_are_refused(tmp_path):
+    data = write_data(tmp_path)
+    caption(data, "vae-sd", [["a disc"]] * COUNT)
+    caption(data, "images", [["a disc"]] * COUNT)
+    assert everything(data)[0] == ["a disc"] * COUNT
+    caption(data, "images", [*[["a disc"]] * (COUNT - 1), ["a dish"]])
+    assert "other captions" in refuse(LatentDataset, data, captions=True)
 
 
 def test_the_fingerprint_depends_on_captions_and_not_on_labels(tmp_path):
@@ -345,7 +353,7 @@ def test_json_without_captions_and_tars_of_classes_are_what_they_were(photos, tm
 
 
 @pytest.mark.parametrize(("files", "word"), [
-    ({"a/p1.txt": b"words"}, "a/p3.jpg"), ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
+    ({f"{stem(name)}.txt": b"words" for name in PICTURES if name != "a/p3.jpg"}, "a/p3.jpg"), ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
     ({"a/p1.json": b'{"text": [""]}'}, "a/p1.json")])
 def test_every_picture_needs_a_caption_beside_it(photos, tmp_path, refused, files, word):
     fill(photos, files)
@@ -524,3 +532,16 @@ def test_long_words_and_control_characters_are_drawn_within_the_width():
         grid = np.array(grid_of(images, 2, [text, ""]).convert("L"))
         below = grid[128 + 8:]
         assert (below[:, :132] < 128).any() and (below[:, 136:] > 200).all() and len(below) < 10 * 14
+
+
+def test_stray_text_files_in_class_folders_are_passed_over(tmp_path, capsys):
+    """A source with classes stays one with classes."""
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "raw" / name)
+    (tmp_path / "raw/a/1.txt").write_text("a stray note")
+    main(["convert", "--source", str(tmp_path / "raw"), "--dest", str(tmp_path / "images"),
+          "--resolution", "8", "--workers", "0"])
+    record = json.loads((tmp_path / "images/dataset.json").read_text())
+    assert [label for _, label in record["labels"]] == [0, 0, 1] and "captions" not in record
+    assert "1.txt" in capsys.readouterr().err
