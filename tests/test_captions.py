@@ -97,7 +97,7 @@ def test_other_captions_in_images_than_in_moments_are_refused(tmp_path):
     caption(data, "images", [["a disc"]] * COUNT)
     assert everything(data)[0] == ["a disc"] * COUNT
     caption(data, "images", [*[["a disc"]] * (COUNT - 1), ["a dish"]])
-    assert "other captions" in refuse(LatentDataset, data, captions=True)
+    refuse("other captions", data, captions=True)
 
 
 def test_the_fingerprint_depends_on_captions_and_not_on_labels(tmp_path):
@@ -353,7 +353,8 @@ def test_json_without_captions_and_tars_of_classes_are_what_they_were(photos, tm
 
 
 @pytest.mark.parametrize(("files", "word"), [
-    ({f"{stem(name)}.txt": b"words" for name in PICTURES if name != "a/p3.jpg"}, "a/p3.jpg"), ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
+    ({f"{stem(name)}.txt": b"words" for name in PICTURES if name != "a/p3.jpg"}, "a/p3.jpg"),
+    ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
     ({"a/p1.json": b'{"text": [""]}'}, "a/p1.json")])
 def test_every_picture_needs_a_caption_beside_it(photos, tmp_path, refused, files, word):
     fill(photos, files)
