@@ -131,7 +131,11 @@ class LatentDataset(torch.utils.data.Dataset):
         return None if found is None else open_store(found)
 
     def _find_captions(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> Captions:
-        found = moments.captions or (images and images.captions)
+        found, other = moments.captions, images and images.captions
+        if found is not None and other is not None and not found.equal(other):
+            raise UserError(f"{self.images.where(METADATA)}: other captions than {self.moments.where(METADATA)}; add "
+                            "them again with `preprocessing.dataset_tools captions`")
+        found = found if found is not None else other
         if found is None and images is None and (store := self._unread_images(data_dir)) is not None:
             found = read_captions(store, self.keys)
         if found is None:

@@ -23,10 +23,11 @@ from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
 from models.interpolant import PATHS
-from models.mmdit import MMDiT, MMDiT_models
+from models.mmdit import MMDiT
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, positive, share
+from runtime.catalogue import tidy
 from runtime.files import UNREADABLE, sha256
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
@@ -45,7 +46,8 @@ RELEASED_FLAGS = {
     "tf32": "give --precision tf32",
 }
 PROMPTS = ("prompt", "prompts", "captions_from")              # where captions are from: one of them
-LABEL_FLAGS, CAPTION_FLAGS = ("labels", "classes"), (*PROMPTS, "captions", "layout", "text_encoder")
+LABEL_FLAGS = ("labels", "classes")
+CAPTION_FLAGS = (*PROMPTS, "captions", "samples_per_prompt", "layout", "text_encoder")
 LONGEST_NAME = 200           # bytes of a folder's name
 DECIDING = ("checkpoint_sha256", "weights", "vae", "vae_precision", "sampling", "compiled", "num_images",
             "per_proc_batch_size")        # the settings that decide an image
@@ -93,7 +95,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                       help="prepared data set whose captions are taken; None: that of training")
     text.add_argument("--captions", choices=("in-order", "random"),
                       help="None: in their order; or drawn from (SEED, i)")
-    text.add_argument("--samples-per-prompt", type=at_least(1), default=1, metavar="N", help="images of one prompt")
+    text.add_argument("--samples-per-prompt", type=at_least(1), metavar="N", help="images of one prompt; None: 1")
     text.add_argument("--layout", choices=("geneval",),
                       help="also write GenEval's folders; --prompts is its file of prompts")
     text.add_argument("--text-encoder", metavar="NAME|FOLDER", help="None: the checkpoint's")
@@ -131,8 +133,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     sources = [f"--{name.replace('_', '-')}" for name in PROMPTS if getattr(args, name) is not None]
     if len(sources) > 1:
         parser.error(f"{sources[0]}: contradicts {sources[1]}; give one of them")
-    if args.layout and (args.prompts is None or args.num_fid_samples is not None):
-        parser.error(f"--layout {args.layout}: needs --prompts, GenEval's file, and no --num-fid-samples")
+    if args.layout and (args.prompts is None or args.num_fid_samples is not None or args.captions == "random"):
+        parser.error(f"--layout {args.layout}: needs --prompts, GenEval's file, in order and without --num-fid-samples")
     return args
 
 
@@ -204,20 +206,19 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
     Raises UserError if there are none, or a line of JSONL has none.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UNREADABLE as error:
         raise UserError(f"--prompts {path}: cannot be read ({error}); give a text file with a prompt on each line"
                         ) from error
     if not lines:
         raise UserError(f"--prompts {path}: is empty; give a file with a prompt on each line")
-    if not lines[0].startswith("{"):
-        return lines, lines
-    prompts = []
+    prompts, as_json = [], lines[0].startswith("{")
     for number, line in enumerate(lines, 1):
         try:
-            prompts.append(" ".join(json.loads(line)["prompt"].split()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            text = json.loads(line)["prompt"] if as_json else line
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'--prompts {path}: line {number} is no JSON object with "prompt"; correct it') from error
+        prompts += tidy([text], f"--prompts {path}: line {number}")
     return prompts, lines
 
 
@@ -226,31 +227,34 @@ def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0) -
 
     Raises UserError if the prompts or captions cannot be read.
     """
-    if "text" not in state and args.model not in MMDiT_models:
+    if not checkpoint.has_captions(state, args.model):
         seen = state.get("classes")
         return ClassLabels(num_classes, args.labels or "random", args.classes, seen and tuple(seen))
     if args.prompts is not None:
-        prompts, _ = read_prompts(args.prompts)
+        prompts, lines = read_prompts(args.prompts)
+        if args.layout and not lines[0].startswith("{"):
+            raise UserError(f"--prompts {args.prompts}: holds no JSON; --layout {args.layout} needs GenEval's file")
     elif args.prompt is not None:
-        prompts = [" ".join(text.split()) for text in args.prompt]
+        prompts = ["" if not text.strip() else tidy(text, "--prompt")[0] for text in args.prompt]
     else:
         source = args.captions_from or (state.get("args") or {}).get("data_dir")
         if source is None:
             raise UserError("the checkpoint does not tell its data set; give --prompt, --prompts or --captions-from")
         prompts = find_captions(source)
-    return Captions(prompts, None, None, args.captions or "in-order", args.samples_per_prompt)
+    source = state["text"]["sha256"] if "text" in state else args.text_encoder or DEFAULT
+    return Captions(prompts, None, None, args.captions or "in-order", args.samples_per_prompt or 1, source)
 
 
-def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, compiled: bool) -> dict:
+def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, compiled: bool,
+                conditions: Conditions) -> dict:
     """What makes the images, for settings.json: the flags with what the checkpoint says. `digest`: SHA-256 of its file.
 
-    Raises UserError if the checkpoint was trained on an unknown path, or its captions cannot be read.
+    Raises UserError if the checkpoint was trained on an unknown path.
     """
     path_type = (state.get("args") or {}).get("path_type") or args.path_type or "linear"
     if path_type not in PATHS:
         raise UserError(f"{path}: trained on the path {path_type!r}, expected {' or '.join(PATHS)}; use another file")
     vae = args.vae or latent_space(state).decoder
-    conditions = conditions_of(args, state)
     guided = {name: value if getattr(args, name) is None else getattr(args, name)
               for name, value in conditions.published.items()}
     if args.guidance_low > guided["guidance_high"]:
@@ -341,13 +345,13 @@ def open_decoder(vae: str, device: torch.device, precision: str, compiled: bool)
 
 
 def make_conditions_ready(conditions: Conditions, name: str | None, recorded: dict | None, path: Path,
-                          device: torch.device) -> Conditions:
+                          model: Network, device: torch.device) -> Conditions:
     """Conditions on the device; captions with the text encoder `name` or that which the checkpoint `path` recorded."""
     if isinstance(conditions, ClassLabels):
         return replace(conditions, device=device)
     name = name or (recorded or {}).get("encoder", DEFAULT)       # a released file tells none
-    return open_captions(conditions.prompts, name, None, device, recorded, path, order=conditions.order,
-                         per_prompt=conditions.per_prompt)
+    return open_captions(conditions.prompts, name, None, device, recorded, path, model.context_dim,
+                         order=conditions.order, per_prompt=conditions.per_prompt)
 
 
 def make_blocks(folder: SampleFolder, blocks: list[range], model: Network, codec: Codec, how: Sampling,
@@ -378,9 +382,10 @@ def main(argv=None) -> None:
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     compiled = make_ready(model, device, args.precision, compiled)
     require_same_everywhere(compiled)
-    settings = settings_of(args, path, state, digest, compiled)
+    conditions = conditions_of(args, state, getattr(model, "num_classes", 0))
+    settings = settings_of(args, path, state, digest, compiled, conditions)
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread"
-    how, conditions = sampling_of(settings), conditions_of(args, state, getattr(model, "num_classes", 0))
+    how = sampling_of(settings)
     side = model.input_size * space.downsampling
     parts = {"class_tokens": np.dtype((np.float32, (model.cls_token_dim,)))} if args.save_cls_tokens else {}
     parts["images"] = np.dtype((np.uint8, (side, side, 3)))
@@ -396,7 +401,7 @@ def main(argv=None) -> None:
     else:
         with world.local_main_process_first():                    # one process downloads, the others find the cache
             codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
-            ready = make_conditions_ready(conditions, args.text_encoder, state.get("text"), path, device)
+            ready = make_conditions_ready(conditions, args.text_encoder, state.get("text"), path, model, device)
         silent = "" if "latent_space" in state else ", which names no VAE and so counts as Stable Diffusion's,"
         space.require_same(codec.space, f"the checkpoint{silent}", "the decoder")
         done = len(folder.blocks) - len(missing)
@@ -413,9 +418,7 @@ def main(argv=None) -> None:
         if first:
             folder.finish([conditions.draw(i, image_rng(how.seed, i)) for i in range(folder.count)])
     if first:
-        folder.export()
-        if args.layout:
-            folder.export_geneval(read_prompts(args.prompts)[1], args.samples_per_prompt)
+        folder.export((read_prompts(args.prompts)[1], conditions.per_prompt) if args.layout else None)
     world.wait_for_everyone()
     say(str(folder.npz()[0]))
 

@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.local_main_process_first():              # one process downloads, the others find the cache
             encoders = open_encoders(args, space, resolution, accelerator.device, features=data.features)
             scoring = open_scoring(args, accelerator.device)
-            conditions = open_conditions(args, data, resumed, accelerator.device)
+            conditions = open_conditions(args, data, settings["text_length"], resumed, accelerator.device)
             codec = open_codec(args, space, accelerator)
         model, ema, objective, optimizer = open_networks(args, space, resolution, conditions, encoders,
                                                          accelerator.device)
@@ -465,7 +465,7 @@ def open_accelerator(args: argparse.Namespace) -> Accelerator:
 
 # What makes a run the same one. Every other setting may change on the way, and the change is printed.
 SAME_RUN = ("method", "align", "model", "enc_type", "encoder_depth", "projector_dim", "qk_norm", "path_type",
-            "weighting", "time_shift", "resolution", "num_classes", "batch_size", "seed")
+            "weighting", "time_shift", "resolution", "num_classes", "text_length", "batch_size", "seed")
 
 
 def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace, fingerprint: str,
@@ -538,14 +538,14 @@ def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageS
     return reference, extractor
 
 
-def open_conditions(args: argparse.Namespace, data: LatentDataset, resumed: tuple[Path, dict] | None,
-                    device: torch.device) -> Conditions:
-    """Class labels, or captions with their text encoder: that of the resumed checkpoint."""
+def open_conditions(args: argparse.Namespace, data: LatentDataset, length: int | None,
+                    resumed: tuple[Path, dict] | None, device: torch.device) -> Conditions:
+    """Class labels, or captions of `length` tokens with their text encoder: that of the resumed checkpoint."""
     if args.model not in MMDiT_models:
         seen = tuple(data.classes_seen.tolist()) if len(data.classes_seen) < data.num_classes else None
         return ClassLabels(data.num_classes, seen=seen, device=device)
     path, recorded = (None, None) if resumed is None else (resumed[0], resumed[1].get("text"))
-    return open_captions(data.captions, args.text_encoder, args.text_length, device, recorded, path)
+    return open_captions(data.captions, args.text_encoder, length, device, recorded, path)
 
 
 def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, conditions: Conditions,

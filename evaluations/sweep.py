@@ -20,6 +20,7 @@ import torch
 import generate
 from evaluations import evaluator
 from evaluations.report import GUIDANCE, read_result, write_report
+from models.checkpoint import has_captions
 from runtime.arguments import Parser
 from runtime.files import sha256
 from runtime.launch import is_first_node, launch
@@ -113,7 +114,8 @@ def samples_of(args: argparse.Namespace, path: Path, state: dict, digest: str) -
     """The folder that generate.py has filled with these flags. Only that process knows whether the compiler worked."""
     asked = torch.cuda.is_available() if args.compile is None else args.compile
     for compiled in (asked, not asked):
-        settings = generate.settings_of(args, path, state, digest, compiled)
+        conditions = generate.conditions_of(args, state)
+        settings = generate.settings_of(args, path, state, digest, compiled, conditions)
         folder = generate.folder_of(args.sample_dir, settings)
         if generate.is_same(read_settings(folder), settings):
             return folder
@@ -183,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         scoring = Scoring(**{name: getattr(args, name) for name in Scoring.__dataclass_fields__})
         for path, *_ in work if scoring.clip or "clip_score" in (scoring.metrics or "") else ():
-            if "text" not in read(path)[0] and "MMDiT" not in str(parsed[0].model):
+            if not has_captions(read(path)[0], parsed[0].model):
                 raise UserError(f"{path}: trained on class labels, without captions; leave --clip and clip_score out")
         evaluator.main([*flags(vars(scoring)), "--device", "cpu", "--dry-run"])           # likewise, before sampling
 

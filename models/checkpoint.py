@@ -7,7 +7,7 @@ A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ou
     data           fingerprint of the data set's keys and labels
     encoders       what identifies the encoders (models.encoders.encoder_ids); older checkpoints lack it
     classes        the classes that have images, if not all have
-    text           of captions: the text encoder's name, its length L and width W, and the null states (L, W)
+    text           of captions: the text encoder's name and sha256, its length L and width W, and the null states (L, W)
     processes      number of processes that trained it
 
     python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
@@ -48,7 +48,8 @@ KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "process
          "scaler": dict | None}
 LARGEST = MAX_CLASSES                # of any number in an architecture
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
-PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "init_weights", "resume")
+PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "text_encoder",
+           "init_weights", "resume")
 NULL = "text.null"                   # the null states' name among exported weights
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
 RELEASED_NAMES = {"cls_projectors2.": "cls_embedder.", "wg_norm.": "cls_norm."}
@@ -77,8 +78,11 @@ def read(path: str | Path, mmap: bool = True) -> dict:
         _require_architecture(path, state["architecture"])
     if "latent_space" in state:
         LatentSpace.from_record(state["latent_space"], str(path))
-    if "text" in state:
+    captions, width = "text" in state, state.get("architecture", {}).get("context_dim")
+    if captions:
         _require_text(path, state["text"])
+    if "architecture" in state and (captions != has_captions(state) or captions and state["text"]["width"] != width):
+        raise Damaged(f"{path}: its network and its text encoder do not fit; use another file")
     return state
 
 
@@ -94,9 +98,15 @@ def _as_json(value: object) -> str | int | float | bool | None:
 def _require_text(path: Path, found: dict) -> None:
     """Raise Damaged unless this names a text encoder and holds the states of its empty caption."""
     null, shape = found.get("null"), (found.get("length"), found.get("width"))
-    if not (isinstance(found.get("encoder"), str) and isinstance(null, torch.Tensor) and null.shape == shape):
+    named = all(isinstance(found.get(name), str) for name in ("encoder", "sha256"))
+    if not (named and isinstance(null, torch.Tensor) and null.ndim == 2 and null.shape == shape):
         raise Damaged(f"{path}: does not describe its text encoder; use another file")
     plain_weights({"null": null})
+
+
+def has_captions(state: dict, model_name: str | None = None) -> bool:
+    """Whether a checkpoint is of captions; `model_name` counts where it does not describe its architecture."""
+    return "context_dim" in state["architecture"] if "architecture" in state else model_name in MMDiT_models
 
 
 def _network_of(names: dict) -> type[Network]:
@@ -339,6 +349,8 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if "text" in state:
         about["text"] = {name: value for name, value in state["text"].items() if name != "null"}
+        if Path(about["text"]["encoder"]).is_absolute():          # a folder of this machine
+            about["text"]["encoder"] = Path(about["text"]["encoder"]).name
         weights[NULL] = state["text"]["null"].contiguous()
     data = serialised(weights, {"reg": json.dumps(about, default=str)})
     write_whole(out, lambda partial: partial.write_bytes(data))   # save_file would make it readable for its owner alone

@@ -20,8 +20,6 @@ import torch
 from models.text import TextEncoder
 from runtime.messages import UserError
 
-SAME_STATES = 0.05           # relative distance of the null states of one encoder: bf16 and other kernels give 0.01
-
 
 @dataclass(frozen=True)
 class ClassLabels:
@@ -78,6 +76,7 @@ class Captions:
     null_states: torch.Tensor | None         # (L, W), of the empty caption
     order: str = "random"                    # random: uniform from (seed, i) · in-order: image i shows prompt i
     per_prompt: int = 1                      # images of one prompt, in a row
+    source: str | None = None                # the text encoder's SHA-256, or its name where no checkpoint recorded it
 
     argument: ClassVar[str] = "context"
     published: ClassVar[dict] = {"cfg_scale": 2.0, "guidance_high": 1.0}      # REPA's for COCO
@@ -115,11 +114,11 @@ class Captions:
     def settings(self) -> dict:
         digest = hashlib.sha256("\0".join(self.prompts).encode(errors="surrogateescape")).hexdigest()
         return {"captions": self.order, "prompts": len(self.prompts), "prompts_sha256": digest,
-                "samples_per_prompt": self.per_prompt}
+                "samples_per_prompt": self.per_prompt, "text_encoder": self.source}
 
     def record(self) -> dict:
         length, width = self.null_states.shape
-        return {"text": {"encoder": self.encoder.name, "length": length, "width": width,
+        return {"text": {"encoder": self.encoder.name, "sha256": self.encoder.sha256, "length": length, "width": width,
                          "null": self.null_states.cpu()}}
 
     def __str__(self) -> str:
@@ -130,20 +129,20 @@ Conditions = ClassLabels | Captions
 
 
 def open_captions(prompts: Sequence[str], name: str, length: int | None, device: torch.device, recorded: dict | None,
-                  path: Path | None = None, **how) -> Captions:
+                  path: Path | None = None, width: int | None = None, **how) -> Captions:
     """Captions with the text encoder `name`; `recorded`: what the checkpoint `path` says of its own, if there is one.
 
-    Raises UserError if the encoder cannot be loaded, or is not the one recorded.
+    Raises UserError if the encoder cannot be loaded, is not the one recorded, or does not give states of `width`.
     """
-    encoder = TextEncoder(name, device, length or (recorded or {}).get("length"))
-    null = encoder.states([""])[0]                                                        # (L, W)
-    if recorded is not None:
-        before = recorded["null"].to(null)
-        if before.shape != null.shape:
-            raise UserError(f"--text-encoder {name}: gives {len(null)} states of width {encoder.width}, {path} was "
-                            f"trained with {recorded['length']} of {recorded['width']}; use its own text encoder")
-        if (before - null).norm() > SAME_STATES * before.norm():
-            raise UserError(f"--text-encoder {name}: other weights or another tokenizer than {path} was trained with; "
-                            "use its own text encoder")
-        null = before
-    return Captions(prompts, encoder, null, **how)
+    recorded = recorded or {}
+    encoder = TextEncoder(name, device, length or recorded.get("length"))
+    found = {"length": encoder.length, "width": encoder.width, "sha256": encoder.sha256}
+    expected = found | {"width": width or encoder.width} | {name: recorded[name] for name in found.keys() & recorded}
+    if (encoder.length, encoder.width) != (expected["length"], expected["width"]):
+        raise UserError(f"--text-encoder {name}: gives {encoder.length} states of width {encoder.width}, {path} was "
+                        f"trained with {expected['length']} of {expected['width']}; use its own text encoder")
+    if encoder.sha256 != expected["sha256"]:
+        raise UserError(f"--text-encoder {name}: other weights or another vocabulary than {path} was trained with; use "
+                        "its own text encoder")
+    null = recorded["null"].to(device) if recorded else encoder.states([""])[0]           # (L, W)
+    return Captions(prompts, encoder, null, source=encoder.sha256, **how)

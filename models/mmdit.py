@@ -48,6 +48,7 @@ class MMDiT(nn.Module):
         if input_size % patch_size:
             raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
                             f"{patch_size}: use a smaller patch")
+        assert hidden_size % num_heads == 0, "the width must be a multiple of the number of heads"
         if z_dims and not 1 <= encoder_depth <= depth:
             raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
         # What rebuilds this model; it travels in the checkpoint.
@@ -138,14 +139,16 @@ def rename_released(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     shift).
     """
     found = {}
-    last = max((int(name.split(".")[1]) for name in weights if name.startswith("joint_blocks.")), default=None)
+    matches = {name: re.fullmatch(r"joint_blocks\.(\d{1,4})\.((x_block|context_block)\..+)\.(weight|bias)", name)
+               for name in weights}
+    last = max((int(match[1]) for match in matches.values() if match), default=None)
     for name, weight in weights.items():
-        match = re.fullmatch(r"joint_blocks\.(\d+)\.((x_block|context_block)\..+)\.(weight|bias)", name)
-        if match is None:
+        match = matches[name]
+        if match is None or not weight.ndim:
             found[name] = weight
             continue
         number, inside, stream, kind = match.groups()
-        if inside.endswith("attn.qkv"):
+        if inside.endswith("attn.qkv") and len(weight) % 3 == 0:
             for part, third in zip(_QKV[stream], weight.chunk(3), strict=True):           # (D, D) or (D,) each
                 found[f"blocks.{number}.{part}.{kind}"] = third
             continue

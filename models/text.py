@@ -4,8 +4,13 @@ CLIP's text tower gives its last hidden states after the final norm, as in Stabl
 Padding is attended by MMDiT: the states always have the encoder's length.
 """
 
+import hashlib
+import json
+
+import numpy as np
 import torch
 
+from models.encoders import sha256_of_parameters
 from runtime.messages import UserError, notice
 
 DEFAULT = "openai/clip-vit-large-patch14"
@@ -66,7 +71,8 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
 class TextEncoder:
     """A frozen text encoder on its device.
 
-    Attributes: `name`, hub id or folder; `length` L, tokens per caption; `width` W of a state.
+    Attributes: `name`, hub id or folder; `length` L, tokens per caption; `width` W of a state; `sha256` of weights
+    and vocabulary.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", length: int | None = None):
@@ -79,15 +85,28 @@ class TextEncoder:
         self.masked, self.truncated = kind in T5_FAMILY, False
         network = f"{kind.upper()}EncoderModel" if self.masked else "CLIPTextModel"
         self.tokenizer, self.network = load_pretrained(name, "--text-encoder", "AutoTokenizer", network)
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        self.sha256 = hashlib.sha256(f"{sha256_of_parameters(self.network)} {vocabulary}".encode()).hexdigest()
         self.network.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> torch.Tensor:
         """Captions (n) -> states (n, L, W), float32 on the device. Says once that captions are cut to L tokens."""
-        if not self.truncated and any(len(ids) > self.length for ids in self.tokenizer(captions).input_ids):
+        ids = self.tokenizer(captions).input_ids                  # with the end token
+        if not self.truncated and max(map(len, ids)) > self.length:
             self.truncated = True
             notice(f"captions of more than {self.length} tokens are cut to what {self.name} reads")
-        tokens = self.tokenizer(captions, padding="max_length", max_length=self.length, truncation=True,
-                                return_tensors="pt").to(self.network.device)                 # (n, L) each
-        mask = {"attention_mask": tokens.attention_mask} if self.masked else {}
-        return self.network(input_ids=tokens.input_ids, **mask).last_hidden_state.float()    # (n, L, W)
+        tokens = np.full((len(ids), self.length), self.tokenizer.pad_token_id)                # (n, L)
+        for row, one in zip(tokens, ids, strict=True):
+            kept = one if len(one) <= self.length else [*one[:self.length - 1], one[-1]]
+            row[:len(kept)] = kept
+        mask = np.arange(self.length) < np.array([[len(one)] for one in ids])                # (n, L)
+        device = self.network.device
+        tokens, mask = (torch.from_numpy(one) for one in (tokens, mask))
+        if device.type == "cuda":                                 # from other memory a copy would wait for the device
+            tokens, mask = tokens.pin_memory(), mask.pin_memory()
+        inputs = {"input_ids": tokens.to(device, non_blocking=True)}
+        if self.masked:
+            inputs["attention_mask"] = mask.to(device, non_blocking=True)
+        with torch.autocast(device.type, enabled=False):          # the same states in training and sampling
+            return self.network(**inputs).last_hidden_state.float()                           # (n, L, W)

@@ -95,7 +95,7 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
     """Captions of the pictures `names` (n,), None if there are none. A notice counts the files that are passed over.
 
     From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`; else from
-    those of the files `others` that lie beside pictures.
+    those of the files `others` that lie beside pictures; in class folders only if most pictures have one.
     """
     left, listed = set(others.tolist()), None if file else read_captions(store, names, bytes, metadata)
     if file:
@@ -104,6 +104,9 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
         found = {name: listed[i].split("\n") for i, name in enumerate(names.tolist())}
     else:
         found = read_beside(store, names, left)
+        classes = not isinstance(store, stores.TarStore) and all(b"/" in name for name in names.tolist())
+        if classes and len(found) < len(names) / 2:               # class folders with stray text files
+            found, left = {}, set(others.tolist())
     stores.pass_over(store, others[[name in left for name in others.tolist()]])
     if found or file:
         require_all(found, names, shown(file or store.path))

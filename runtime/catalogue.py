@@ -119,6 +119,9 @@ class Captions:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def equal(self, other: "Captions") -> bool:
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
+
     def __getitem__(self, i: int) -> str:
         """The captions of entry i, joined by newlines."""
         return self.text[self.ends[i - 1] if i else 0:self.ends[i]].tobytes().decode()

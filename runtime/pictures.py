@@ -1,5 +1,6 @@
 """Grids of images with their captions."""
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -9,21 +10,8 @@ from torchvision.utils import make_grid
 
 from runtime.stores import shown
 
-SIDE, SIZE = 128, 12      # px: the least width of a captioned image, and the height of its letters
+SIDE, SIZE = 128, 11      # px: the least width of a captioned image, and the height of its letters
 LINES, MARGIN = 10, 4     # of a caption, the rest is cut off; px around images and captions
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """At most LINES lines of `width` px; words are kept whole where they fit."""
-    lines = [""]
-    for word in shown(text[:10 * width]).split(" "):              # no letter that is drawn is so narrow
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        for letter in f" {word}" if lines[-1] else word:
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines if len(lines) <= LINES else [*lines[:LINES - 1], "..."]
 
 
 def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
@@ -33,10 +21,14 @@ def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None =
     """
     if captions is None:
         return to_pil_image(make_grid(images, nrow=columns))
+    from matplotlib import get_data_path  # slow to import
+
     count, _, height, width = images.shape
-    scale, font = -(-SIDE // width), ImageFont.load_default(size=SIZE)
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", SIZE)  # Pillow's own has no accents
+    scale = -(-SIDE // width)
     height, width = scale * height, scale * width
-    texts = [wrap(caption, width, font) for caption in captions]
+    fitting = {"width": int(width / font.getlength("x")), "max_lines": LINES, "placeholder": "..."}
+    texts = [textwrap.wrap(shown(caption), **fitting) for caption in captions]
     row = height + max(map(len, texts)) * (SIZE + 2) + 2 * MARGIN
     size = MARGIN + min(columns, count) * (width + MARGIN), MARGIN + -(-count // columns) * row
     grid = Image.new("RGB", size, "white")

@@ -161,19 +161,23 @@ class SampleFolder:
         write_npz(self.npz()[0], images, self.count, first.shape[1:3],
                   **({} if captions else {"arr_1": labels["labels"]}))
 
-    def export(self) -> None:
-        """One process, once samples.npz is finished: remove the blocks, write missing PNG files, unlock the folder."""
+    def export(self, geneval: tuple[list[str], int] | None = None) -> None:
+        """One process, once samples.npz is finished: remove the blocks, write missing PNG files, unlock the folder.
+
+        `geneval`: the lines of GenEval's file of prompts (JSON), and the images of each, for its folders.
+        """
         for part in self.parts:
             shutil.rmtree(self.block_folder(part), ignore_errors=True)
         if missing := set(self._missing_png()):
             self._take()
             self._export(missing)
+        if geneval is not None:
+            self._export_geneval(*geneval)
         if self._lock is not None:
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock.lock.release(force=True)
 
-    def export_geneval(self, prompts: list[str], per_prompt: int) -> None:
-        """One process, after `export`: write GenEval's folders; `prompts` are the lines of its file (JSON)."""
+    def _export_geneval(self, prompts: list[str], per_prompt: int) -> None:
         every = blocks(self.count, per_prompt)
         for number, images in enumerate(read_npz_rows(self.npz()[0], every)):             # (per_prompt, R, R, 3)
             folder = self.path / GENEVAL / f"{number:05d}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -21,7 +21,7 @@ from dataset import LatentDataset
 from preprocessing.dataset_tools import main
 from runtime.catalogue import Catalogue, catalogue_file, write_catalogue
 from runtime.messages import UserError
-from runtime.pictures import grid_of, wrap
+from runtime.pictures import grid_of
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, open_source, open_store
 from tests import test_preprocessing
 from tests.test_catalogue import edit, stores, write_catalogues
@@ -85,11 +85,19 @@ def test_an_entry_has_its_captions_with_and_without_catalogues(tmp_path, holders
     assert "captions" not in write_catalogue(stores(data)["vae-sd"], (b".npy",)).metadata
 
 
-def test_captions_of_the_moments_are_taken_first_and_white_space_collapsed(tmp_path):
+def test_white_space_in_captions_is_collapsed(tmp_path):
     data = write_data(tmp_path)
-    caption(data, "images", [["other"]] * COUNT)
     caption(data, "vae-sd", [[" a\tred\n\n disc "]] * COUNT)
     assert everything(data)[0] == ["a red disc"] * COUNT
+
+
+def test_other_captions_in_images_than_in_moments_are_refused(tmp_path):
+    data = write_data(tmp_path)
+    caption(data, "vae-sd", [["a disc"]] * COUNT)
+    caption(data, "images", [["a disc"]] * COUNT)
+    assert everything(data)[0] == ["a disc"] * COUNT
+    caption(data, "images", [*[["a disc"]] * (COUNT - 1), ["a dish"]])
+    refuse("other captions", data, captions=True)
 
 
 def test_the_fingerprint_depends_on_captions_and_not_on_labels(tmp_path):
@@ -102,7 +110,7 @@ def test_the_fingerprint_depends_on_captions_and_not_on_labels(tmp_path):
     assert everything(data)[1] == found != labels
     caption(data, "vae-sd", [*CAPTIONS[:-1], ["the lest"]])
     assert everything(data)[1] != found
-    caption(data, "vae-sd", [["a red disc", "two dogs"], ["dogs in the snow"], *CAPTIONS[2:]])
+    caption(data, "vae-sd", [["a red disct"], ["wo dogs", "dogs in the snow"], *CAPTIONS[2:]])      # the same letters
     assert everything(data)[1] != found
 
 
@@ -153,7 +161,8 @@ def test_captions_that_cannot_be_used_are_one_sentence(tmp_path, captions, word,
 
 HOSTILE = {"no ends": {"caption_ends": None}, "too few": {"caption_ends": lambda ends: ends[:-1]},
            "an empty entry": {"caption_ends": lambda ends: np.r_[ends[:2], ends[1], ends[3:]]},
-           "beyond the text": {"caption_ends": lambda ends: ends + 1},
+           "beyond the text": {"caption_ends": lambda ends: np.r_[ends[:-1], ends[-1] + 9]},
+           "less than the text": {"caption_ends": lambda ends: np.r_[ends[:-1], ends[-1] - 1]},
            "unsorted": {"caption_ends": lambda ends: ends[::-1]},
            "inside of a letter": {"caption_ends": lambda ends: np.r_[ends[:2], ends[2] - 1, ends[3:]]},
            "no UTF-8": {"captions": lambda text: text | 0x80}, "numbers": {"captions": lambda text: text.astype(int)},
@@ -325,7 +334,7 @@ def test_captions_beside_pictures_in_folders_zips_and_tars(photos, tmp_path, kin
     convert(photos, tmp_path / "expected")
     for name in PICTURES:
         fill(photos, beside(name))
-    fill(photos, {"a/p1.json": b'{"key": "not read, .txt comes first"}', "a/notes.txt": b"of no picture"})
+    fill(photos, {"a/p1.json": b'{"caption": "not read, .txt comes first"}', "a/notes.txt": b"of no picture"})
     capsys.readouterr()
     source = pack(photos, kind)
     convert(source, tmp_path / "images", "--workers=2")
@@ -344,7 +353,8 @@ def test_json_without_captions_and_tars_of_classes_are_what_they_were(photos, tm
 
 
 @pytest.mark.parametrize(("files", "word"), [
-    ({"a/p1.txt": b"words"}, "a/p3.jpg"), ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
+    ({f"{stem(name)}.txt": b"words" for name in PICTURES if name != "a/p3.jpg"}, "a/p3.jpg"),
+    ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
     ({"a/p1.json": b'{"text": [""]}'}, "a/p1.json")])
 def test_every_picture_needs_a_caption_beside_it(photos, tmp_path, refused, files, word):
     fill(photos, files)
@@ -378,10 +388,11 @@ def test_hostile_tars_are_refused(tmp_path, members, refused):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for one in members:
             archive.addfile(*one)
-    assert "a.tar" in refused(convert, tmp_path / "a.tar", tmp_path / "images")
+    with pytest.raises(UserError, match=r"a\.tar: [^\n]*$"):
+        open_source(tmp_path / "a.tar").names()
     (tmp_path / "tars").mkdir()
     (tmp_path / "a.tar").rename(tmp_path / "tars/a.tar")
-    refused(convert, tmp_path / "tars", tmp_path / "images")
+    assert "tars" in refused(convert, tmp_path / "tars", tmp_path / "images")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-10_000], lambda data: data[:700], lambda data: b"",
@@ -442,6 +453,7 @@ def test_captions_added_later_change_nothing_but_captions(captioned, tmp_path, v
     main(["captions", f"--source={tmp_path / 'plain'}", f"--captions={prepared_keys(tmp_path)}"])
     for kind, files in before.items():
         after = contents(tmp_path / "plain" / kind)
+        assert "captions" in np.load(catalogue_file(tmp_path / "plain" / kind)).files
         captions = json.loads(after["dataset.json"]).pop("captions")
         assert list(captions.values()) == [WORDS[name] for name in sorted(PICTURES)]
         assert json.loads(after["dataset.json"]) == {**json.loads(files["dataset.json"]), "captions": captions}
@@ -515,12 +527,22 @@ def test_a_grid_has_each_caption_below_its_image():
 
 
 def test_long_words_and_control_characters_are_drawn_within_the_width():
-    images = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
-    font = ImageFont.load_default(size=12)
-    for text in ("x" * 500, "a\x1b[31m\n\u202eb" * 9, "words " * 200, "w" * 40 + " end", " lead  two "):
-        found = wrap(text, 128, font)
-        assert all(font.getlength(line) <= 128 and line.isprintable() for line in found) and len(found) <= 10
-    assert " ".join(wrap("some words that are wrapped and kept whole", 128, font)
-                    ) == "some words that are wrapped and kept whole"
-    assert "".join(wrap("w" * 40, 128, font)) == "w" * 40
-    assert grid_of(images, 1, ["y" * 10**6]).height < 400
+    """Each caption is drawn in its column, and at most ten lines of it."""
+    images = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
+    for text in ("x" * 500, "a\x1b[31m\n\u202eb" * 9, "words " * 200, "w" * 40 + " end"):
+        grid = np.array(grid_of(images, 2, [text, ""]).convert("L"))
+        below = grid[128 + 8:]
+        assert (below[:, :132] < 128).any() and (below[:, 136:] > 200).all() and len(below) < 10 * 14
+
+
+def test_stray_text_files_in_class_folders_are_passed_over(tmp_path, capsys):
+    """A source with classes stays one with classes."""
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "raw" / name)
+    (tmp_path / "raw/a/1.txt").write_text("a stray note")
+    main(["convert", "--source", str(tmp_path / "raw"), "--dest", str(tmp_path / "images"),
+          "--resolution", "8", "--workers", "0"])
+    record = json.loads((tmp_path / "images/dataset.json").read_text())
+    assert [label for _, label in record["labels"]] == [0, 0, 1] and "captions" not in record
+    assert "1.txt" in capsys.readouterr().err

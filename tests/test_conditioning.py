@@ -83,16 +83,8 @@ def test_a_dropped_caption_has_the_states_of_the_empty_one(captions):
 
 
 def test_another_text_encoder_than_the_recorded_one_is_refused(captions, tmp_path, tiny_clip):
-    import transformers
-
     cpu, recorded = torch.device("cpu"), captions.record()["text"]
     again = open_captions(PROMPTS, str(tiny_clip), None, cpu, recorded, tmp_path)
     assert torch.equal(again.null_states, captions.null_states)
     with pytest.raises(UserError, match="width"):
         open_captions(PROMPTS, str(tiny_clip), recorded["length"] - 1, cpu, recorded, tmp_path)
-    torch.manual_seed(1)
-    other = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(tiny_clip))
-    other.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(tiny_clip).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="other weights"):
-        open_captions(PROMPTS, str(tmp_path), None, cpu, recorded, tmp_path)

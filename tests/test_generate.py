@@ -144,7 +144,7 @@ ELSEWHERE = {"ckpt", "model", "sample_dir", "save_cls_tokens", "no_png", "heun",
 
 def folder_and_settings(path, *flags) -> tuple[str, dict]:
     args = generate.parse_args(["--ckpt", str(path), *FEW, *flags])
-    settings = generate.settings_of(args, path, {}, "hash", bool(args.compile))
+    settings = generate.settings_of(args, path, {}, "hash", bool(args.compile), generate.conditions_of(args, {}))
     return generate.folder_of(None, settings).name, settings
 
 

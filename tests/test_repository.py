@@ -31,7 +31,7 @@ ALLOWED = {
     "dataset": {"models.cached_features", "runtime"},
     "generate": {"samplers", "dataset", "models", "runtime"},
     "preprocessing": {"preprocessing", "dataset", "models", "runtime"},
-    "evaluations.sweep": {"evaluations", "generate", "runtime"},
+    "evaluations.sweep": {"evaluations", "generate", "models.checkpoint", "runtime"},
     "evaluations": {"evaluations", "models.encoders", "models.text", "preprocessing.crop", "runtime"},
     "train": EVERYTHING - {"generate"},
     "benchmarks": EVERYTHING | {"benchmarks", "toy"},

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import generate
 import train
 from models import checkpoint
 from models.mmdit import MMDiT, MMDiT_models
+from models.text import TextEncoder
 from runtime.run import find
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +80,7 @@ def captions_of(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- training
 
 def test_parameters_of_the_published_sizes():
-    """REPA's: 512.4M with projector, 505.1M without; with the class token 513.6M and 506.3M."""
+    """REPA's has 512.4M with projector and 505.1M without; its position table of 0.2M is no parameter there."""
     for slot, z_dims, millions in ((None, (768,), 512.6), (None, (), 505.3), (768, (768,), 513.8), (768, (), 506.5)):
         with torch.device("meta"):
             model = MMDiT_models["MMDiT/2"](input_size=32, in_channels=4, context_dim=768, z_dims=z_dims,
@@ -95,13 +99,19 @@ def test_a_checkpoint_describes_its_text_encoder(run, tiny_clip):
     assert height > width                                                                 # room for captions
 
 
-def test_resuming_is_exact(run, flags, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resuming_is_exact(processes, flags, tmp_path):
     """Which caption is shown and which are dropped follow from (seed, step), as all else does."""
-    shutil.copytree(run, tmp_path / "run")
-    for step in (2, 3):
-        (tmp_path / "run" / "checkpoints" / f"000000{step}.pt").unlink()
-    train.main([*flags, "--output-dir", str(tmp_path), "--exp-name", "run", "--max-train-steps", "3"])
-    straight, resumed = (torch.load(find(folder), weights_only=True) for folder in (run, tmp_path / "run"))
+    for name, stops in (("straight", ["4"]), ("resumed", ["2", "4"])):
+        for stop in stops:
+            command = ["train.py", *flags, "--cfg-prob", "0.5", "--output-dir", str(tmp_path), "--exp-name", name,
+                       "--max-train-steps", stop]
+            if processes == 1:
+                train.main(command[1:])
+            else:
+                subprocess.run([sys.executable, "-m", "runtime.launch", *command], cwd=ROOT, check=True,
+                               env={**os.environ, "NUM_GPUS": "2"})
+    straight, resumed = (torch.load(find(tmp_path / name), weights_only=True) for name in ("straight", "resumed"))
     for part in ("model", "ema"):
         assert all(torch.equal(straight[part][name], weight) for name, weight in resumed[part].items())
 
@@ -144,12 +154,22 @@ def test_data_without_captions_is_refused(flags, data_dir, tmp_path, capsys):
     assert "no captions" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_another_text_encoder_is_refused_when_resuming(run, flags, tiny_clip, tmp_path, capsys):
+@pytest.fixture
+def altered(tiny_clip, tmp_path):
+    """The text encoder with another vector for one word: the empty caption has the same states."""
+    folder = shutil.copytree(tiny_clip, tmp_path / "altered")
+    weights = load_file(folder / "model.safetensors")
+    weights["text_model.embeddings.token_embedding.weight"][5] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_another_text_encoder_is_refused_when_resuming(run, flags, altered, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    with pytest.raises(SystemExit):
-        train.main([*flags, "--text-length", "9", "--output-dir", str(tmp_path), "--exp-name", "run",
-                    "--max-train-steps", "4"])
-    assert "9 states" in capsys.readouterr().err
+    for given, word in ((["--text-length", "9"], "--text-length"), (["--text-encoder", str(altered)], "other weights")):
+        with pytest.raises(SystemExit):
+            train.main([*flags, *given, "--output-dir", str(tmp_path), "--exp-name", "run", "--max-train-steps", "4"])
+        assert word in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -216,10 +236,11 @@ def test_the_layout_of_geneval(sample, tmp_path):
 
 
 def test_sampling_needs_only_the_encoders_files(run, tiny_clip, sample, tmp_path, capsys):
-    """An exported file, the encoder in another folder; an encoder of another length is refused."""
+    """An exported file, which names no folder of this machine, and the encoder in another folder."""
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
     checkpoint.main(["export", str(run), str(tmp_path / "shared.safetensors")])
     capsys.readouterr()
+    assert str(tiny_clip.parent) not in (tmp_path / "shared.safetensors").read_bytes().decode(errors="replace")
     shared = sample("--prompt", "a red disc", "--text-encoder", moved, ckpt=tmp_path / "shared.safetensors")
     assert (images_of(shared) == images_of(sample("--prompt", "a red disc"))).all()
 
@@ -227,22 +248,102 @@ def test_sampling_needs_only_the_encoders_files(run, tiny_clip, sample, tmp_path
 @pytest.mark.parametrize(("given", "word"), [
     (["--classes", "1"], "captions"), (["--labels", "balanced"], "captions"),
     (["--prompts", "nowhere.txt"], "read"), (["--prompt", "x", "--prompts", "y"], "contradicts"),
-    (["--layout", "geneval", "--prompt", "x"], "--prompts"), (["--text-encoder", "nowhere", "--prompt", "x"], "loaded"),
+    (["--layout", "geneval", "--prompt", "x"], "--prompts"), (["--layout", "geneval", "--prompts", __file__], "JSON"),
+    (["--layout", "geneval", "--prompts", "x", "--captions", "random"], "in order"),
+    (["--text-encoder", "nowhere", "--prompt", "x"], "loaded"),
     (["--captions-from", "nowhere"], "captions"),
 ])
 def test_sampling_flags_that_cannot_be_followed(given, word, run, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
-        generate.main(["--ckpt", str(run), *FEW, "--sample-dir", str(tmp_path / "samples"), *given])
+        generate.main(["--ckpt", str(run), *FEW[2:], "--sample-dir", str(tmp_path / "samples"), *given])
     assert refused.value.code and word in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("given", [["--prompt", "x"], ["--captions", "random"], ["--captions-from", "x"]])
+def test_sampling_with_an_altered_text_encoder_is_refused(run, altered, sample, capsys):
+    with pytest.raises(SystemExit):
+        sample("--prompt", "x", "--text-encoder", altered)
+    assert "other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("edit", [
+    lambda state: state.pop("text"), lambda state: state["text"].update(width=64, null=torch.zeros(16, 64)),
+    lambda state: state["text"].update(length="16"), lambda state: state["text"].update(encoder=None),
+    lambda state: state["text"].update(null=torch.full((16, 32), torch.nan)),
+    lambda state: state["architecture"].update(num_heads=3), lambda state: state["architecture"].update(num_heads=200),
+    lambda state: state["ema"].update({"joint_blocks.foo": torch.zeros(1)}),
+    lambda state: state["ema"].update({"joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(2, 2)}),
+])
+def test_edited_checkpoints_of_captions_are_refused(edit, run, tmp_path, capsys):
+    state = torch.load(find(run), weights_only=True)
+    edit(state)
+    torch.save(state, tmp_path / "edited.pt")
+    with pytest.raises(SystemExit) as refused:
+        generate.main(["--ckpt", str(tmp_path / "edited.pt"), *FEW, "--prompt", "x",
+                       "--sample-dir", str(tmp_path / "s")])
+    assert refused.value.code and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+def test_a_released_file_takes_an_encoder_of_its_width(run, tiny_clip, tmp_path, capsys, sample):
+    """Weights alone tell the width of the states, and not the encoder."""
+    state = torch.load(find(run), weights_only=True)
+    torch.save({"ema": state["ema"], "latent_space": state["latent_space"]}, tmp_path / "released.pt")
+    given = ["--model", "MMDiT-T/2", "--prompt", "a red disc", "--path-type", "linear"]
+    folder = sample(*given, "--text-encoder", tiny_clip, ckpt=tmp_path / "released.pt")
+    assert (images_of(folder) == images_of(sample("--prompt", "a red disc"))).all()
+    config = transformers.CLIPTextConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=8, max_position_embeddings=16)
+    transformers.CLIPTextModel(config).save_pretrained(tmp_path / "wide")
+    transformers.AutoTokenizer.from_pretrained(tiny_clip).save_pretrained(tmp_path / "wide")
+    with pytest.raises(SystemExit):
+        sample(*given, "--text-encoder", tmp_path / "wide", ckpt=tmp_path / "released.pt")
+    assert "width 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--prompt", "x"], ["--captions", "random"], ["--captions-from", "x"],
+                                   ["--samples-per-prompt", "4"]])
 def test_prompts_with_a_class_checkpoint_are_refused(given, trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate.main(["--ckpt", str(trained), *FEW, "--sample-dir", str(tmp_path / "samples"), *given])
     assert "class labels" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_long_prompt_is_cut_and_kept_whole_in_the_record(sample):
-    folder = sample("--prompt", "a red disc " * 9, "--prompt", "a red disc " * 10)
-    assert captions_of(folder)[0] == ("a red disc " * 9).strip()
+def test_a_long_prompt_is_cut_as_the_tokenizer_does_and_named_once(tiny_clip, capsys):
+    encoder = TextEncoder(str(tiny_clip))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_clip)
+    for _ in range(2):
+        prompts = ["a red disc " * 9, "a red disc", ""]
+        tokens = tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+        torch.testing.assert_close(encoder.states(prompts), encoder.network(input_ids=tokens).last_hidden_state)
+    assert capsys.readouterr().err.count("cut") == 1
+
+
+def test_t5_masks_padding_inside(tmp_path):
+    """Longer padding changes no state of a word."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "disc": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(tmp_path)
+    config = transformers.T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    short, long = (TextEncoder(str(tmp_path), length=length).states(["a red disc", "a"]) for length in (4, 9))
+    assert short.shape == (2, 4, 16) and long.shape == (2, 9, 16)
+    torch.testing.assert_close(short[0], long[0, :4])
+    torch.testing.assert_close(short[1, :2], long[1, :2])
+    assert TextEncoder(str(tmp_path)).length == 128
+
+
+def test_states_do_not_depend_on_autocast(tiny_clip):
+    """Training draws under autocast, sampling without: one text encoder."""
+    encoder = TextEncoder(str(tiny_clip))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = encoder.states(["a red disc"])
+    assert torch.equal(inside, encoder.states(["a red disc"]))
+
+
+@pytest.mark.parametrize(("content", "prompts"), [
+    (b'\xef\xbb\xbf{"prompt": "a red disc"}', ["a red disc"]), ("a\u2028red\ndisc".encode(), ["a red", "disc"])])
+def test_prompt_files_of_other_systems(content, prompts, tmp_path):
+    (tmp_path / "prompts").write_bytes(content)
+    assert generate.read_prompts(str(tmp_path / "prompts"))[0] == prompts
