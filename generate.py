@@ -393,7 +393,7 @@ def main(argv=None) -> None:
             codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
             ready = make_conditions_ready(conditions, args.text_encoder, state.get("text"), path, device)
         silent = "" if "latent_space" in state else ", which names no VAE and so counts as Stable Diffusion's,"
-        space.require_same(codec.space, f"the checkpoint{silent}", "the decoder")
+        codec.use_space(space, f"the checkpoint{silent}")
         done = len(folder.blocks) - len(missing)
         if done:
             notice(f"continuing: {done} of {len(folder.blocks)} blocks are done")

@@ -508,7 +508,7 @@ def open_codec(args: argparse.Namespace, space: LatentSpace, accelerator: Accele
     if not (args.eval_steps or args.sampling_steps and accelerator.is_main_process):
         return None
     codec = load_codec(args.vae or space.decoder, accelerator.device)
-    space.require_same(codec.space, "the data set", "the decoder")
+    codec.use_space(space, "the data set")
     return codec
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from tqdm import tqdm
 from dataset import MOMENTS_EXTENSIONS, read_image
 from models.cached_features import FeaturesRecord, file_size, pack
 from models.encoders import load_encoder, sha256_of_named
-from models.vae import SHORTHANDS, LatentSpace, load_codec
+from models.vae import SHORTHANDS, load_codec, read_statistics
 from preprocessing.convert import source_labels, spread
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import speed
 from runtime.catalogue import key_of, list_keyed, read_captions
-from runtime.files import as_size, to_npy
+from runtime.files import as_size, sha256, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
 from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown
@@ -46,29 +47,37 @@ class Moments:
 
     kind, remedy, file_name = "moments", "use --dtype float32, or another VAE", staticmethod(moments_name)
 
-    def __init__(self, model_url: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device):
+    def __init__(self, vae: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device,
+                 latent_stats: str | None = None):
         """`precision` None is PyTorch's own: tf32 for a GPU's convolutions, else fp32. `compiled` None: bf16 on a GPU,
-        where norms and activations cost more than convolutions.
+        where norms and activations cost more than convolutions. `latent_stats` is a file of `read_statistics`, None for
+        the VAE's own normalisation.
 
         Raises UserError for tf32 on a CPU, and if only some processes can compile.
         """
         on_gpu = device.type == "cuda"
         if precision == "tf32" and not on_gpu:
             raise UserError("--precision tf32: needs a GPU; give fp32 or bf16")
-        self.name, self.dtype, self.device = SHORTHANDS.get(model_url, model_url), dtype, device
+        self.name, self.dtype, self.device = SHORTHANDS.get(vae, vae), dtype, device
         self.precision = precision or ("tf32" if on_gpu else "fp32")
         wanted = self.precision == "bf16" and on_gpu if compiled is None else compiled
         self.compiled = wanted and speed.compiler_works(device.type)
         speed.require_same_everywhere(self.compiled)
         self.settings = {"vae": self.name, "dtype": dtype, "precision": self.precision, "compiled": self.compiled}
+        self.latent_stats = latent_stats and (read_statistics(latent_stats), f"--latent-stats {latent_stats}",
+                                              sha256(Path(latent_stats)))
+        if self.latent_stats:
+            self.settings["latent_stats"] = self.latent_stats[2]
 
     def open(self, resolution: int, batch_size: int) -> int:
         """Load the VAE and return the bytes of one file. Raises UserError if it fails or R does not fit."""
         self.codec, self.batch_size = load_codec(self.name, self.device), batch_size
-        space = LatentSpace.from_record(self.codec.space.to_record(), f"--model-url {self.name}")
-        if resolution % space.downsampling:
-            raise UserError(f"--model-url {self.name}: cannot encode images of {resolution} px; "
-                            f"expected a multiple of {space.downsampling} px")
+        if self.latent_stats:
+            self.codec.use_statistics(*self.latent_stats)
+        space, side = self.codec.space, self.codec.side
+        if resolution % space.downsampling or side not in (None, resolution):
+            raise UserError(f"--vae {self.name}: cannot encode images of {resolution} px; expected "
+                            f"{side or f'a multiple of {space.downsampling}'} px")
         if self.precision == "bf16":
             self.codec.in_bf16()
         if self.compiled:
