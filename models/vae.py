@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from runtime.messages import UserError, notice
 from runtime.npz import load_npz
@@ -25,11 +26,10 @@ from runtime.stores import shown
 
 @dataclass(frozen=True)
 class Published:
-    """A published VAE: where it is, and what its latents are.
+    """A published VAE. `kind`: diffusers' class, or LDM for a .pt file with the names of the latent diffusion program.
 
-    `kind` is diffusers' class, or LDM for a .pt file with the names of latent diffusion's program. `normalisation` is
-    where scale and shift are: `scalar` or `channels` in config.json, `batch norm`, `file` beside the weights, or
-    `inside` the network. `licence` is that of the weights, as far as known. `decoder`: the name of a better decoder.
+    `normalisation` is where scale and shift are: `scalar` or `channels` in config.json, `batch norm`, `file` beside
+    the weights, or `inside` the network. `licence`: of the weights. `decoder`: a better one for the same latents.
     """
 
     id: str
@@ -118,10 +118,6 @@ class LatentSpace:
         record = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return record if self.stats else {name: value for name, value in record.items() if name != "stats"}
 
-    def __str__(self) -> str:
-        scale, shift = ("per channel" if isinstance(one, tuple) else one for one in (self.scale, self.shift))
-        return f"{self.vae} ({self.channels} channels, factor {self.downsampling}, scale {scale}, shift {shift})"
-
     def require_same(self, other: "LatentSpace", mine: str, theirs: str) -> None:
         """Raise UserError if a number differs between `mine` (self) and `theirs` (other); the VAE's name may."""
         for name in ("channels", "downsampling", "scale", "shift"):
@@ -171,26 +167,23 @@ def normalisation(mean: object, std: object, channels: int, where: str) -> dict[
             one = torch.as_tensor(values if fits else [], dtype=torch.float64, device="cpu").flatten()        # (C,)
         except (TypeError, ValueError, RuntimeError):             # words, ragged lists, a tensor without numbers
             one, shape = torch.empty(0), type(values).__name__
-        if len(one) != channels:
-            raise UserError(f"{where}: its latent {name} is of shape {shown(str(shape))[:40]}, expected one number for "
-                            f"each of {channels} channels; use another file")
+        bad = ~one.isfinite() | (one <= 0) & (name == "std")
+        if len(one) != channels or bad.any():
+            fault = f"{one[bad][0]} in a channel" if len(one) == channels else f"of shape {shown(str(shape))[:40]}"
+            raise UserError(f"{where}: its latent {name} is {fault}; expected {channels} finite numbers"
+                            f"{', each above 0' * (name == 'std')}")
         found[name] = one
-        for i in (~one.isfinite() | ((one <= 0) & (name == "std"))).nonzero()[:1, 0].tolist():
-            raise UserError(f"{where}: its latent {name} is {one[i]} in channel {i}; expected finite numbers, and each "
-                            "std above 0")
     return {"scale": (1 / found["std"]).tolist(), "shift": found["mean"].tolist()}
 
 
-def read_statistics(path: str | Path) -> tuple[object, object]:
+def read_statistics(path: Path) -> tuple[object, object]:
     """Mean and std of a statistics file: .npz, or .pt of torch.save without code. `normalisation` checks them.
 
     Raises UserError if it cannot be read or lacks one of them.
     """
-    path = Path(path)
     found = load_npz(path, ("mean", "std")) if path.suffix == ".npz" else read_file(path)
     if not {"mean", "std"} <= found.keys():
-        raise UserError(f"{shown(path)}: holds no mean and std; name a file of `stats-latents`, or an npz or pt "
-                        "with both")
+        raise UserError(f"{shown(path)}: holds no mean and std; name an npz or pt with both, as `stats-latents` writes")
     return found["mean"], found["std"]
 
 
@@ -208,7 +201,7 @@ def read_space(record: object, moments_shape: tuple[int, int, int], image_side: 
     side = resolution / space.downsampling
     if moments_shape != (2 * space.channels, side, side):
         raise UserError(f"{where}: moments of shape {tuple(moments_shape)} are not those of {resolution} px images by "
-                        f"{space}; encode the images again")
+                        f"{space.vae} ({space.channels} channels, factor {space.downsampling}); encode the images again")
     return space, resolution
 
 
@@ -220,25 +213,21 @@ class Codec:
     """
 
     def __init__(self, vae: torch.nn.Module, name: str, statistics: tuple | None = None):
-        """`statistics`: mean and std from a file beside the weights.
+        """`statistics`: mean and std from a file beside the weights; else the config's latents_mean and latents_std.
 
-        Else latents_mean and latents_std of the config are taken, alone: scaling_factor and shift_factor, which older
-        pipelines apply, are then unused. (Diffusers' SDXL also multiplies by scaling_factor, for latents of another
-        std than 1.) Without them scaling_factor and shift_factor are. Raises UserError if they are not possible.
+        Both replace scaling_factor and shift_factor. (Diffusers' SDXL, for latents of another std than 1, multiplies
+        by scaling_factor as well.) Raises UserError for impossible numbers.
         """
         config, kind = vae.config, type(vae).__name__
-        self.vae, self.unit_range, self.fold = vae, kind == RAE, 2 if kind == FLUX2 else 1
+        self.vae, self.unit_range, self.fold = vae, kind == RAE, config.patch_size[0] if kind == FLUX2 else 1
         self.side = getattr(vae, "decoder_image_size", None)      # R, of a network for one size
-        channels, downsampling, scale, shift = (
-            (config.encoder_hidden_size, config.patch_size, 1.0, 0.0) if kind == RAE else
-            (config.latent_channels, 2 ** (len(config.block_out_channels) - 1), config.get("scaling_factor", 1.0),
-             config.get("shift_factor") or 0.0))
-        self.space = LatentSpace.from_record({"vae": name, "scale": scale, "shift": shift, "channels": channels *
-                                              self.fold**2, "downsampling": downsampling * self.fold}, name)
+        channels, factor = (config.encoder_hidden_size, config.patch_size) if kind == RAE else (
+            config.latent_channels * self.fold**2, 2 ** (len(config.block_out_channels) - 1) * self.fold)
+        scale, shift = (config.scaling_factor, config.shift_factor or 0.0) if kind == KL else (1.0, 0.0)
+        self.space = LatentSpace.from_record({"vae": name, "scale": scale, "shift": shift, "channels": channels,
+                                              "downsampling": factor}, name)
         self.scalar = None                                        # the config's scalars, where they are not used
         if kind == FLUX2:
-            if tuple(config.patch_size) != (2, 2):
-                raise UserError(f"{name}: its patch_size is {shown(str(config.patch_size))[:40]}; expected 2x2")
             statistics = vae.bn.running_mean, (vae.bn.running_var.double() + config.batch_norm_eps).sqrt()
         elif statistics is None and kind == KL and (config.latents_mean, config.latents_std) != (None, None):
             statistics, self.scalar = (config.latents_mean, config.latents_std), self.space
@@ -251,14 +240,14 @@ class Codec:
         self.space = LatentSpace.from_record({**self.space.to_record(), **numbers, "stats": stats}, where)
 
     def use_space(self, space: LatentSpace, whose: str) -> None:
-        """Decode latents of `space`, the normalisation of `whose` data: the VAE's own, or one from a file.
+        """Decode latents of `space`: the VAE's own; one from a statistics file, of which only the size is compared; or,
+        with a notice, the config's scalars, which were recorded when latents_mean and latents_std were ignored.
 
-        Data encoded when latents_mean and latents_std were ignored have the config's scalars; they are decoded with
-        these, with a notice. Raises UserError for another latent space.
+        Raises UserError for another latent space, naming `whose` it is.
         """
         before = self.scalar is not None and (space.scale, space.shift) == (self.scalar.scale, self.scalar.shift)
         if before:
-            notice(f"{whose}: recorded without the statistics of {self.space.vae}; used as recorded, {space}")
+            notice(f"{whose}: recorded without the statistics of {self.space.vae}; they are not used")
         if before or space.stats:
             self.space = replace(self.space, scale=space.scale, shift=space.shift)
         space.require_same(self.space, whose, "the decoder")
@@ -276,8 +265,7 @@ class Codec:
                 mean = self.vae.encode((piece + 1) / 2).latent
                 return torch.cat([mean, torch.zeros_like(mean)], dim=1).float()
             posterior = self.vae.encode(piece).latent_dist
-            folded = (torch.nn.functional.pixel_unshuffle(x, self.fold) for x in (posterior.mean, posterior.std))
-            return torch.cat(list(folded), dim=1).float()
+            return torch.cat([pixel_unshuffle(x, self.fold) for x in (posterior.mean, posterior.std)], dim=1).float()
 
         return self._in_pieces(moments, x.to(self.vae.dtype))
 
@@ -288,7 +276,7 @@ class Codec:
         raw = latents.to(device=self.vae.device, dtype=torch.float32) / scale + shift
 
         def pixels(piece: torch.Tensor) -> torch.Tensor:
-            image = self.vae.decode(torch.nn.functional.pixel_shuffle(piece, self.fold)).sample.float()
+            image = self.vae.decode(pixel_shuffle(piece, self.fold)).sample.float()
             return (255 * image if self.unit_range else 127.5 * image + 127.5).clamp(0, 255).to(torch.uint8)
 
         return self._in_pieces(pixels, raw.to(self.vae.dtype))
@@ -311,7 +299,8 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     Raises UserError if it is neither a folder with an autoencoder nor available from the hub or its cache.
     """
     row = next((row for key, row in VAES.items() if name in (key, row.id)), None)
-    name, folder = row.id if row else name, os.path.isdir(row.id if row else name)
+    name = row.id if row else name
+    folder = os.path.isdir(name)
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"no VAE at {name}: use an existing folder, a hub id like {SHORTHANDS['ema']}, or one of "
                         + ", ".join(f"{key} (f{one.downsampling}c{one.channels})" for key, one in VAES.items()))
@@ -335,13 +324,11 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
 def _open(name: str, subfolder: str | None, folder: bool, ldm: bool) -> Codec:
     """The codec in a folder or a repository of the hub. Raises whatever diffusers does."""
     import diffusers  # slow to import, and training without pictures does not need it
+    from huggingface_hub import snapshot_download
 
     place = Path(name, subfolder or "")
     if ldm or folder and not (place / "config.json").exists() and (place / LDM_STATISTICS).exists():
-        if not folder:
-            from huggingface_hub import snapshot_download
-
-            place = Path(snapshot_download(name, allow_patterns="*.pt"))
+        place = place if folder else Path(snapshot_download(name, allow_patterns="*.pt"))
         statistics, weights = place / LDM_STATISTICS, sorted(set(place.glob("*.pt")) - {place / LDM_STATISTICS})
         if len(weights) != 1 or not statistics.exists():
             raise UserError(f"{place}: expected {LDM_STATISTICS} and one other .pt file, the weights of a VA-VAE")

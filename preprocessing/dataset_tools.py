@@ -29,7 +29,6 @@ from preprocessing.captions import captions
 from preprocessing.check import check
 from preprocessing.convert import convert, parse_resolution
 from preprocessing.crop import TRANSFORMS
-from preprocessing.latent_stats import stats_latents
 from runtime.arguments import Parser, at_least
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, without_traceback
@@ -37,8 +36,9 @@ from runtime.stores import shown
 
 
 def encode(source: str, dest: str, batch_size: int, workers: int, vae: str | None = None,
-           latent_stats: str | None = None, dtype: str | None = None, precision: str | None = None, compile: bool | None = None,
-           enc_type: str | None = None, encoder_weights: str | None = None, max_images: int | None = None) -> None:
+           latent_stats: Path | None = None, dtype: str | None = None, precision: str | None = None,
+           compile: bool | None = None, enc_type: str | None = None, encoder_weights: str | None = None,
+           max_images: int | None = None) -> None:
     """Encode moments or, with `enc_type`, features. Raises UserError as both do, and for flags of the other one."""
     if enc_type is None:
         if encoder_weights is not None:
@@ -94,7 +94,7 @@ def build_parser() -> Parser:
                   dest="moments or features: a folder or a name ending in .zip")
     two.add_argument("--vae", "--model-url", **optional,
                      help=f"VAE: a hub id, a local folder, or one of {', '.join(VAES)} (default: mse)")
-    two.add_argument("--latent-stats", **optional, metavar="FILE",
+    two.add_argument("--latent-stats", **optional, type=Path, metavar="FILE",
                      help="mean and std per channel, npz or pt, instead of the VAE's own normalisation")
     two.add_argument("--enc-type", **optional, help="encoder, as in train.py: store features, for --cached-features")
     two.add_argument("--encoder-weights", **optional, metavar="FILE", help="of the encoder (default: the hub's)")
@@ -114,7 +114,7 @@ def build_parser() -> Parser:
     command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
             captions="COCO's captions_*.json, other JSON or JSON lines")
 
-    stats = command(stats_latents, "measure mean and std of each latent channel, for --latent-stats",
+    stats = command(encoding.stats_latents, "measure mean and std of each latent channel, for --latent-stats",
                     source="moments, as written by encode: a folder or a zip", output="the statistics, a name in .npz")
     stats.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that read; 0: this one")
 

@@ -1,4 +1,7 @@
-"""`encode`: images to VAE moments (mean and std of the posterior) or to an encoder's features, under the same keys."""
+"""`encode`: images to VAE moments (mean and std of the posterior) or to an encoder's features, under the same keys.
+
+`stats-latents` measures moments.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import MOMENTS_EXTENSIONS, read_image
+from dataset import MOMENTS_EXTENSIONS, read_image, read_moments
 from models.cached_features import FeaturesRecord, file_size, pack
 from models.encoders import load_encoder, sha256_of_named
 from models.vae import SHORTHANDS, load_codec, read_statistics
@@ -22,6 +25,7 @@ from runtime.catalogue import key_of, list_keyed, read_captions
 from runtime.files import as_size, sha256, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
+from runtime.npz import write_npz
 from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown
 
 # Precision of the VAE's arithmetic. With the toy's VAE, the images' means differ from fp32's by 0.0003 (tf32) and 0.004
@@ -48,7 +52,7 @@ class Moments:
     kind, remedy, file_name = "moments", "use --dtype float32, or another VAE", staticmethod(moments_name)
 
     def __init__(self, vae: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device,
-                 latent_stats: str | None = None):
+                 latent_stats: Path | None = None):
         """`precision` None is PyTorch's own: tf32 for a GPU's convolutions, else fp32. `compiled` None: bf16 on a GPU,
         where norms and activations cost more than convolutions. `latent_stats` is a file of `read_statistics`, None for
         the VAE's own normalisation.
@@ -64,16 +68,15 @@ class Moments:
         self.compiled = wanted and speed.compiler_works(device.type)
         speed.require_same_everywhere(self.compiled)
         self.settings = {"vae": self.name, "dtype": dtype, "precision": self.precision, "compiled": self.compiled}
-        self.latent_stats = latent_stats and (read_statistics(latent_stats), f"--latent-stats {latent_stats}",
-                                              sha256(Path(latent_stats)))
-        if self.latent_stats:
-            self.settings["latent_stats"] = self.latent_stats[2]
+        self.latent_stats, self.statistics = latent_stats, latent_stats and read_statistics(latent_stats)
+        if latent_stats:
+            self.settings["latent_stats"] = sha256(latent_stats)
 
     def open(self, resolution: int, batch_size: int) -> int:
         """Load the VAE and return the bytes of one file. Raises UserError if it fails or R does not fit."""
         self.codec, self.batch_size = load_codec(self.name, self.device), batch_size
-        if self.latent_stats:
-            self.codec.use_statistics(*self.latent_stats)
+        if self.statistics:
+            self.codec.use_statistics(self.statistics, str(self.latent_stats), self.settings["latent_stats"])
         space, side = self.codec.space, self.codec.side
         if resolution % space.downsampling or side not in (None, resolution):
             raise UserError(f"--vae {self.name}: cannot encode images of {resolution} px; expected "
@@ -223,3 +226,33 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     if state.is_main_process:
         destination.finish({**labels, **network.record})
         say(f"{shown(dest)}: {network.kind} of {len(names)} images by {network.name}, {network.dtype}")
+
+
+def _sums(store: Store, names: np.ndarray, shape: tuple[int, int, int], chunk: range) -> np.ndarray:
+    """Sums over images and positions of E[x] and E[x^2] under the posteriors: (2, C) float64."""
+    found = np.zeros((2, shape[0] // 2))
+    for name in names[chunk.start:chunk.stop]:
+        mean, std = np.split(read_moments(store, name, shape).astype(np.float64), 2)      # (C, H, W) each
+        found += mean.sum((1, 2)), (mean**2 + std**2).sum((1, 2))
+    return found
+
+
+def stats_latents(source: str, output: str, workers: int) -> None:
+    """Write `output`, an npz with mean and std (C,) float64 of latents drawn from the moments in `source`.
+
+    Raises UserError for unreadable moments, and if a std is not above 0.
+    """
+    path, store = Path(output), open_store(source)
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise UserError(f"--output {shown(output)}: not the name of an .npz in a folder that exists")
+    _, names = list_keyed(store, MOMENTS_EXTENSIONS)
+    if not len(names):
+        raise UserError(f"--source {shown(source)}: holds no moments; expected those that `encode` writes")
+    shape = read_moments(store, names[0]).shape
+    chunks = in_workers(partial(_sums, store, names, shape), blocks(len(names), 64), workers)
+    mean, square = sum(chunks) / (len(names) * shape[1] * shape[2])               # (C,) each
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    if not (np.isfinite(mean).all() and std.min() > 0):
+        raise UserError(f"--source {shown(source)}: a channel is constant or not finite; see what `check` finds")
+    write_npz(path, (), 0, (0, 0), mean=mean, std=std)
+    say(f"{shown(output)}: std {std.min():.4g} to {std.max():.4g} in {len(std)} channels, over {len(names)} images")
