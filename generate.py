@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     what.add_argument("--ckpt", required=True, metavar="PATH", help="checkpoint file, or experiment folder: its newest")
     what.add_argument("--model", choices=tuple(MODELS), metavar="NAME", help="for released files, which lack it")
     what.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
-    what.add_argument("--vae", metavar="VAE", help="decoder: hub id, folder, or a name in docs/data.md; None: the checkpoint's")
+    what.add_argument("--vae", metavar="VAE", help="hub id, folder or name of docs/data.md; None: the checkpoint's")
     what.add_argument("--sample-dir", metavar="DIR", help="None: samples/ in the experiment, else ./samples")
     what.add_argument("--num-fid-samples", type=at_least(1), metavar="N", help="number of images; "
                       f"None: {ClassLabels.count}, for captions {Captions.count}, for prompts all")

@@ -68,7 +68,6 @@ LDM_NAMES = {"mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "res
              "to_out.0": "proj_out"}
 LARGEST, MAX_WIDTH = 2**10, 2**14  # channels of latents or pixels per latent; any number in a config.json
 PIECE = 32  # images or latents in the network at a time; a decoder's feature map of 32 takes 2 GiB at 256 px in float32
-
 Numbers = float | tuple[float, ...]  # one for all channels, or one for each
 
 
@@ -95,28 +94,28 @@ class LatentSpace:
         known = {"stats": "", **record} if isinstance(record, dict) else {}
         for field in fields(cls):
             value = known.get(field.name)
-            several = value if isinstance(value, list | tuple) else None
             if field.type is Numbers:
+                each = value if isinstance(value, list | tuple) else [value]
                 fits = all(type(one) in (float, int) and abs(one) <= 1e6 and (one >= 1e-6 or field.name == "shift")
-                           for one in (several or [value])) and (several is None or len(value) == known.get("channels"))
-                if fits and several:
-                    known[field.name] = value[0] if len(set(value)) == 1 else tuple(value)
+                           for one in each) and (each is not value or 0 < len(each) == known.get("channels"))
+                if fits:
+                    known[field.name] = each[0] if len(set(each)) == 1 else tuple(each)
             elif field.type is int:
                 fits = type(value) is int and 0 < value <= LARGEST
             else:
                 fits = type(value) is str and value.isprintable() and len(value) <= 4096 and \
                     max(len(part.encode()) for part in value.split("/")) <= 255
             if not fits:
-                kind = type(value).__name__ + (f" of {len(value)}" if several else "")
-                value = value if type(value) in (int, float) else f"a {kind}"
+                size = f" of {len(value)}" if isinstance(value, list | tuple) else ""
+                value = value if type(value) in (int, float) else f"a {type(value).__name__}{size}"
                 raise UserError(f"{where}: the VAE's {field.name} is {value}; use another file, or encode the data set "
                                 "again")
         return cls(**{field.name: known[field.name] for field in fields(cls)})
 
     def to_record(self) -> dict:
         """A plain dict, for dataset.json and for checkpoints; scale and shift are lists where channels differ."""
-        record = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return record if self.stats else {name: value for name, value in record.items() if name != "stats"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+                if value != ""}
 
     def require_same(self, other: "LatentSpace", mine: str, theirs: str) -> None:
         """Raise UserError if a number differs between `mine` (self) and `theirs` (other); the VAE's name may."""
@@ -177,10 +176,7 @@ def normalisation(mean: object, std: object, channels: int, where: str) -> dict[
 
 
 def read_statistics(path: Path) -> tuple[object, object]:
-    """Mean and std of a statistics file: .npz, or .pt of torch.save without code. `normalisation` checks them.
-
-    Raises UserError if it cannot be read or lacks one of them.
-    """
+    """Mean and std, unchecked, of an npz or of a file of torch.save without code. Raises UserError for others."""
     found = load_npz(path, ("mean", "std")) if path.suffix == ".npz" else read_file(path)
     if not {"mean", "std"} <= found.keys():
         raise UserError(f"{shown(path)}: holds no mean and std; name an npz or pt with both, as `stats-latents` writes")
@@ -201,15 +197,15 @@ def read_space(record: object, moments_shape: tuple[int, int, int], image_side: 
     side = resolution / space.downsampling
     if moments_shape != (2 * space.channels, side, side):
         raise UserError(f"{where}: moments of shape {tuple(moments_shape)} are not those of {resolution} px images by "
-                        f"{space.vae} ({space.channels} channels, factor {space.downsampling}); encode the images again")
+                        f"{space.vae} (f{space.downsampling}c{space.channels}); encode the images again")
     return space, resolution
 
 
 class Codec:
     """A frozen autoencoder with its latent space; `space.vae` is the name it was loaded by, shorthands resolved.
 
-    AutoencoderKLFlux2's latents are folded: 2x2 positions become channels, folded channel = 4c + 2 row + column.
-    AutoencoderRAE encodes without noise (std 0) and normalises inside.
+    AutoencoderKLFlux2's latents are folded, 2x2 positions to channel 4c + 2 row + column. AutoencoderRAE encodes
+    without noise (std 0) and normalises inside.
     """
 
     def __init__(self, vae: torch.nn.Module, name: str, statistics: tuple | None = None):
@@ -231,7 +227,7 @@ class Codec:
             statistics = vae.bn.running_mean, (vae.bn.running_var.double() + config.batch_norm_eps).sqrt()
         elif statistics is None and kind == KL and (config.latents_mean, config.latents_std) != (None, None):
             statistics, self.scalar = (config.latents_mean, config.latents_std), self.space
-        if statistics is not None:
+        if statistics:
             self.use_statistics(statistics, name)
 
     def use_statistics(self, statistics: tuple[object, object], where: str, stats: str = "") -> None:
@@ -322,7 +318,7 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
 
 
 def _open(name: str, subfolder: str | None, folder: bool, ldm: bool) -> Codec:
-    """The codec in a folder or a repository of the hub. Raises whatever diffusers does."""
+    """The codec in a folder or a repository of the hub. Raises what diffusers does."""
     import diffusers  # slow to import, and training without pictures does not need it
     from huggingface_hub import snapshot_download
 
@@ -361,20 +357,15 @@ def read_ldm(path: Path) -> torch.nn.Module:
 
     weights = read_file(path)
     weights = weights.get("state_dict", weights)
-
-    def count(form: str) -> int:
-        return next(i for i in range(64) if form.format(i) not in weights)
-
-    levels = count("encoder.down.{}.block.0.conv1.weight")
-    attends = [f"encoder.down.{i}.attn.0.q.weight" in weights for i in range(levels)]
+    block = "encoder.down.{}.block.{}.conv1.weight".format
+    widths = [len(weights[block(i, 0)]) for i in range(64) if block(i, 0) in weights]
+    attends = [f"encoder.down.{i}.attn.0.q.weight" in weights for i in range(len(widths))]
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=[len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)],
-            down_block_types=[("Attn" * one) + "DownEncoderBlock2D" for one in attends],
-            up_block_types=[("Attn" * one) + "UpDecoderBlock2D" for one in reversed(attends)],
-            layers_per_block=count("encoder.down.0.block.{}.conv1.weight"),
-            latent_channels=len(weights["post_quant_conv.weight"]))
-    state = {name: weights[ldm_name(name, levels)].reshape(one.shape) for name, one in vae.state_dict().items()}
+        vae = AutoencoderKL(block_out_channels=widths, latent_channels=len(weights["post_quant_conv.weight"]),
+                            down_block_types=["Attn" * one + "DownEncoderBlock2D" for one in attends],
+                            up_block_types=["Attn" * one + "UpDecoderBlock2D" for one in reversed(attends)],
+                            layers_per_block=sum(block(0, i) in weights for i in range(64)))
+    state = {name: weights[ldm_name(name, len(widths))].reshape(one.shape) for name, one in vae.state_dict().items()}
     vae.load_state_dict(state, assign=True)                       # attention is a 1x1 convolution there, linear here
     return vae.float().eval().requires_grad_(False)
 

@@ -95,7 +95,7 @@ def build_parser() -> Parser:
     two.add_argument("--vae", "--model-url", **optional,
                      help=f"VAE: a hub id, a local folder, or one of {', '.join(VAES)} (default: mse)")
     two.add_argument("--latent-stats", **optional, type=Path, metavar="FILE",
-                     help="mean and std per channel, npz or pt, instead of the VAE's own normalisation")
+                     help="npz or pt with mean and std per channel (default: the VAE's own normalisation)")
     two.add_argument("--enc-type", **optional, help="encoder, as in train.py: store features, for --cached-features")
     two.add_argument("--encoder-weights", **optional, metavar="FILE", help="of the encoder (default: the hub's)")
     two.add_argument("--max-images", type=at_least(1), **optional,

@@ -1,7 +1,4 @@
-"""`encode`: images to VAE moments (mean and std of the posterior) or to an encoder's features, under the same keys.
-
-`stats-latents` measures moments.
-"""
+"""`encode` images to VAE moments (mean and std of the posterior) or an encoder's features, by key; `stats-latents`."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -54,8 +51,7 @@ class Moments:
     def __init__(self, vae: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device,
                  latent_stats: Path | None = None):
         """`precision` None is PyTorch's own: tf32 for a GPU's convolutions, else fp32. `compiled` None: bf16 on a GPU,
-        where norms and activations cost more than convolutions. `latent_stats` is a file of `read_statistics`, None for
-        the VAE's own normalisation.
+        where norms and activations cost more than convolutions. `latent_stats`: a file for `read_statistics`, or None.
 
         Raises UserError for tf32 on a CPU, and if only some processes can compile.
         """

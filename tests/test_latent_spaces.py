@@ -190,7 +190,7 @@ def test_the_decoder_takes_a_files_numbers_or_those_recorded_before(folders, cap
     ({"latents_mean": [0.0, 0.0, float("nan"), 0.0]}, "mean.*nan"), ({"latents_mean": None}, "mean.*None"),
     ({"latents_std": None}, "std.*None"), ({"latents_mean": "abcd"}, "mean"), ({"latents_std": [1e-9] * 4}, "scale"),
     ({"latents_std": ["1"] * 4}, "std"), ({"latents_std": [[1.0] * 2] * 2}, r"std.*\(2, 2\)"),
-    ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny.*AutoencoderKLFlux2"), ({"_class_name": [1]}, "AutoencoderRAE"),
+    ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny.*AutoencoderKLFlux2"), ({"_class_name": [1]}, "RAE"),
 ])
 def test_a_config_with_impossible_statistics_is_refused(folders, tmp_path, change, word):
     folder = shutil.copytree(folders / "channels", tmp_path / "vae")
@@ -372,7 +372,7 @@ def train_on(folder, flags, *more):
     train.main([*flags, "--data-dir", str(folder), "--max-train-steps", "2", *map(str, more)])
 
 
-def test_a_space_per_channel_from_encoding_to_pictures(folders, data_dir, encoder_folder, train_flags, tmp_path, capsys):
+def test_a_space_per_channel_from_encoding_to_pictures(folders, data_dir, train_flags, tmp_path, capsys):
     """With the config's statistics; then with measured ones, which are another latent space."""
     vae = folders / "channels"
     flags = [*train_flags, "--vae", vae, "--sampling-steps", "2"]
