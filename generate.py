@@ -59,7 +59,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     what.add_argument("--ckpt", required=True, metavar="PATH", help="checkpoint file, or experiment folder: its newest")
     what.add_argument("--model", choices=tuple(MODELS), metavar="NAME", help="for released files, which lack it")
     what.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
-    what.add_argument("--vae", metavar="VAE", help="decoder: hub id, folder, ema or mse; None: the checkpoint's")
+    what.add_argument("--vae", metavar="VAE", help="hub id, folder or name of docs/data.md; None: the checkpoint's")
     what.add_argument("--sample-dir", metavar="DIR", help="None: samples/ in the experiment, else ./samples")
     what.add_argument("--num-fid-samples", type=at_least(1), metavar="N", help="number of images; "
                       f"None: {ClassLabels.count}, for captions {Captions.count}, for prompts all")
@@ -403,7 +403,7 @@ def main(argv=None) -> None:
             codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
             ready = make_conditions_ready(conditions, args.text_encoder, state.get("text"), path, model, device)
         silent = "" if "latent_space" in state else ", which names no VAE and so counts as Stable Diffusion's,"
-        space.require_same(codec.space, f"the checkpoint{silent}", "the decoder")
+        codec.use_space(space, f"the checkpoint{silent}")
         done = len(folder.blocks) - len(missing)
         if done:
             notice(f"continuing: {done} of {len(folder.blocks)} blocks are done")

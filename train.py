@@ -198,8 +198,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help=f"steps between grids of {GRID_IMAGES} EMA samples ({GRID.mode}, {GRID.num_steps} steps, "
                              "guided as published); 0: none")
     output.add_argument("--vae", metavar="VAE",
-                        help="VAE that decodes samples: hub id, folder, ema or mse; None: the "
-                             "one of the data set's recipe")
+                        help="VAE that decodes samples: hub id, folder, or a name in docs/data.md; "
+                             "None: the one of the data set's recipe")
     output.add_argument("--dry-run", action="store_true", help="print configuration, parameters and GFLOPs, and stop")
 
     scoring = parser.add_argument_group("scoring while training")
@@ -524,7 +524,7 @@ def open_codec(args: argparse.Namespace, space: LatentSpace, accelerator: Accele
     if not (args.eval_steps or args.sampling_steps and accelerator.is_main_process):
         return None
     codec = load_codec(args.vae or space.decoder, accelerator.device)
-    space.require_same(codec.space, "the data set", "the decoder")
+    codec.use_space(space, "the data set")
     return codec
 
 

@@ -101,7 +101,7 @@ def _refuse(faults: dict[bytes, str], count: int, source: str) -> None:
                         "files, then convert or encode again")
 
 
-def check(source: str, output: str, workers: int, model_url: str | None = None) -> None:
+def check(source: str, output: str, workers: int, vae: str | None = None) -> None:
     """Read all images, moments and features below `source`, write their catalogues anew, and the picture `output`.
 
     Faulty files and those without a partner are named on stderr, one to a line. Raises UserError if there are any, and
@@ -121,8 +121,8 @@ def check(source: str, output: str, workers: int, model_url: str | None = None) 
     entries = LatentDataset(source, features=[Features(path) for path in features], only=good,
                             captions=any(one.captions is not None for one in catalogues[:2]))
     space, resolution = read_space(entries.vae_record, entries.moments_shape, entries.resolution, shown(source))
-    codec = load_codec(model_url or space.decoder, "cuda" if torch.cuda.is_available() else "cpu")
-    space.require_same(codec.space, "the data set", "the decoder")
+    codec = load_codec(vae or space.decoder, "cuda" if torch.cuda.is_available() else "cpu")
+    codec.use_space(space, "the data set")
 
     count = len(entries) + len(faults)
     with tqdm(total=len(entries), desc="check", unit="image") as bar:

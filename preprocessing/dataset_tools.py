@@ -5,6 +5,7 @@
     python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/features-dinov2-vit-b \
         --enc-type=dinov2-vit-b
     python -m preprocessing.dataset_tools captions --source=DATA --captions=captions.json
+    python -m preprocessing.dataset_tools stats-latents --source=DATA/vae-sd --output=stats.npz
     python -m preprocessing.dataset_tools check --source=DATA
 
 The same command continues an interrupted one. Source and destination are folders or zip files; pictures may be in tars.
@@ -22,7 +23,7 @@ if not __package__:  # called as a script: the repository is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from models.cached_features import DTYPES, features_folder
-from models.vae import SHORTHANDS
+from models.vae import VAES
 from preprocessing import encode as encoding
 from preprocessing.captions import captions
 from preprocessing.check import check
@@ -34,19 +35,21 @@ from runtime.messages import UserError, without_traceback
 from runtime.stores import shown
 
 
-def encode(source: str, dest: str, batch_size: int, workers: int, model_url: str | None = None,
-           dtype: str | None = None, precision: str | None = None, compile: bool | None = None,
-           enc_type: str | None = None, encoder_weights: str | None = None, max_images: int | None = None) -> None:
+def encode(source: str, dest: str, batch_size: int, workers: int, vae: str | None = None,
+           latent_stats: Path | None = None, dtype: str | None = None, precision: str | None = None,
+           compile: bool | None = None, enc_type: str | None = None, encoder_weights: str | None = None,
+           max_images: int | None = None) -> None:
     """Encode moments or, with `enc_type`, features. Raises UserError as both do, and for flags of the other one."""
     if enc_type is None:
         if encoder_weights is not None:
             raise UserError(f"--encoder-weights {encoder_weights}: needs --enc-type")
         if dtype == "int8":
             raise UserError("--dtype int8: for features only; give float16 or float32, or add --enc-type")
-        vae = model_url or SHORTHANDS["mse"]
-        network = encoding.Moments(vae, dtype or "float32", precision, compile, join_processes().device)
+        network = encoding.Moments(vae or "mse", dtype or "float32", precision, compile, join_processes().device,
+                                   latent_stats)
     else:
-        for flag, value in (("--model-url", model_url), ("--precision", precision), ("--compile", compile)):
+        for flag, value in (("--vae or --model-url", vae), ("--latent-stats", latent_stats),
+                            ("--precision", precision), ("--compile", compile)):
             if value is not None:
                 raise UserError(f"{flag} {value}: for moments only; leave it out, or leave out --enc-type")
         if dtype not in (None, *DTYPES):
@@ -64,11 +67,11 @@ def build_parser() -> Parser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                   # of this process
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | check")
+    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | stats-latents | check")
     optional = {"default": argparse.SUPPRESS}                     # the functions know it; no "(default: None)"
 
     def command(function, text: str, **paths: str) -> Parser:
-        added = commands.add_parser(function.__name__, help=text, description=text)
+        added = commands.add_parser(function.__name__.replace("_", "-"), help=text, description=text)
         added.set_defaults(function=function)
         for flag, meaning in paths.items():
             added.add_argument(f"--{flag}", required=True, **optional, help=meaning)
@@ -89,7 +92,10 @@ def build_parser() -> Parser:
     two = command(encode, "encode images to VAE moments, or with --enc-type to an encoder's features",
                   source="images, as written by convert: a folder or a zip",
                   dest="moments or features: a folder or a name ending in .zip")
-    two.add_argument("--model-url", **optional, help="VAE: a hub id, a local folder, ema or mse (default: mse)")
+    two.add_argument("--vae", "--model-url", **optional,
+                     help=f"VAE: a hub id, a local folder, or one of {', '.join(VAES)} (default: mse)")
+    two.add_argument("--latent-stats", **optional, type=Path, metavar="FILE",
+                     help="npz or pt with mean and std per channel (default: the VAE's own normalisation)")
     two.add_argument("--enc-type", **optional, help="encoder, as in train.py: store features, for --cached-features")
     two.add_argument("--encoder-weights", **optional, metavar="FILE", help="of the encoder (default: the hub's)")
     two.add_argument("--max-images", type=at_least(1), **optional,
@@ -108,10 +114,14 @@ def build_parser() -> Parser:
     command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
             captions="COCO's captions_*.json, other JSON or JSON lines")
 
+    stats = command(encoding.stats_latents, "measure mean and std of each latent channel, for --latent-stats",
+                    source="moments, as written by encode: a folder or a zip", output="the statistics, a name in .npz")
+    stats.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that read; 0: this one")
+
     three = command(check, "verify a prepared data set and draw a picture to look at",
                     source="the data folder with images and vae-sd, folders or zips")
     three.add_argument("--output", default="check.png", help="the picture: images above their decoded latents")
-    three.add_argument("--model-url", **optional, help="VAE that decodes (default: that of the data set)")
+    three.add_argument("--vae", "--model-url", **optional, help="VAE that decodes (default: that of the data set)")
     three.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that read; 0: this one")
     return parser
 

@@ -1,26 +1,28 @@
-"""`encode`: images to VAE moments (mean and std of the posterior) or to an encoder's features, under the same keys."""
+"""`encode` images to VAE moments (mean and std of the posterior) or an encoder's features, by key; `stats-latents`."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import MOMENTS_EXTENSIONS, read_image
+from dataset import MOMENTS_EXTENSIONS, read_image, read_moments
 from models.cached_features import FeaturesRecord, file_size, pack
 from models.encoders import load_encoder, sha256_of_named
-from models.vae import SHORTHANDS, LatentSpace, load_codec
+from models.vae import SHORTHANDS, load_codec, read_statistics
 from preprocessing.convert import source_labels, spread
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import speed
 from runtime.catalogue import key_of, list_keyed, read_captions
-from runtime.files import as_size, to_npy
+from runtime.files import as_size, sha256, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
+from runtime.npz import write_npz
 from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown
 
 # Precision of the VAE's arithmetic. With the toy's VAE, the images' means differ from fp32's by 0.0003 (tf32) and 0.004
@@ -46,29 +48,35 @@ class Moments:
 
     kind, remedy, file_name = "moments", "use --dtype float32, or another VAE", staticmethod(moments_name)
 
-    def __init__(self, model_url: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device):
+    def __init__(self, vae: str, dtype: str, precision: str | None, compiled: bool | None, device: torch.device,
+                 latent_stats: Path | None = None):
         """`precision` None is PyTorch's own: tf32 for a GPU's convolutions, else fp32. `compiled` None: bf16 on a GPU,
-        where norms and activations cost more than convolutions.
+        where norms and activations cost more than convolutions. `latent_stats`: a file for `read_statistics`, or None.
 
         Raises UserError for tf32 on a CPU, and if only some processes can compile.
         """
         on_gpu = device.type == "cuda"
         if precision == "tf32" and not on_gpu:
             raise UserError("--precision tf32: needs a GPU; give fp32 or bf16")
-        self.name, self.dtype, self.device = SHORTHANDS.get(model_url, model_url), dtype, device
+        self.name, self.dtype, self.device = SHORTHANDS.get(vae, vae), dtype, device
         self.precision = precision or ("tf32" if on_gpu else "fp32")
         wanted = self.precision == "bf16" and on_gpu if compiled is None else compiled
         self.compiled = wanted and speed.compiler_works(device.type)
         speed.require_same_everywhere(self.compiled)
         self.settings = {"vae": self.name, "dtype": dtype, "precision": self.precision, "compiled": self.compiled}
+        self.latent_stats, self.statistics = latent_stats, latent_stats and read_statistics(latent_stats)
+        if latent_stats:
+            self.settings["latent_stats"] = sha256(latent_stats)
 
     def open(self, resolution: int, batch_size: int) -> int:
         """Load the VAE and return the bytes of one file. Raises UserError if it fails or R does not fit."""
         self.codec, self.batch_size = load_codec(self.name, self.device), batch_size
-        space = LatentSpace.from_record(self.codec.space.to_record(), f"--model-url {self.name}")
-        if resolution % space.downsampling:
-            raise UserError(f"--model-url {self.name}: cannot encode images of {resolution} px; "
-                            f"expected a multiple of {space.downsampling} px")
+        if self.statistics:
+            self.codec.use_statistics(self.statistics, str(self.latent_stats), self.settings["latent_stats"])
+        space, side = self.codec.space, self.codec.side
+        if resolution % space.downsampling or side not in (None, resolution):
+            raise UserError(f"--vae {self.name}: cannot encode images of {resolution} px; expected "
+                            f"{side or f'a multiple of {space.downsampling}'} px")
         if self.precision == "bf16":
             self.codec.in_bf16()
         if self.compiled:
@@ -214,3 +222,33 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     if state.is_main_process:
         destination.finish({**labels, **network.record})
         say(f"{shown(dest)}: {network.kind} of {len(names)} images by {network.name}, {network.dtype}")
+
+
+def _sums(store: Store, names: np.ndarray, shape: tuple[int, int, int], chunk: range) -> np.ndarray:
+    """Sums over images and positions of E[x] and E[x^2] under the posteriors: (2, C) float64."""
+    found = np.zeros((2, shape[0] // 2))
+    for name in names[chunk.start:chunk.stop]:
+        mean, std = np.split(read_moments(store, name, shape).astype(np.float64), 2)      # (C, H, W) each
+        found += mean.sum((1, 2)), (mean**2 + std**2).sum((1, 2))
+    return found
+
+
+def stats_latents(source: str, output: str, workers: int) -> None:
+    """Write `output`, an npz with mean and std (C,) float64 of latents drawn from the moments in `source`.
+
+    Raises UserError for unreadable moments, and if a std is not above 0.
+    """
+    path, store = Path(output), open_store(source)
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise UserError(f"--output {shown(output)}: not the name of an .npz in a folder that exists")
+    _, names = list_keyed(store, MOMENTS_EXTENSIONS)
+    if not len(names):
+        raise UserError(f"--source {shown(source)}: holds no moments; expected those that `encode` writes")
+    shape = read_moments(store, names[0]).shape
+    chunks = in_workers(partial(_sums, store, names, shape), blocks(len(names), 64), workers)
+    mean, square = sum(chunks) / (len(names) * shape[1] * shape[2])               # (C,) each
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    if not (np.isfinite(mean).all() and std.min() > 0):
+        raise UserError(f"--source {shown(source)}: a channel is constant or not finite; see what `check` finds")
+    write_npz(path, (), 0, (0, 0), mean=mean, std=std)
+    say(f"{shown(output)}: std {std.min():.4g} to {std.max():.4g} in {len(std)} channels, over {len(names)} images")
