@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evaluations.networks import OTHERS, load_network
 from models import encoders
 from runtime.files import sha256
 from runtime.messages import UserError, notice
@@ -34,7 +35,7 @@ class Extractor:
 
     network: nn.Module
     device: torch.device
-    name: str                                # 'inception', 'dinov2', or the base name of the folder
+    name: str                                # 'inception', 'dinov2', a row of FDR6, or the base name of the folder
     weights_sha256: str
     weights_verified: bool | None            # whether it is the published file; None: there is none to compare with
     classifier: torch.Tensor | None = None   # (1008, F), which the Inception Score uses without a bias
@@ -55,10 +56,9 @@ class Extractor:
         """The Frechet distance's key in JSON."""
         return "fid" if self.is_inception else f"fd_{self.name}"
 
-    @property
-    def kid_key(self) -> str:
-        """The kernel distance's key in JSON."""
-        return "kid" if self.is_inception else f"kid_{self.name}"
+    def key_of(self, metric: str) -> str:
+        """The key in JSON of a score that has no name of its own in other features, as kid."""
+        return metric if self.is_inception else f"{metric}_{self.name}"
 
     @property
     def label(self) -> str:
@@ -77,7 +77,8 @@ class Extractor:
 
 def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None,
                    dinov2_weights: str | Path | None = None) -> Extractor:
-    """The extractor `inception`, `dinov2`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
+    """The extractor `inception`, `dinov2`, a network of FDr6, or `local-dir:FOLDER` with a timm model (config.json,
+    model.safetensors).
 
     Without a file, Inception's weights are read from torch hub's cache or downloaded into it, DINOv2's from timm's hub
     or its cache. Raises UserError for an unknown spec and for weights that are missing, damaged or another network's.
@@ -99,11 +100,15 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weig
             raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
         network, name = DinoFeatures(encoder), "dinov2"
         digest = encoders.sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
+    elif spec in OTHERS:
+        network, name = load_network(spec), spec
+        digest = encoders.sha256_of_parameters(network)
     elif spec.startswith(encoders.LOCAL):
         folder = Path(spec.removeprefix(encoders.LOCAL))
         network, name, digest = TimmFeatures.load(folder), folder.resolve().name, sha256(encoders.timm_weights(folder))
     else:
-        raise UserError(f"--features {spec}: expected inception, dinov2 or {encoders.LOCAL}FOLDER with a timm model")
+        raise UserError(f"--features {spec}: expected inception, dinov2, {', '.join(OTHERS)} or {encoders.LOCAL}FOLDER "
+                        "with a timm model")
     network = network.to(device).eval().requires_grad_(False)
     return Extractor(network, device, name, digest, verified, classifier)
 

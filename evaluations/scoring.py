@@ -1,15 +1,17 @@
 """`evaluate`: two sets of images -> their scores and a record of how they were made."""
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
 import torch
 
-from evaluations.extraction import Measured, all_threads, file_statistics, measure, place
+from evaluations.extraction import Measured, all_threads, file_statistics, measure, measure_all, place
 from evaluations.features import Extractor
 from evaluations.images import ImageSet, open_images
 from evaluations.metrics import (
+    DIRECTIONS,
+    MIND_SEED,
     NEIGHBOURS,
     SPLIT,
     SUBSET,
@@ -17,45 +19,75 @@ from evaluations.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    monge_distance,
     precision_recall,
     side_by_side,
 )
+from evaluations.networks import FDR6, OTHERS
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
-INCEPTION_METRICS = (*ADM_METRICS, "kid")
+INCEPTION_METRICS = (*ADM_METRICS, "kid", "mind", "fdr6")
 NEIGHBOUR_METRICS = ("precision", "recall")
-OTHER_METRICS = ("fd", "kid")  # in any other features
+OTHER_METRICS = ("fd", "kid", "mind")  # in any other features
 # The field of Measured that a score needs of both sets; the Inception Score needs it of the samples only.
 NEEDS = {"inception_score": "pooled", "fid": "gaussian", "fd": "gaussian", "sfid": "spatial", "precision": "pooled",
-         "recall": "pooled", "kid": "pooled"}
+         "recall": "pooled", "kid": "pooled", "mind": "pooled", "fdr6": "gaussian"}
 
 
 def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = None, distances: str = "adm",
-             batch_size: int = 64, measured_ref: Measured | None = None) -> dict | None:
+             batch_size: int = 64, measured_ref: Measured | None = None,
+             open_networks: Callable[[], Sequence[Extractor]] = tuple) -> dict | None:
     """Compare two sets of images; each is a path (npz, folder), an array uint8 (N, H, W, 3), or an ImageSet.
 
     Args:
+        ref: a set, or a list of sets; the samples are read once.
         metrics: among INCEPTION_METRICS, or OTHER_METRICS in other features; None: ADM's five, or the Frechet distance.
         distances: of precision and recall: "adm" (float16, as in papers), "exact" (float32), or "off": neither score.
         measured_ref: `measure_reference` of the same reference, if it is scored repeatedly; None: measured here.
+        open_networks: called for fdr6, gives its networks beside Inception; without all of them there is no mean.
     Returns:
         The content of metrics.json, on the first process; None on others. Counts are of the images in the set; with
         `..._statistics_from_file` its mu and sigma may be of more (the 10,000 images of VIRTUAL_imagenet256 come with
-        the statistics of 1.28 million). Raises UserError for sets that cannot be scored.
+        the statistics of 1.28 million). Of several references, `references` has each one's scores; those at the top are
+        the first one's. Raises UserError for sets that cannot be scored.
     """
-    sample, ref = open_images(sample, "the sample batch"), open_images(ref, "the reference batch")
-    metrics = choose(metrics, ref, sample, extractor, distances)
-    b = measured_ref or measure_reference(ref, extractor, metrics, batch_size)
-    a = measure(sample, extractor, batch_size, {NEEDS[name] for name in metrics})
+    sample = open_images(sample, "the sample batch")
+    refs = [open_images(one, "the reference batch") for one in (ref if isinstance(ref, list) else [ref])]
+    chosen = choose(metrics, refs, sample, extractor, distances)
+    networks = open_networks() if any("fdr6" in names for names in chosen) else ()
+    b = [{extractor.key: measured_ref}] if measured_ref else [
+        measure_all(one, [(extractor, _need(names, {"inception_score"})),
+                          *((network, {"gaussian"}) for network in networks if "fdr6" in names and _has(one, network))],
+                    batch_size) for one, names in zip(refs, chosen, strict=True)]
+    a = measure_all(sample, [(extractor, set().union(*map(_need, chosen))),
+                             *((network, {"gaussian"}) for network in networks if any(network.key in one for one in b))],
+                    batch_size)
     if place()[0] != 0:
         return None
+    results = [_result(*one, sample, extractor, distances, a) for one in zip(refs, chosen, b, strict=True)]
+    several = {"references": [_of_reference(*one) for one in zip(refs, results, strict=True)]} if len(refs) > 1 else {}
+    weights = {"fdr6_weights": {one.name: one.weights_sha256 for one in networks}} if networks else {}
+    return results[0] | weights | several
+
+
+def _need(metrics: Sequence[str], but: Set[str] = frozenset()) -> set[str]:
+    """The fields of Measured for these metrics, `but` some."""
+    return {NEEDS[name] for name in metrics if name not in but}
+
+
+def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sample: ImageSet, extractor: Extractor,
+            distances: str, a: dict[str, Measured]) -> dict:
+    """Scores and record of samples `a` and one reference `b`, each measured by networks, by their keys."""
     by_statistics = any(NEEDS[name] != "pooled" for name in metrics)
     from_file = {name: by_statistics and file_statistics(images, extractor) is not None
                  for name, images in (("sample", sample), ("reference", ref))}
-    _warn(ref, sample, extractor, metrics, a, from_file)
-    scores, modes = _scores(a, b, extractor, metrics, distances)
+    _warn(ref, sample, extractor, metrics, a[extractor.key], from_file)
+    scores, modes = _scores(a[extractor.key], b[extractor.key], extractor, metrics, distances)
+    if "fdr6" in metrics:
+        six, modes["fdr6"] = _six(a, b, extractor, ref, scores)
+        scores |= six
     on_gpu = extractor.device.type == "cuda"
     return scores | {
         "num_samples": sample.count,
@@ -74,9 +106,42 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
     }
 
 
+def _of_reference(ref: ImageSet, result: dict) -> dict:
+    """What of a result depends on the reference."""
+    own = {name: value for name, value in result.items() if isinstance(value, float) and name != "inception_score"}
+    return {"name": ref.name, **own, "num_reference": ref.count}
+
+
 def measure_reference(ref: ImageSet, extractor: Extractor, metrics: Sequence[str], batch_size: int = 64) -> Measured:
     """What `evaluate` needs of a reference for these metrics; every process calls it."""
-    return measure(ref, extractor, batch_size, {NEEDS[name] for name in metrics if name != "inception_score"})
+    return measure(ref, extractor, batch_size, _need(metrics, {"inception_score"}))
+
+
+def _has(ref: ImageSet, network: Extractor) -> bool:
+    """Whether a reference has this network's statistics, or is nothing but images to measure.
+
+    The images of a file with statistics are not used for FDr6: the statistics are of more images.
+    """
+    return file_statistics(ref, network) is not None or ref.statistics is None and not ref.more
+
+
+def _six(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor, ref: ImageSet,
+         known: dict[str, float]) -> tuple[dict[str, float], str]:
+    """Each network's Frechet distance, their mean over constants if all six are there, and how that was computed."""
+    keys = {name: extractor.key if name == "inception" else f"fd_{name}" for name in FDR6}
+    there = {name: key for name, key in keys.items() if key in a and key in b}
+    with full_precision(extractor.device), all_threads():
+        found = side_by_side(lambda key: known.get(key) or frechet_distance(*a[key].gaussian, *b[key].gaussian),
+                             there.values(), torch.device("cpu"))
+    scores = dict(zip(there.values(), found, strict=True))
+    if len(there) < len(FDR6):
+        missing = ", ".join(name for name in FDR6 if name not in there)
+        notice(f"without fdr6: {ref.name}: weights or reference statistics of {missing} are missing, so there is no "
+               "mean of six")
+        return scores, f"without {missing}: no mean"
+    scores["fdr6"] = sum(scores[keys[name]] / row.constant for name, row in FDR6.items()) / len(FDR6)
+    return scores, "mean of distance / constant, " + ", ".join(f"{keys[name]} / {row.constant}"
+                                                               for name, row in FDR6.items())
 
 
 def _scores(a: Measured, b: Measured, extractor: Extractor, metrics: Sequence[str],
@@ -97,14 +162,23 @@ def _scores(a: Measured, b: Measured, extractor: Extractor, metrics: Sequence[st
             scores |= {name: value for name, value in both if name in metrics}
             modes["precision_recall"] = distances
         if "kid" in metrics:
-            scores[extractor.kid_key], scores[f"{extractor.kid_key}_std"] = kernel_distance(b.pooled, a.pooled)
+            key = extractor.key_of("kid")
+            scores[key], scores[f"{key}_std"] = kernel_distance(b.pooled, a.pooled)
             modes["kid"] = f"{SUBSETS} subsets of {min(SUBSET, len(a.pooled), len(b.pooled))}, seed 0"
+        if "mind" in metrics:
+            scores[extractor.key_of("mind")] = monge_distance(b.pooled, a.pooled)
+            modes["mind"] = f"{DIRECTIONS} directions, {min(len(a.pooled), len(b.pooled))} rows, seed {MIND_SEED}"
     return scores, modes
 
 
-def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extractor: Extractor,
-           distances: str = "adm") -> tuple[str, ...]:
-    """The metrics to compute. Raises UserError if one that was asked for is impossible; leaves out a default one."""
+def choose(metrics: Sequence[str] | None, refs: ImageSet | Sequence[ImageSet], sample: ImageSet, extractor: Extractor,
+           distances: str = "adm") -> list[tuple[str, ...]]:
+    """The metrics to compute for each reference; the Inception Score, which needs none, for the first one.
+
+    Leaves out one that is impossible. Raises UserError if it was asked for and no reference allows it, and for a
+    reference that allows none.
+    """
+    refs = [refs] if isinstance(refs, ImageSet) else refs
     possible = INCEPTION_METRICS if extractor.is_inception else OTHER_METRICS
     for metric in metrics or ():
         if metric not in possible:
@@ -113,29 +187,37 @@ def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extra
             raise UserError(f"--metrics {metric}: excluded by --precision-recall off; leave one of them out")
     asked = metrics if metrics is not None else ADM_METRICS if extractor.is_inception else OTHER_METRICS[:1]
     asked = [metric for metric in asked if metric not in NEIGHBOUR_METRICS or distances != "off"]
-    obstacles = {metric: _obstacle(metric, ref, sample, extractor) for metric in asked}
-    for reason in sorted({reason for reason in obstacles.values() if reason}):
-        names = [metric for metric in asked if obstacles[metric] == reason]
-        if metrics is not None or len(names) == len(asked):
-            raise UserError(f"{reason}; leave out {', '.join(names)}, or name another file")
-        notice(f"without {', '.join(names)}: {reason}")
-    return tuple(metric for metric in asked if not obstacles[metric])
+    every = [{metric: _obstacle(metric, ref, sample, extractor) for metric in asked} for ref in refs]
+    for obstacles in every:
+        for reason in sorted({reason for reason in obstacles.values() if reason}):
+            names = [metric for metric in asked if obstacles[metric] == reason]
+            nowhere = any(all(others[metric] for others in every) for metric in names)
+            if metrics is not None and nowhere or len(names) == len(asked):
+                raise UserError(f"{reason}; leave out {', '.join(names)}, or name another file")
+            notice(f"without {', '.join(names)}: {reason}")
+    return [tuple(metric for metric in asked if not obstacles[metric] and (metric != "inception_score" or not number))
+            for number, obstacles in enumerate(every)]
 
 
 def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> str | None:
     """Why this score is impossible for these two sets, or None."""
     for images in (sample, ref):
         own = file_statistics(images, extractor)
+        if metric == "fdr6" and not images.more and (images.blocks is None or images is ref and images.statistics):
+            return (f"{images.name}: holds no statistics of {', '.join(OTHERS)}, which stats --networks fdr6 and the "
+                    "folder of the published files have")
         if NEEDS[metric] != "pooled":
             if own is None and images.blocks is None:
                 return f"{images.name}: holds statistics of other features and no images"
             if metric == "sfid" and own is not None and own.mu_s is None:
                 return f"{images.name}: holds mu and sigma but no mu_s and sigma_s"
         elif images is sample or metric != "inception_score":
-            if images.blocks is None:
-                return f"{images.name}: holds statistics and no images (arr_0)"
-            if metric in NEIGHBOUR_METRICS and images.count <= NEIGHBOURS:
-                return f"{images.name}: holds {images.count} images, {NEIGHBOURS} neighbours need {NEIGHBOURS + 1}"
+            rows = None if own is None or own.pooled is None else len(own.pooled)
+            if rows is None and images.blocks is None:
+                return f"{images.name}: holds statistics and no images (arr_0) or feature rows"
+            count = images.count if rows is None else rows
+            if metric in NEIGHBOUR_METRICS and count <= NEIGHBOURS:
+                return f"{images.name}: holds {count} images, {NEIGHBOURS} neighbours need {NEIGHBOURS + 1}"
     return None
 
 
