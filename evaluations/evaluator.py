@@ -146,11 +146,10 @@ def device(text: str) -> torch.device:
 
 
 def references(text: str) -> list[Path]:
-    """A type for one path, or several with commas."""
-    parts = [text] if os.path.exists(text) else list(dict.fromkeys(part.strip() for part in text.split(",")))
-    if "" in parts:
+    """A type for paths with commas between them."""
+    if "" in (paths := text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: names no file at a comma")
-    return [Path(part) for part in parts]
+    return [Path(path) for path in paths]
 
 
 def kept(text: str) -> int:
@@ -195,10 +194,8 @@ def score(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value}: needs {needed}; add it, or leave it out")
     refs, device = [open_images(path, "--ref-batch") for path in args.ref_batch], join(args.device)
     load = functools.partial(open_extractor, args.features, device, args.inception_weights, args.dinov2_weights)
-    networks = functools.partial(open_networks, device)
     if args.dry_run:
         choose(metrics, refs, UNKNOWN_SAMPLES, load(), args.precision_recall)
-        _ = "fdr6" in (metrics or ()) and networks()              # refuses
         _ = clip_name and Clip(clip_name)                         # refuses
         return
     sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
@@ -207,15 +204,16 @@ def score(args: argparse.Namespace) -> None:
     captions = clip_name and read_captions(args.sample_batch, args.captions, sample.count)
     clip = clip_name and Clip(clip_name)                          # the hub's client locks its downloads
     extractor = load()
-    result = evaluate(refs, sample, extractor, metrics, args.precision_recall, args.batch_size, None, networks)
+    result = evaluate(refs, sample, extractor, metrics, args.precision_recall, args.batch_size,
+                      open_networks=lambda: open_networks(device))
     token_scores = class_token_scores(*tokens, refs[0], sample, args.batch_size) if tokens else {}
     clip_scores = clip_score(sample, captions, clip, device, args.batch_size) if clip else {}
     if result is None:                                            # the first process writes
         return
     result = clip_scores | token_scores | result
     hashes = [hash_of_reference(path) for path in args.ref_batch]
-    for one, digest in zip(result.get("references", ()), hashes, strict=False):
-        one["sha256"] = digest
+    if "references" in result:
+        result["references"] = [one | {"sha256": at} for one, at in zip(result["references"], hashes, strict=True)]
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch[0]),
                "reference_sha256": hashes[0],
                "asked": {name: getattr(args, name) for name in ASKED} | ({"clip": args.clip} if args.clip else {})}
@@ -253,7 +251,7 @@ def lines(result: dict, extractor: Extractor) -> list[str]:
     modes = [f"{name.replace('_', ' ')}: {mode}" for name, mode in result["modes"].items()]
     if "reference_sha256" in result:
         refs = refs or [{"name": result["ref_batch"], "sha256": result["reference_sha256"]}]
-        modes += [f"reference {one['name']} with sha256 {one['sha256']}" for one in refs]
+        modes += [f"reference {one['name']} with sha256 {one['sha256'] or '(a folder)'}" for one in refs]
     return [*scores, "; ".join([*counts, network, *modes])]
 
 
@@ -281,13 +279,13 @@ def make_statistics(args: argparse.Namespace) -> None:
     if args.networks and args.features != "inception":
         raise UserError(f"--networks {args.networks}: belongs to --features inception, not {args.features}")
     output = _output(args.output, args.source, args.inception_weights, args.dinov2_weights)
-    images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None,
-                     more=())                                     # measured, not copied
+    images = open_images(args.source, "the images", args.adm_crop)
+    images = replace(images, statistics=None, more=())            # measured, not copied
     if images.blocks is None:
         raise UserError(f"{args.source}: holds statistics and no images; name images")
     device = join(args.device)
     extractor = open_extractor(args.features, device, args.inception_weights, args.dinov2_weights)
-    networks = open_networks(device, least=len(OTHERS)) if args.networks else []
+    networks = [open_extractor(name, device, None) for name in OTHERS] if args.networks else []
     about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop}
     write_reference(output, images, extractor, args.batch_size, args.keep, args.seed, about, networks,
                     not args.no_images)
@@ -362,11 +360,8 @@ def open_extractor(features: str, device: torch.device, inception_weights: Path 
     return extractor if first else load()
 
 
-def open_networks(device: torch.device, least: int = 1) -> list[Extractor]:
-    """FDr6's networks beside Inception on every process, but those whose weights the first process lacks.
-
-    Names each that is missing; raises UserError if fewer than `least` are there.
-    """
+def open_networks(device: torch.device) -> list[Extractor]:
+    """FDr6's networks beside Inception, on every process; names those whose weights the first process lacks."""
     missing, networks, (rank, world) = [], [], place()
     for name in OTHERS if rank == 0 else ():
         try:
@@ -377,8 +372,6 @@ def open_networks(device: torch.device, least: int = 1) -> list[Extractor]:
     if world > 1:
         torch.distributed.broadcast_object_list(box := [missing], device=device)
         missing = box[0]
-    if len(OTHERS) - len(missing) < least:
-        raise UserError(f"fdr6: without the weights of {', '.join(missing)}; download them, or leave fdr6 out")
     return networks if rank == 0 else [load_extractor(name, device) for name in OTHERS if name not in missing]
 
 

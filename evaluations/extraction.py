@@ -128,11 +128,10 @@ def _from_file(images: ImageSet, extractor: Extractor, need: set[str]) -> dict:
     own = file_statistics(images, extractor)
     if own is None:
         return {}
-    pairs = {"gaussian": (own.mu, own.sigma), "spatial": (own.mu_s, own.sigma_s)}
-    found = {name: tuple(torch.from_numpy(x).to(extractor.device) for x in pair)
-             for name, pair in pairs.items() if name in need and pair[0] is not None}
-    rows = {"pooled": torch.from_numpy(own.pooled).to(extractor.device)} if own.pooled is not None else {}
-    return found | (rows if "pooled" in need else {})
+    arrays = {"gaussian": (own.mu, own.sigma), "spatial": (own.mu_s, own.sigma_s), "pooled": (own.pooled,)}
+    found = {name: tuple(torch.from_numpy(x).to(extractor.device) for x in parts)
+             for name, parts in arrays.items() if name in need and parts[0] is not None}
+    return found | {name: found[name][0] for name in found.keys() & {"pooled"}}
 
 
 class _Gathering:

@@ -11,11 +11,13 @@ import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
-from evaluations.networks import OTHERS, load_network
+from evaluations.networks import OTHERS
 from models import encoders
 from runtime.files import sha256
 from runtime.messages import UserError, notice
@@ -101,7 +103,7 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weig
         network, name = DinoFeatures(encoder), "dinov2"
         digest = encoders.sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
     elif spec in OTHERS:
-        network, name = load_network(spec), spec
+        network, name = FdNetwork.download(spec), spec
         digest = encoders.sha256_of_parameters(network)
     elif spec.startswith(encoders.LOCAL):
         folder = Path(spec.removeprefix(encoders.LOCAL))
@@ -212,6 +214,8 @@ class DinoFeatures(nn.Module):
 class TimmFeatures(nn.Module):
     """A timm model's features before its classifier: bilinear resize to its input size, its mean and std, network."""
 
+    resize = dict(mode="bilinear", align_corners=False, antialias=False)
+
     def __init__(self, model: nn.Module):
         super().__init__()
         config = model.pretrained_cfg
@@ -232,6 +236,39 @@ class TimmFeatures(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()                                                        # (B, 3, H, W)
         if tuple(x.shape[2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=False)
-        x = (x / 255 - self.mean) / self.std
-        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)  # (B, F)
+            x = F.interpolate(x, self.size, **self.resize)
+        return self.pooled((x / 255 - self.mean) / self.std)                      # (B, F)
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (B, 3, height, width) -> (B, F)."""
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+
+class FdNetwork(TimmFeatures):
+    """A network of FDr6 after a bicubic resize with antialiasing: its class token, attention pool, or mean over places.
+
+    Vision transformers compute in bfloat16 on a GPU, as for the published statistics.
+    """
+
+    resize = dict(mode="bicubic", align_corners=False, antialias=True)
+
+    def __init__(self, name: str, model: nn.Module):
+        super().__init__(model)
+        self.size, self.is_vit = 2 * (OTHERS[name].size,), bool(OTHERS[name].settings)
+
+    @classmethod
+    def download(cls, name: str) -> "FdNetwork":
+        """With weights from timm's hub or its cache. Raises UserError if they are not there."""
+        row = OTHERS[name]
+        try:
+            return cls(name, timm.create_model(row.timm_name, pretrained=True, num_classes=0, **row.settings))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{name}: weights of {row.timm_name} not in the hub's cache and not downloaded ({reason}); "
+                            "download them where the hub can be reached, and keep HF_HOME") from error
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_vit:
+            return self.model.forward_features(x).mean(dim=(2, 3))                # without the head's norm
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            return super().pooled(x)

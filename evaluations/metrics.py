@@ -224,23 +224,22 @@ def kernel_distance(reference: torch.Tensor, samples: torch.Tensor, seed: int = 
 # ---- Monge distance --------------------------------------------------------------------------------------------------
 
 def monge_distance(reference: torch.Tensor, samples: torch.Tensor) -> float:
-    """MIND (arXiv 2605.06797): 3 F times the mean squared 2-Wasserstein distance of reference (M, F), samples (N, F)
-    along 1000 random directions.
+    """MIND (arXiv 2605.06797): 3 F times the mean squared distance of sorted projections on 1000 random directions.
 
-    Of the larger set min(M, N) random rows are used. Biased upward by few rows: comparable at equal counts only.
+    Of the larger of reference (M, F) and samples (N, F) as many random rows are used as the other has. Biased upward
+    by few rows: comparable at equal counts only.
     """
-    sets = [torch.as_tensor(rows).float() for rows in (samples, reference)]
-    generator = torch.Generator().manual_seed(MIND_SEED)    # of the CPU, for any device
-    size, width = min(map(len, sets)), sets[0].shape[1]
+    generator = torch.Generator().manual_seed(MIND_SEED)          # of the CPU, for any device
+    size = min(len(reference), len(samples))
     sets = [rows if len(rows) == size else rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)]
-            for rows in sets]                                     # (size, F) each
-    directions = torch.randn(DIRECTIONS, width, generator=generator)
-    directions = (directions / directions.norm(dim=1, keepdim=True)).to(sets[0].device)  # (1000, F)
+            for rows in map(torch.as_tensor, (samples, reference))]               # (size, F) each
+    directions = torch.randn(DIRECTIONS, sets[0].shape[1], generator=generator)   # (1000, F)
+    directions = (directions / directions.norm(dim=1, keepdim=True)).to(sets[0].device)
 
-    def squared(piece: torch.Tensor) -> torch.Tensor:
-        x, y = ((rows @ piece.T).sort(dim=0).values.double() for rows in sets)  # (size, 50) each
+    def squared(some: torch.Tensor) -> torch.Tensor:              # a few directions at a time bound the memory
+        x, y = ((rows.float() @ some.T).sort(dim=0).values.double() for rows in sets)    # (size, 50) each
         return (x - y).square().mean()
 
     with full_precision(sets[0].device):
         found = side_by_side(squared, directions.split(50), sets[0].device)
-    return 3 * width * float(torch.stack(found).mean())
+    return 3 * directions.shape[1] * float(torch.stack(found).mean())

@@ -1,7 +1,7 @@
 """`evaluate`: two sets of images -> their scores and a record of how they were made."""
 
 import importlib.metadata
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -57,24 +57,21 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
     refs = [open_images(one, "the reference batch") for one in (ref if isinstance(ref, list) else [ref])]
     chosen = choose(metrics, refs, sample, extractor, distances)
     networks = open_networks() if any("fdr6" in names for names in chosen) else ()
+
+    def jobs(names: Sequence[str]) -> list[tuple[Extractor, set[str]]]:
+        more = networks if "fdr6" in names else ()
+        return [(extractor, {NEEDS[name] for name in names}), *((network, {"gaussian"}) for network in more)]
+
     b = [{extractor.key: measured_ref}] if measured_ref else [
-        measure_all(one, [(extractor, _need(names, {"inception_score"})),
-                          *((network, {"gaussian"}) for network in networks if "fdr6" in names and _has(one, network))],
-                    batch_size) for one, names in zip(refs, chosen, strict=True)]
-    a = measure_all(sample, [(extractor, set().union(*map(_need, chosen))),
-                             *((network, {"gaussian"}) for network in networks if any(network.key in one for one in b))],
-                    batch_size)
+        measure_all(one, jobs([name for name in names if name != "inception_score"]), batch_size)
+        for one, names in zip(refs, chosen, strict=True)]
+    a = measure_all(sample, jobs([name for names in chosen for name in names]), batch_size)
     if place()[0] != 0:
         return None
     results = [_result(*one, sample, extractor, distances, a) for one in zip(refs, chosen, b, strict=True)]
     several = {"references": [_of_reference(*one) for one in zip(refs, results, strict=True)]} if len(refs) > 1 else {}
     weights = {"fdr6_weights": {one.name: one.weights_sha256 for one in networks}} if networks else {}
     return results[0] | weights | several
-
-
-def _need(metrics: Sequence[str], but: Set[str] = frozenset()) -> set[str]:
-    """The fields of Measured for these metrics, `but` some."""
-    return {NEEDS[name] for name in metrics if name not in but}
 
 
 def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sample: ImageSet, extractor: Extractor,
@@ -84,10 +81,7 @@ def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sampl
     from_file = {name: by_statistics and file_statistics(images, extractor) is not None
                  for name, images in (("sample", sample), ("reference", ref))}
     _warn(ref, sample, extractor, metrics, a[extractor.key], from_file)
-    scores, modes = _scores(a[extractor.key], b[extractor.key], extractor, metrics, distances)
-    if "fdr6" in metrics:
-        six, modes["fdr6"] = _six(a, b, extractor, ref, scores)
-        scores |= six
+    scores, modes = _scores(a, b, extractor, metrics, distances)
     on_gpu = extractor.device.type == "cuda"
     return scores | {
         "num_samples": sample.count,
@@ -114,47 +108,23 @@ def _of_reference(ref: ImageSet, result: dict) -> dict:
 
 def measure_reference(ref: ImageSet, extractor: Extractor, metrics: Sequence[str], batch_size: int = 64) -> Measured:
     """What `evaluate` needs of a reference for these metrics; every process calls it."""
-    return measure(ref, extractor, batch_size, _need(metrics, {"inception_score"}))
+    return measure(ref, extractor, batch_size, {NEEDS[name] for name in metrics if name != "inception_score"})
 
 
-def _has(ref: ImageSet, network: Extractor) -> bool:
-    """Whether a reference has this network's statistics, or is nothing but images to measure.
-
-    The images of a file with statistics are not used for FDr6: the statistics are of more images.
-    """
-    return file_statistics(ref, network) is not None or ref.statistics is None and not ref.more
-
-
-def _six(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor, ref: ImageSet,
-         known: dict[str, float]) -> tuple[dict[str, float], str]:
-    """Each network's Frechet distance, their mean over constants if all six are there, and how that was computed."""
-    keys = {name: extractor.key if name == "inception" else f"fd_{name}" for name in FDR6}
-    there = {name: key for name, key in keys.items() if key in a and key in b}
-    with full_precision(extractor.device), all_threads():
-        found = side_by_side(lambda key: known.get(key) or frechet_distance(*a[key].gaussian, *b[key].gaussian),
-                             there.values(), torch.device("cpu"))
-    scores = dict(zip(there.values(), found, strict=True))
-    if len(there) < len(FDR6):
-        missing = ", ".join(name for name in FDR6 if name not in there)
-        notice(f"without fdr6: {ref.name}: weights or reference statistics of {missing} are missing, so there is no "
-               "mean of six")
-        return scores, f"without {missing}: no mean"
-    scores["fdr6"] = sum(scores[keys[name]] / row.constant for name, row in FDR6.items()) / len(FDR6)
-    return scores, "mean of distance / constant, " + ", ".join(f"{keys[name]} / {row.constant}"
-                                                               for name, row in FDR6.items())
-
-
-def _scores(a: Measured, b: Measured, extractor: Extractor, metrics: Sequence[str],
+def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor, metrics: Sequence[str],
             distances: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores of samples `a` and reference `b` by their keys in JSON, and how those that have variants were computed."""
-    scores, modes = {}, {}
+    """Scores of samples `a` and reference `b`, measured by networks, by their keys in JSON, and how those that have
+    variants were computed.
+    """
+    scores, modes, six = {}, {}, {key: (a[key].gaussian, b[key].gaussian) for key in b if key != extractor.key}
+    a, b = a[extractor.key], b[extractor.key]
     with full_precision(extractor.device), all_threads():
         if "inception_score" in metrics:
             parts = side_by_side(lambda rows: rows @ extractor.classifier.T, a.pooled.split(512), extractor.device)
             scores["inception_score"] = inception_score(torch.cat(parts))         # of (N, 1008)
             modes["inception_score"] = f"slices of {SPLIT} in file order"
-        pairs = {extractor.key: (a.gaussian, b.gaussian)} if {"fid", "fd"} & set(metrics) else {}
-        pairs |= {"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}
+        pairs = {extractor.key: (a.gaussian, b.gaussian)} if {"fid", "fd", "fdr6"} & set(metrics) else {}
+        pairs |= ({"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}) | six
         found = side_by_side(lambda pair: frechet_distance(*pair[0], *pair[1]), pairs.values(), torch.device("cpu"))
         scores |= dict(zip(pairs, found, strict=True))
         if {*NEIGHBOUR_METRICS} & set(metrics):
@@ -168,6 +138,14 @@ def _scores(a: Measured, b: Measured, extractor: Extractor, metrics: Sequence[st
         if "mind" in metrics:
             scores[extractor.key_of("mind")] = monge_distance(b.pooled, a.pooled)
             modes["mind"] = f"{DIRECTIONS} directions, {min(len(a.pooled), len(b.pooled))} rows, seed {MIND_SEED}"
+    if "fdr6" in metrics:
+        ratios = {name: scores[key] / row.constant for name, row in FDR6.items()
+                  if (key := extractor.key if name == "inception" else f"fd_{name}") in scores}
+        if missing := ", ".join(name for name in FDR6 if name not in ratios):
+            notice(f"without fdr6, the mean of six: no weights of {missing}")
+        else:
+            scores["fdr6"] = sum(ratios.values()) / len(ratios)
+        modes["fdr6"] = f"none without {missing}" if missing else "mean of distance / constant"
     return scores, modes
 
 
@@ -203,9 +181,11 @@ def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor
     """Why this score is impossible for these two sets, or None."""
     for images in (sample, ref):
         own = file_statistics(images, extractor)
-        if metric == "fdr6" and not images.more and (images.blocks is None or images is ref and images.statistics):
-            return (f"{images.name}: holds no statistics of {', '.join(OTHERS)}, which stats --networks fdr6 and the "
-                    "folder of the published files have")
+        # Images that a reference holds beside its statistics are fewer: no measure of its other networks.
+        if metric == "fdr6" and (images.statistics or images.more if images is ref else images.blocks is None):
+            held = {one.about["distance"] for one in images.more}
+            if lacking := [name for name in OTHERS if f"fd_{name}" not in held]:
+                return f"{images.name}: holds no statistics of {', '.join(lacking)} (stats --networks fdr6 makes them)"
         if NEEDS[metric] != "pooled":
             if own is None and images.blocks is None:
                 return f"{images.name}: holds statistics of other features and no images"
@@ -242,7 +222,7 @@ def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics: Sequen
     if a.gaussian is not None:
         sets = []
         for name, images, what in (("sample", sample, "samples"), ("reference", ref, "reference images")):
-            count = images.statistics.about.get("images") if from_file[name] else images.count
+            count = file_statistics(images, extractor).about.get("images") if from_file[name] else images.count
             sets += [(count, what)] if count is not None else []  # ADM's files do not hold the count
         warn_of_few(sets, len(a.gaussian[0]), extractor)
     labels = sample.labels
