@@ -298,7 +298,7 @@ def write_reference(path: Path, images: ImageSet, extractor: Extractor, batch_si
     """
     rng, count = np.random.default_rng(seed), min(keep, images.count)
     rows = np.sort(rng.choice(images.count, count, replace=False))                # (count,)
-    need = {"gaussian"} | ({"pooled"} if count else set())
+    need = {"gaussian", "pooled"}
     jobs = [(extractor, need | ({"spatial"} if extractor.is_inception else set())),
             *((network, need) for network in networks)]
     found = measure_all(images, jobs, batch_size, rows)
@@ -316,10 +316,10 @@ def write_reference(path: Path, images: ImageSet, extractor: Extractor, batch_si
                         "weights_verified": network.weights_verified})
     about = about | {"kept": count, "seed": seed, **records[0], **({"more": records[1:]} if networks else {}),
                      "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}}
-    shown = count if with_images else 0
     if images.labels is not None and with_images:
         arrays["arr_1"] = images.labels[rows]
-    write_npz(path, pick(images, rows.tolist()), shown, images.size, **arrays, about=np.array(json.dumps(about)))
+    write_npz(path, pick(images, rows.tolist()), len(rows) if with_images else 0, images.size, **arrays,
+              about=np.array(json.dumps(about)))
     say(f"{path}: statistics of {images.count} images, {count} of them kept")
 
 

@@ -30,16 +30,10 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def extract(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator[Pair]:
-    """`extract_all` with one network."""
-    for (pair,) in extract_all(images, [extractor], batch_size):
-        yield pair
+def extract(images: ImageSet, extractors: Sequence[Extractor], batch_size: int) -> Iterator[list[Pair]]:
+    """Pooled (n, F) and spatial (n, S) features, float32, of all images in order, in pieces; the same on every process.
 
-
-def extract_all(images: ImageSet, extractors: Sequence[Extractor], batch_size: int) -> Iterator[list[Pair]]:
-    """Each network's pooled (n, F) and spatial (n, S) features, float32, of all images in order, in pieces; the same on
-    every process. An image is decoded once for all networks, which are on one device.
-
+    An image is decoded once for all networks, which are on one device and have a pair each in every piece.
     Processes take blocks of `batch_size` consecutive images in turn, so that their number does not change a bit. Raises
     UserError after the last piece if a feature is not finite.
     """
@@ -111,7 +105,7 @@ def measure_all(images: ImageSet, jobs: Sequence[tuple[Extractor, set[str]]], ba
     known = {extractor.key: _from_file(images, extractor, need) for extractor, need in jobs}
     left = [(extractor, _Gathering(rest)) for extractor, need in jobs if (rest := need - known[extractor.key].keys())]
     rows, done = np.arange(images.count or 0) if rows is None else rows, 0
-    for pairs in extract_all(images, [extractor for extractor, _ in left], batch_size) if left else ():
+    for pairs in extract(images, [extractor for extractor, _ in left], batch_size) if left else ():
         if place()[0] == 0:
             end = done + len(pairs[0][0])
             kept = slice(*np.searchsorted(rows, (done, end)))
@@ -138,23 +132,21 @@ class _Gathering:
     """What one network's features are gathered into, block by block: the fields in `need`."""
 
     def __init__(self, need: set[str]):
-        self.need, self.pooled, self.sums = need, None, {}
+        self.need, self.parts = need, {}
 
     def add(self, pooled: torch.Tensor, spatial: torch.Tensor, chosen: np.ndarray, kept: slice, total: int) -> None:
         """Add features (n, F) and (n, S) of the next images, of which the `chosen` become rows `kept` of `total`."""
         for name, features in (("gaussian", pooled), ("spatial", spatial)):
             if name in self.need:
-                self.sums[name] = self.sums.get(name) or Gaussian(features.shape[1], features.device)
-                self.sums[name].add(features)
+                self.parts[name] = self.parts.get(name) or Gaussian(features.shape[1], features.device)
+                self.parts[name].add(features)
         if "pooled" in self.need:                                 # one array: many small ones would fragment the heap
-            if self.pooled is None:
-                self.pooled = torch.empty(total, pooled.shape[1], device=pooled.device)
-            self.pooled[kept] = pooled[torch.from_numpy(chosen).to(pooled.device)]
+            if "pooled" not in self.parts:
+                self.parts["pooled"] = torch.empty(total, pooled.shape[1], device=pooled.device)
+            self.parts["pooled"][kept] = pooled if len(chosen) == len(pooled) else pooled[chosen]
 
     def found(self) -> dict:
-        """The fields of `Measured`."""
-        pooled = {"pooled": self.pooled} if "pooled" in self.need else {}
-        return pooled | {name: gaussian.statistics() for name, gaussian in self.sums.items()}
+        return {name: part.statistics() if name != "pooled" else part for name, part in self.parts.items()}
 
 
 def file_statistics(images: ImageSet, extractor: Extractor) -> FileStatistics | None:

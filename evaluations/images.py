@@ -203,10 +203,6 @@ def _read_one(path: Path, suffix: str, about: dict) -> FileStatistics:
         found |= {mean: mu.astype(np.float64), covariance: sigma.astype(np.float64)}
         if not (np.isfinite(found[mean]).all() and np.isfinite(found[covariance]).all()):
             raise UserError(f"{where}: {mean} and {covariance} are not finite; make or download the file again")
-    rows = found["pooled"]
-    if rows is not None and (rows.dtype != np.float32 or rows.shape[1:] != found["mu"].shape
-                             or not np.isfinite(rows).all()):
-        raise UserError(f"{where}: pooled{suffix} {rows.dtype} {rows.shape}; expected finite float32 (n, F)")
     return FileStatistics(**found, about=about)
 
 

@@ -14,7 +14,6 @@ from runtime.samples import METRICS
 GUIDANCE = ("cls_cfg_scale", "guidance_low", "guidance_high")     # without meaning for unguided images
 # The table's columns before the scores. Distances are comparable among rows of the same PROTOCOL only.
 PROTOCOL = ("num_samples", "labels", "features", "feature_weights", "reference")
-AT = "@"  # between a score and its reference in the columns of results with several references
 SETTINGS = ("experiment", "step", "checkpoint", "weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE, "seed",
             "network_precision", "vae", "block", *PROTOCOL, "reference_sha256")
 
@@ -68,7 +67,7 @@ def read_row(metrics: Path, result: dict) -> dict:
     scores = {name: value for name, value in result.items() if isinstance(value, float)}
     for one in result.get("references", ()):
         label = reference_label(one["name"], one["sha256"])
-        scores |= {f"{name}{AT}{label}": value for name, value in one.items() if isinstance(value, float)}
+        scores |= {f"{name}@{label}": value for name, value in one.items() if isinstance(value, float)}
     return row | scores | {"folder": metrics.parent.name}
 
 
@@ -113,16 +112,12 @@ def as_text(rows: list[dict]) -> str:
     """The table for a terminal: scale, number of samples, settings that differ, scores, and an asterisk at the best."""
     names = [name for name in SETTINGS if name in ("cfg_scale", "num_samples", "labels", *differing(rows))]
     # Not again without its reference, unless a row has it so only.
-    names += [name for name in scores_of(rows) if any(name in row and not by_reference(name, row) for row in rows)]
+    names += [name for name in scores_of(rows)
+              if any(name in row and not any(other.startswith(f"{name}@") for other in row) for row in rows)]
     cells = [[shown(row.get(name)) for name in names] + ["*" if row["best"] else ""] for row in rows]
     table = [[*names, "best"], *cells]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
-
-
-def by_reference(name: str, row: dict) -> bool:
-    """Whether the row has this score in columns of references."""
-    return any(column.startswith(f"{name}{AT}") for column in row)
 
 
 def shown(value) -> str:

@@ -69,9 +69,11 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
     if place()[0] != 0:
         return None
     results = [_result(*one, sample, extractor, distances, a) for one in zip(refs, chosen, b, strict=True)]
-    several = {"references": [_of_reference(*one) for one in zip(refs, results, strict=True)]} if len(refs) > 1 else {}
+    several = [{"name": one.name, "num_reference": one.count, **{
+        key: score for key, score in own.items() if isinstance(score, float) and key != "inception_score"}}
+        for one, own in zip(refs, results, strict=True)]
     weights = {"fdr6_weights": {one.name: one.weights_sha256 for one in networks}} if networks else {}
-    return results[0] | weights | several
+    return results[0] | weights | ({"references": several} if len(refs) > 1 else {})
 
 
 def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sample: ImageSet, extractor: Extractor,
@@ -100,12 +102,6 @@ def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sampl
     }
 
 
-def _of_reference(ref: ImageSet, result: dict) -> dict:
-    """What of a result depends on the reference."""
-    own = {name: value for name, value in result.items() if isinstance(value, float) and name != "inception_score"}
-    return {"name": ref.name, **own, "num_reference": ref.count}
-
-
 def measure_reference(ref: ImageSet, extractor: Extractor, metrics: Sequence[str], batch_size: int = 64) -> Measured:
     """What `evaluate` needs of a reference for these metrics; every process calls it."""
     return measure(ref, extractor, batch_size, {NEEDS[name] for name in metrics if name != "inception_score"})
@@ -113,9 +109,7 @@ def measure_reference(ref: ImageSet, extractor: Extractor, metrics: Sequence[str
 
 def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor, metrics: Sequence[str],
             distances: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores of samples `a` and reference `b`, measured by networks, by their keys in JSON, and how those that have
-    variants were computed.
-    """
+    """Scores of samples `a` and reference `b` (by networks) by their keys in JSON, and how some were computed."""
     scores, modes, six = {}, {}, {key: (a[key].gaussian, b[key].gaussian) for key in b if key != extractor.key}
     a, b = a[extractor.key], b[extractor.key]
     with full_precision(extractor.device), all_threads():
@@ -153,8 +147,7 @@ def choose(metrics: Sequence[str] | None, refs: ImageSet | Sequence[ImageSet], s
            distances: str = "adm") -> list[tuple[str, ...]]:
     """The metrics to compute for each reference; the Inception Score, which needs none, for the first one.
 
-    Leaves out one that is impossible. Raises UserError if it was asked for and no reference allows it, and for a
-    reference that allows none.
+    Raises UserError if one that was asked for is impossible with every reference, or all are with one.
     """
     refs = [refs] if isinstance(refs, ImageSet) else refs
     possible = INCEPTION_METRICS if extractor.is_inception else OTHER_METRICS
