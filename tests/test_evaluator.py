@@ -357,8 +357,9 @@ def test_two_processes_write_the_same_file(sets, encoder_folder):
     np.savez(sets / "ref.npz", random_images(30, 32, 32, seed=1), labels)
     np.savez(sets / "sample.npz", random_images(28, 32, 32, seed=2))
     np.savez(sets / "tokens.npz", class_tokens=tokens, labels=labels[:28])
-    flags = ["--ref-batch", f"{sets / 'ref.npz'},{sets / 'sample.npz'}", "--sample-batch", sets / "sample.npz", "--metrics", "fd,kid,mind",
-             "--device", "cpu", "--features", f"local-dir:{sets / 'tiny'}", "--batch-size", "4",
+    flags = ["--ref-batch", f"{sets / 'ref.npz'},{sets / 'sample.npz'}", "--sample-batch", sets / "sample.npz",
+             "--metrics", "fd,kid,mind", "--device", "cpu", "--features", f"local-dir:{sets / 'tiny'}",
+             "--batch-size", "4",
              "--class-tokens", sets / "tokens.npz", "--enc-type", f"local-dir:{encoder_folder}"]
     run(*flags, "--output", sets / "1.json")
     environment = {**os.environ, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
