@@ -180,9 +180,8 @@ def score(args: argparse.Namespace) -> None:
     # All arguments are checked before weights are downloaded or images read.
     output = _output(args.output, *args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights,
                      args.dinov2_weights)
-    metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
-    metrics = metrics and list(dict.fromkeys(name for part in metrics
-                                             for name in (ADM_METRICS if part == "adm" else [part])))
+    metrics = None if args.metrics is None else [name for part in map(str.strip, args.metrics.split(","))
+                                                 for name in (ADM_METRICS if part == "adm" else [part])]
     clip_name = args.clip or (DEFAULT if METRIC in (metrics or ()) else None)
     metrics = metrics and [name for name in metrics if name != METRIC]                    # of the feature network
     if args.precision_recall == "exact" and args.features != "inception":
@@ -215,8 +214,8 @@ def score(args: argparse.Namespace) -> None:
     if "references" in result:
         result["references"] = [one | {"sha256": at} for one, at in zip(result["references"], hashes, strict=True)]
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch[0]),
-               "reference_sha256": hashes[0],
-               "asked": {name: getattr(args, name) for name in ASKED} | ({"clip": args.clip} if args.clip else {})}
+               "reference_sha256": hashes[0], "asked": {name: getattr(args, name) for name in ASKED}}
+    result["asked"] |= {"clip": args.clip} if args.clip else {}
     notes = {name: getattr(args, name) for name in NOTES if name in args}
     result |= {"notes": notes} if notes else {}
     if settings is not None:
@@ -293,9 +292,7 @@ def make_statistics(args: argparse.Namespace) -> None:
 
 def write_reference(path: Path, images: ImageSet, extractor: Extractor, batch_size: int, keep: int, seed: int,
                     about: dict, networks: Sequence[Extractor] = (), with_images: bool = True) -> None:
-    """Measure images in the features of all networks, and write statistics, features of up to `keep` images drawn with
-    `seed`, and these images, on the first process.
-    """
+    """Write statistics of images, and features and images of up to `keep` drawn with `seed`, on the first process."""
     rng, count = np.random.default_rng(seed), min(keep, images.count)
     rows = np.sort(rng.choice(images.count, count, replace=False))                # (count,)
     need = {"gaussian", "pooled"}

@@ -98,10 +98,7 @@ def measure(images: ImageSet, extractor: Extractor, batch_size: int, need: set[s
 
 def measure_all(images: ImageSet, jobs: Sequence[tuple[Extractor, set[str]]], batch_size: int,
                 rows: np.ndarray | None = None) -> dict[str, Measured]:
-    """`measure` of each network, by its key, in one reading of the images.
-
-    `rows`: increasing numbers of the images whose pooled features are kept; None: all.
-    """
+    """`measure` of each network, by its key, in one reading. `rows`: sorted numbers of images whose rows are kept."""
     known = {extractor.key: _from_file(images, extractor, need) for extractor, need in jobs}
     left = [(extractor, _Gathering(rest)) for extractor, need in jobs if (rest := need - known[extractor.key].keys())]
     rows, done = np.arange(images.count or 0) if rows is None else rows, 0
@@ -146,6 +143,7 @@ class _Gathering:
             self.parts["pooled"][kept] = pooled if len(chosen) == len(pooled) else pooled[chosen]
 
     def found(self) -> dict:
+        """The fields of `Measured`."""
         return {name: part.statistics() if name != "pooled" else part for name, part in self.parts.items()}
 
 

@@ -245,10 +245,7 @@ class TimmFeatures(nn.Module):
 
 
 class FdNetwork(TimmFeatures):
-    """A network of FDr6 after a bicubic resize with antialiasing: its class token, attention pool, or mean over places.
-
-    Vision transformers compute in bfloat16 on a GPU, as for the published statistics.
-    """
+    """A network of FDr6 after an antialiased bicubic resize; a vision transformer computes in bfloat16 on a GPU."""
 
     resize = dict(mode="bicubic", align_corners=False, antialias=True)
 

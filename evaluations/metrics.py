@@ -226,8 +226,7 @@ def kernel_distance(reference: torch.Tensor, samples: torch.Tensor, seed: int = 
 def monge_distance(reference: torch.Tensor, samples: torch.Tensor) -> float:
     """MIND (arXiv 2605.06797): 3 F times the mean squared distance of sorted projections on 1000 random directions.
 
-    Of the larger of reference (M, F) and samples (N, F) as many random rows are used as the other has. Biased upward
-    by few rows: comparable at equal counts only.
+    Of the larger of reference (M, F) and samples (N, F) as many random rows are used as the other has.
     """
     generator = torch.Generator().manual_seed(MIND_SEED)          # of the CPU, for any device
     size = min(len(reference), len(samples))

@@ -46,10 +46,7 @@ def protocol(row: dict) -> tuple:
 
 
 def read_row(metrics: Path, result: dict) -> dict:
-    """A row of the table; its scores are the fractions at the top of metrics.json. None: not applicable, or default.
-
-    The scores of several references, the first one's too, are also in columns of their own: fid@adm:b3273271.
-    """
+    """A row of the table; its scores are the fractions at the top of metrics.json. None: not applicable, or default."""
     settings, how = result["settings"], result["settings"]["sampling"]
     path = Path(settings["checkpoint"])
     row = {
@@ -65,7 +62,7 @@ def read_row(metrics: Path, result: dict) -> dict:
         "reference": result["ref_batch"], "reference_sha256": result.get("reference_sha256"),
     }
     scores = {name: value for name, value in result.items() if isinstance(value, float)}
-    for one in result.get("references", ()):
+    for one in result.get("references", ()):                      # the first one too: fid@adm:b3273271
         label = reference_label(one["name"], one["sha256"])
         scores |= {f"{name}@{label}": value for name, value in one.items() if isinstance(value, float)}
     return row | scores | {"folder": metrics.parent.name}

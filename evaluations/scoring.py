@@ -145,7 +145,7 @@ def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor
 
 def choose(metrics: Sequence[str] | None, refs: ImageSet | Sequence[ImageSet], sample: ImageSet, extractor: Extractor,
            distances: str = "adm") -> list[tuple[str, ...]]:
-    """The metrics to compute for each reference; the Inception Score, which needs none, for the first one.
+    """The metrics to compute for each reference; an impossible one is left out.
 
     Raises UserError if one that was asked for is impossible with every reference, or all are with one.
     """
@@ -166,8 +166,7 @@ def choose(metrics: Sequence[str] | None, refs: ImageSet | Sequence[ImageSet], s
             if metrics is not None and nowhere or len(names) == len(asked):
                 raise UserError(f"{reason}; leave out {', '.join(names)}, or name another file")
             notice(f"without {', '.join(names)}: {reason}")
-    return [tuple(metric for metric in asked if not obstacles[metric] and (metric != "inception_score" or not number))
-            for number, obstacles in enumerate(every)]
+    return [tuple(metric for metric in asked if not obstacles[metric]) for obstacles in every]
 
 
 def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> str | None:

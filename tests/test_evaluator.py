@@ -20,6 +20,7 @@ from runtime.files import sha256
 from runtime.messages import UserError
 from tests import scoring_networks
 from tests.conftest import random_images
+from tests.scoring_networks import channels_first
 from tests.test_features import write_timm_folder
 
 ROOT = Path(__file__).parents[1]
@@ -217,6 +218,7 @@ def test_the_kept_features_score_as_the_kept_images_do(folder, small):
     path = reference(folder, small, keep=9, batch_size=4)
     with np.load(path) as file:
         kept = file["arr_0"]
+        np.testing.assert_allclose(file["pooled"], small(channels_first(kept))[0], rtol=1e-5)
         assert file["pooled"].shape == (9, 6) and file["pooled"].dtype == np.float32
     alone = reference(folder, small, keep=9, batch_size=5, with_images=False)
     with np.load(alone) as file:

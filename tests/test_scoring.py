@@ -217,6 +217,11 @@ def test_several_references_are_scored_in_one_reading_of_the_samples(small, tmp_
     assert scores(references[2]).keys() == {"fid", "sfid"}        # of statistics alone
 
 
+def test_every_reference_is_warned_of(small, capsys):
+    evaluate([random_images(9), random_images(9, 8, 8)], random_images(9), small, ["fid"])
+    assert "the reference (8, 8)" in capsys.readouterr().err
+
+
 def test_a_score_that_no_reference_allows_or_a_reference_that_allows_none_is_refused(small, tmp_path, capsys):
     sample, alone = random_images(11), adm_file(tmp_path / "alone.npz", 5, 2)
     other = without_spatial(tmp_path / "other.npz")
