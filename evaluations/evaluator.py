@@ -214,8 +214,8 @@ def score(args: argparse.Namespace) -> None:
     if "references" in result:
         result["references"] = [one | {"sha256": at} for one, at in zip(result["references"], hashes, strict=True)]
     result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch[0]),
-               "reference_sha256": hashes[0], "asked": {name: getattr(args, name) for name in ASKED}}
-    result["asked"] |= {"clip": args.clip} if args.clip else {}
+               "reference_sha256": hashes[0],
+               "asked": {name: getattr(args, name) for name in ASKED} | ({"clip": args.clip} if args.clip else {})}
     notes = {name: getattr(args, name) for name in NOTES if name in args}
     result |= {"notes": notes} if notes else {}
     if settings is not None:

@@ -79,8 +79,7 @@ class Extractor:
 
 def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None,
                    dinov2_weights: str | Path | None = None) -> Extractor:
-    """The extractor `inception`, `dinov2`, a network of FDr6, or `local-dir:FOLDER` with a timm model (config.json,
-    model.safetensors).
+    """The extractor `inception`, `dinov2`, one of FDr6, or `local-dir:FOLDER` (timm's config.json, model.safetensors).
 
     Without a file, Inception's weights are read from torch hub's cache or downloaded into it, DINOv2's from timm's hub
     or its cache. Raises UserError for an unknown spec and for weights that are missing, damaged or another network's.

@@ -62,8 +62,7 @@ class ImageSet:
 
 def open_images(source: "str | Path | np.ndarray | ImageSet", name: str = "the images",
                 crop: int | None = None) -> ImageSet:
-    """Open an npz file, a folder of images, an array uint8 (N, H, W, 3), or a folder with FDr6's published statistics;
-    an ImageSet is returned unchanged.
+    """Open an npz file, a folder (images or FDr6's files), or an array uint8 (N, H, W, 3); an ImageSet is returned.
 
     `crop` cuts and resizes every image as ADM did, to that many pixels. Raises UserError if the source is missing, of
     another form, or has fewer than two images.
