@@ -228,8 +228,7 @@ def monge_distance(reference: torch.Tensor, samples: torch.Tensor) -> float:
 
     Of the larger of reference (M, F) and samples (N, F) as many random rows are used as the other has.
     """
-    generator = torch.Generator().manual_seed(MIND_SEED)          # of the CPU, for any device
-    size = min(len(reference), len(samples))
+    generator, size = torch.Generator().manual_seed(MIND_SEED), min(len(reference), len(samples))     # a CPU's
     sets = [rows if len(rows) == size else rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)]
             for rows in map(torch.as_tensor, (samples, reference))]               # (size, F) each
     directions = torch.randn(DIRECTIONS, sets[0].shape[1], generator=generator)   # (1000, F)
