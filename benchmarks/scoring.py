@@ -74,7 +74,7 @@ def measure(device: torch.device, images: int, rows: int, batch_size: int, resol
     with full_precision(device):
         peak, source = harness.matmul_peak(device, torch.float32)
         each = harness.flops(lambda: extractor(torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2)))
-        seconds = timed({"ours": lambda: list(extract(open_images(pixels), extractor, batch_size)),
+        seconds = timed({"ours": lambda: list(extract(open_images(pixels), [extractor], batch_size)),
                          "plain": lambda: one_by_one(extractor, pixels)})
         table.add("features", seconds, images, "images/s", peak / each, f"{source} / {each / 1e9:.4g} GFLOP")
         seconds = timed({"ours": lambda: precision_recall(reference, samples),

@@ -10,11 +10,13 @@ GPUs: python -m runtime.launch -m evaluations.evaluator ...
 
 import argparse
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +29,17 @@ if not __package__:  # called as a script: the repository is not on the path yet
 from evaluations import acceptance
 from evaluations.class_tokens import class_token_scores, load_class_token_extractor, read_class_tokens
 from evaluations.clip import METRIC, Clip, clip_score, read_captions
-from evaluations.extraction import measure, place
+from evaluations.extraction import measure_all, place
 from evaluations.features import Extractor, load_extractor
-from evaluations.images import ImageSet, open_images, pick
+from evaluations.images import ImageSet, open_images, pick, reference_label
 from evaluations.metrics import NEIGHBOURS
-from evaluations.scoring import INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
+from evaluations.networks import FDR6, OTHERS
+from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
 from models.text import DEFAULT
 from runtime.arguments import Parser, at_least
-from runtime.files import write_json
+from runtime.files import sha256, write_json
 from runtime.launch import join_processes, leave_processes
-from runtime.messages import UserError, say, without_traceback
+from runtime.messages import UserError, notice, say, without_traceback
 from runtime.npz import write_npz
 
 KEPT = 10_000  # images that `stats` keeps for precision and recall, as many as ADM's reference files hold
@@ -63,8 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     network = parser.add_argument_group("network")
     if command != "selftest":
         network.add_argument("--features", default="inception", metavar="inception|dinov2|local-dir:FOLDER",
-                             help="feature network; a folder holds a timm model. Only a distance in Inception's "
-                                  "features is called FID")
+                             help=f"feature network, also {', '.join(OTHERS)}; a folder holds a timm model. Only "
+                                  "a distance in Inception's features is called FID")
         network.add_argument("--dinov2-weights", type=Path, metavar="FILE",
                              help="weights of dinov2 (None: timm's hub or its cache)")
     network.add_argument("--inception-weights", type=Path, metavar="FILE",
@@ -85,14 +88,15 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def _score_flags(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images: an npz file (arr_0, uint8, NHWC) or a folder")
-    images.add_argument("--ref-batch", "--ref_batch", type=Path, required=True, default=argparse.SUPPRESS,
-                        metavar="REF", help="reference; mu, sigma, mu_s and sigma_s of an npz are used if it has them")
+    images.add_argument("--ref-batch", "--ref_batch", type=references, required=True, default=argparse.SUPPRESS,
+                        metavar="REF[,REF]", help="reference; mu, sigma, mu_s and sigma_s of an npz are used if it has "
+                        "them. A folder may hold FDr6's published files. Several with commas give a column each")
     images.add_argument("--sample-batch", "--sample_batch", type=Path, metavar="SAMPLE",
                         help="generated images; settings.json beside the npz (or in the folder) goes into the output")
     scores = parser.add_argument_group("scores")
     scores.add_argument("--metrics", metavar="LIST",
-                        help=f"comma-separated: {', '.join(INCEPTION_METRICS)}; in other features "
-                             f"{', '.join(OTHER_METRICS)} (None: ADM's five, or fd); in any, {METRIC}")
+                        help=f"comma-separated: {', '.join(INCEPTION_METRICS)} (adm: the first five); in other "
+                             f"features {', '.join(OTHER_METRICS)} (None: ADM's five, or fd); in any, {METRIC}")
     scores.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
                         help="distances in float16 as ADM's, which papers report; in float32; or neither score")
     scores.add_argument("--clip", metavar="NAME|FOLDER",
@@ -117,7 +121,10 @@ def _stats_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adm-crop", type=at_least(1), metavar="PIXELS",
                         help="cut and resize every image as ADM did, to this size (None: all images have one size)")
     parser.add_argument("--keep", type=kept, default=KEPT, metavar="N",
-                        help="images kept for precision and recall, drawn at random")
+                        help="images kept, drawn at random, and their features for precision, recall and MIND: 10,000 "
+                             "take 2 GB at 256 px, and 80 MB in Inception's features (290 MB in all of FDr6)")
+    parser.add_argument("--no-images", action="store_true", help="keep their features only")
+    parser.add_argument("--networks", choices=("fdr6",), help="measure in the features of its other networks too")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of that draw")
 
 
@@ -136,6 +143,13 @@ def device(text: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text}: torch finds {torch.cuda.device_count()} GPUs; use cpu or another")
     return found
+
+
+def references(text: str) -> list[Path]:
+    """A type for paths with commas between them."""
+    if "" in (paths := text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: names no file at a comma")
+    return [Path(path) for path in paths]
 
 
 def kept(text: str) -> int:
@@ -164,9 +178,10 @@ def score(args: argparse.Namespace) -> None:
     Images are an npz file in ADM's form (arr_0, uint8, NHWC, RGB) or a folder.
     """
     # All arguments are checked before weights are downloaded or images read.
-    output = _output(args.output, args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights,
+    output = _output(args.output, *args.ref_batch, args.sample_batch, args.class_tokens, args.inception_weights,
                      args.dinov2_weights)
-    metrics = None if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
+    metrics = None if args.metrics is None else [name for part in map(str.strip, args.metrics.split(","))
+                                                 for name in (ADM_METRICS if part == "adm" else [part])]
     clip_name = args.clip or (DEFAULT if METRIC in (metrics or ()) else None)
     metrics = metrics and [name for name in metrics if name != METRIC]                    # of the feature network
     if args.precision_recall == "exact" and args.features != "inception":
@@ -176,10 +191,10 @@ def score(args: argparse.Namespace) -> None:
                                        ("--captions", args.captions, "--clip", clip_name)):
         if value is not None and given is None:
             raise UserError(f"{flag} {value}: needs {needed}; add it, or leave it out")
-    ref, device = open_images(args.ref_batch, "--ref-batch"), join(args.device)
+    refs, device = [open_images(path, "--ref-batch") for path in args.ref_batch], join(args.device)
     load = functools.partial(open_extractor, args.features, device, args.inception_weights, args.dinov2_weights)
     if args.dry_run:
-        choose(metrics, ref, UNKNOWN_SAMPLES, load(), args.precision_recall)
+        choose(metrics, refs, UNKNOWN_SAMPLES, load(), args.precision_recall)
         _ = clip_name and Clip(clip_name)                         # refuses
         return
     sample, settings = open_images(args.sample_batch, "--sample-batch"), read_settings(args.sample_batch)
@@ -188,13 +203,18 @@ def score(args: argparse.Namespace) -> None:
     captions = clip_name and read_captions(args.sample_batch, args.captions, sample.count)
     clip = clip_name and Clip(clip_name)                          # the hub's client locks its downloads
     extractor = load()
-    result = evaluate(ref, sample, extractor, metrics, args.precision_recall, args.batch_size)
-    token_scores = class_token_scores(*tokens, ref, sample, args.batch_size) if tokens else {}
+    result = evaluate(refs, sample, extractor, metrics, args.precision_recall, args.batch_size,
+                      open_networks=lambda: open_networks(device))
+    token_scores = class_token_scores(*tokens, refs[0], sample, args.batch_size) if tokens else {}
     clip_scores = clip_score(sample, captions, clip, device, args.batch_size) if clip else {}
     if result is None:                                            # the first process writes
         return
     result = clip_scores | token_scores | result
-    result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch),
+    hashes = [hash_of_reference(path) for path in args.ref_batch]
+    if "references" in result:
+        result["references"] = [one | {"sha256": at} for one, at in zip(result["references"], hashes, strict=True)]
+    result |= {"sample_batch": str(args.sample_batch), "ref_batch": str(args.ref_batch[0]),
+               "reference_sha256": hashes[0],
                "asked": {name: getattr(args, name) for name in ASKED} | ({"clip": args.clip} if args.clip else {})}
     notes = {name: getattr(args, name) for name in NOTES if name in args}
     result |= {"notes": notes} if notes else {}
@@ -206,15 +226,21 @@ def score(args: argparse.Namespace) -> None:
 
 
 def lines(result: dict, extractor: Extractor) -> list[str]:
-    """ADM's five lines, more for other scores, and one on what was compared."""
+    """ADM's five lines, more for other scores, and one on what was compared. Of several references, a column each."""
+    refs = result.get("references", [])
+    columns = [result, *refs[1:]]
     names = PRINTED | {extractor.key: extractor.label}
     names |= {key: f"CLIP score ({key.removeprefix(METRIC)[1:]})" for key in result if key.startswith(METRIC)}
-    scores = [f"{names[key]}: {f'{result[key]:.4f}' if key in FOUR_DECIMALS else result[key]}"
-              for key in names if key in result]
-    kid = extractor.kid_key
-    if kid in result:
-        of_features = "" if extractor.is_inception else f" ({extractor.name})"
-        scores.append(f"KID{of_features}: {result[kid]} +- {result[f'{kid}_std']}")
+    names |= {f"fd_{name}": f"Frechet distance ({name})" for name in OTHERS} | {"fdr6": "FDr6"}
+    of_features = "" if extractor.is_inception else f" ({extractor.name})"
+    names |= {extractor.key_of(metric): f"{metric.upper()}{of_features}" for metric in ("kid", "mind")}
+    rows = [[f"{names[key]}: ", *(_shown(key, column) for column in columns)]
+            for key in names if any(key in column for column in columns)]
+    if refs:
+        rows.insert(0, ["", *(reference_label(one["name"], one["sha256"]) for one in refs)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows = [[cell.ljust(width + 1) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    scores = ["".join(row).rstrip() for row in rows]
     counts = []
     for count, what, side in (("num_samples", "samples", "sample"), ("num_reference", "reference images", "reference")):
         read = result[f"{side}_statistics_from_file"]
@@ -222,41 +248,75 @@ def lines(result: dict, extractor: Extractor) -> list[str]:
     known = {True: ", the published file", False: ", NOT the published file", None: ""}[extractor.weights_verified]
     network = f"{extractor.name} with sha256 {extractor.weights_sha256}{known}"
     modes = [f"{name.replace('_', ' ')}: {mode}" for name, mode in result["modes"].items()]
+    if "reference_sha256" in result:
+        refs = refs or [{"name": result["ref_batch"], "sha256": result["reference_sha256"]}]
+        modes += [f"reference {one['name']} with sha256 {one['sha256'] or '(a folder)'}" for one in refs]
     return [*scores, "; ".join([*counts, network, *modes])]
 
 
+def _shown(key: str, scores: dict) -> str:
+    """A score as printed; '-' where a reference does not allow it."""
+    if key not in scores:
+        return "-"
+    spread = f" +- {scores[f'{key}_std']}" if f"{key}_std" in scores else ""
+    return f"{scores[key]:.4f}" if key in FOUR_DECIMALS else f"{scores[key]}{spread}"
+
+
+def hash_of_reference(path: Path) -> str | None:
+    """SHA-256 of a file, or of the hashes of FDr6's files in a folder; None for a folder of images."""
+    if path.is_file():
+        return sha256(path)
+    files = [path / row.file for row in FDR6.values() if (path / row.file).is_file()]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest() if files else None
+
+
 def make_statistics(args: argparse.Namespace) -> None:
-    """Write mu, sigma, mu_s, sigma_s of a set of images, and some images for precision and recall, as a reference npz.
+    """Write mu, sigma, mu_s, sigma_s of a set of images, and some images and their features, as a reference npz.
 
     For data sets without a published reference; the scores compare only with others against the same file.
     """
+    if args.networks and args.features != "inception":
+        raise UserError(f"--networks {args.networks}: belongs to --features inception, not {args.features}")
     output = _output(args.output, args.source, args.inception_weights, args.dinov2_weights)
-    images = replace(open_images(args.source, "the images", args.adm_crop), statistics=None)   # measured, not copied
+    images = open_images(args.source, "the images", args.adm_crop)
+    images = replace(images, statistics=None, more=())            # measured, not copied
     if images.blocks is None:
         raise UserError(f"{args.source}: holds statistics and no images; name images")
-    extractor = open_extractor(args.features, join(args.device), args.inception_weights, args.dinov2_weights)
+    device = join(args.device)
+    extractor = open_extractor(args.features, device, args.inception_weights, args.dinov2_weights)
+    networks = [open_extractor(name, device, None) for name in OTHERS] if args.networks else []
     about = {"source": str(args.source), "images": images.count, "adm_crop": args.adm_crop}
-    write_reference(output, images, extractor, args.batch_size, args.keep, args.seed, about)
+    write_reference(output, images, extractor, args.batch_size, args.keep, args.seed, about, networks,
+                    not args.no_images)
 
 
 def write_reference(path: Path, images: ImageSet, extractor: Extractor, batch_size: int, keep: int, seed: int,
-                    about: dict) -> None:
-    """Measure images, and write statistics and up to `keep` of the images, drawn with `seed`, on the first process."""
-    need = {"gaussian", "spatial"} if extractor.is_inception else {"gaussian"}
-    found = measure(images, extractor, batch_size, need)
-    if found.gaussian is None:
-        return
-    warn_of_few([(images.count, "images")], len(found.gaussian[0]), extractor)
+                    about: dict, networks: Sequence[Extractor] = (), with_images: bool = True) -> None:
+    """Write statistics of images, and features and images of up to `keep` drawn with `seed`, on the first process."""
     rng, count = np.random.default_rng(seed), min(keep, images.count)
     rows = np.sort(rng.choice(images.count, count, replace=False))                # (count,)
-    pairs = zip(("mu", "sigma", "mu_s", "sigma_s"), (*found.gaussian, *(found.spatial or ())), strict=False)
-    about = about | {"kept": count, "seed": seed, "features": extractor.name, "distance": extractor.key,
-                     "weights_sha256": extractor.weights_sha256, "weights_verified": extractor.weights_verified,
+    need = {"gaussian", "pooled"}
+    jobs = [(extractor, need | ({"spatial"} if extractor.is_inception else set())),
+            *((network, need) for network in networks)]
+    found = measure_all(images, jobs, batch_size, rows)
+    if found[extractor.key].gaussian is None:
+        return
+    warn_of_few([(images.count, "images")], len(found[extractor.key].gaussian[0]), extractor)
+    arrays, records = {}, []
+    for network in (extractor, *networks):
+        measured, suffix = found[network.key], "" if network is extractor else f"_{network.name}"
+        pairs = zip(("mu", "sigma", "mu_s", "sigma_s"), (*measured.gaussian, *(measured.spatial or ())), strict=False)
+        arrays |= {f"{name}{suffix}": value.cpu().numpy() for name, value in pairs}
+        if count:
+            arrays[f"pooled{suffix}"] = measured.pooled.cpu().numpy()
+        records.append({"features": network.name, "distance": network.key, "weights_sha256": network.weights_sha256,
+                        "weights_verified": network.weights_verified})
+    about = about | {"kept": count, "seed": seed, **records[0], **({"more": records[1:]} if networks else {}),
                      "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}}
-    arrays = {name: value.cpu().numpy() for name, value in pairs} | {"about": np.array(json.dumps(about))}
-    if images.labels is not None:
+    if images.labels is not None and with_images:
         arrays["arr_1"] = images.labels[rows]
-    write_npz(path, pick(images, rows.tolist()), count, images.size, **arrays)
+    write_npz(path, pick(images, rows.tolist()), len(rows) if with_images else 0, images.size, **arrays,
+              about=np.array(json.dumps(about)))
     say(f"{path}: statistics of {images.count} images, {count} of them kept")
 
 
@@ -295,6 +355,21 @@ def open_extractor(features: str, device: torch.device, inception_weights: Path 
     if place()[1] > 1:
         torch.distributed.barrier()
     return extractor if first else load()
+
+
+def open_networks(device: torch.device) -> list[Extractor]:
+    """FDr6's networks beside Inception, on every process; names those whose weights the first process lacks."""
+    missing, networks, (rank, world) = [], [], place()
+    for name in OTHERS if rank == 0 else ():
+        try:
+            networks.append(load_extractor(name, device))
+        except UserError as error:
+            notice(str(error))
+            missing.append(name)
+    if world > 1:
+        torch.distributed.broadcast_object_list(box := [missing], device=device)
+        missing = box[0]
+    return networks if rank == 0 else [load_extractor(name, device) for name in OTHERS if name not in missing]
 
 
 def open_class_tokens(file: Path, sample: ImageSet, training: dict, enc_type: str | None, weights: str | None,

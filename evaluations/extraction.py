@@ -5,7 +5,7 @@ Letters: n, N images, B batch, H W image size, F feature width, S spatial width.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,34 +30,38 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def extract(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator[Pair]:
+def extract(images: ImageSet, extractors: Sequence[Extractor], batch_size: int) -> Iterator[list[Pair]]:
     """Pooled (n, F) and spatial (n, S) features, float32, of all images in order, in pieces; the same on every process.
 
+    An image is decoded once for all networks, which are on one device and have a pair each in every piece.
     Processes take blocks of `batch_size` consecutive images in turn, so that their number does not change a bit. Raises
     UserError after the last piece if a feature is not finite.
     """
     assert images.blocks is not None and images.count is not None
-    rank, world = place()
+    (rank, world), device = place(), extractors[0].device
     every = blocks(images.count, batch_size)
-    mine, on_gpu = images.blocks(every[rank::world]), extractor.device.type == "cuda"
-    finite = torch.ones((), dtype=torch.bool, device=extractor.device)  # read at the end: earlier, a GPU would wait
-    # A process without a block in the last round runs the network on a black image, to know the widths.
+    mine = images.blocks(every[rank::world])
+    finite = torch.ones(len(extractors), dtype=torch.bool, device=device)  # read at the end: earlier, a GPU would wait
+    # A process without a block in the last round runs the networks on a black image, to know the widths.
     idle = np.zeros((1, *(images.size or (64, 64)), 3), np.uint8)
     with tqdm(total=images.count, desc=images.name, unit="image", disable=None if rank == 0 else True) as bar:
         for first in range(0, len(every), world):
             together = every[first:first + world]
             pixels = torch.from_numpy(next(mine) if rank < len(together) else idle)       # (B, H, W, 3), bytes
-            if on_gpu:                                            # copies from pinned memory overlap with computing
-                pixels = pixels.pin_memory().to(extractor.device, non_blocking=True)
-            pooled, spatial = _features(extractor, pixels.permute(0, 3, 1, 2))
+            if device.type == "cuda":                             # copies from pinned memory overlap with computing
+                pixels = pixels.pin_memory().to(device, non_blocking=True)
+            pairs = [_features(extractor, pixels.permute(0, 3, 1, 2)) for extractor in extractors]
             if world > 1:
-                rows = _gather(torch.cat([pooled, spatial], dim=1), together, batch_size)
-                pooled, spatial = rows[:, :pooled.shape[1]], rows[:, pooled.shape[1]:]
-            finite &= pooled.isfinite().all() & spatial.isfinite().all()
-            yield pooled, spatial
+                parts = [part for pair in pairs for part in pair]
+                rows = _gather(torch.cat(parts, dim=1), together, batch_size)
+                parts = iter(rows.split([part.shape[1] for part in parts], dim=1))
+                pairs = list(zip(parts, parts, strict=True))
+            finite &= torch.stack([pooled.isfinite().all() & spatial.isfinite().all() for pooled, spatial in pairs])
+            yield pairs
             bar.update(sum(map(len, together)))
-        if not finite:
-            raise UserError(f"{images.name}: features of {extractor.name} are not finite; its weights are damaged")
+        for extractor, good in zip(extractors, finite.tolist(), strict=True):
+            if not good:
+                raise UserError(f"{images.name}: features of {extractor.name} are not finite; its weights are damaged")
 
 
 def _features(extractor: Extractor, images: torch.Tensor) -> Pair:
@@ -88,45 +92,66 @@ class Measured:
 
 
 def measure(images: ImageSet, extractor: Extractor, batch_size: int, need: set[str]) -> Measured:
-    """The fields of `Measured` that `need` names: the file's own statistics if it has them, else from its images."""
+    """The fields of `Measured` that `need` names: what the file has of them, the rest from its images."""
+    return measure_all(images, [(extractor, need)], batch_size)[extractor.key]
+
+
+def measure_all(images: ImageSet, jobs: Sequence[tuple[Extractor, set[str]]], batch_size: int,
+                rows: np.ndarray | None = None) -> dict[str, Measured]:
+    """`measure` of each network, by its key, in one reading. `rows`: sorted numbers of images whose rows are kept."""
+    known = {extractor.key: _from_file(images, extractor, need) for extractor, need in jobs}
+    left = [(extractor, _Gathering(rest)) for extractor, need in jobs if (rest := need - known[extractor.key].keys())]
+    rows, done = np.arange(images.count or 0) if rows is None else rows, 0
+    for pairs in extract(images, [extractor for extractor, _ in left], batch_size) if left else ():
+        if place()[0] == 0:
+            end = done + len(pairs[0][0])
+            kept = slice(*np.searchsorted(rows, (done, end)))
+            for (_, gathering), pair in zip(left, pairs, strict=True):
+                gathering.add(*pair, rows[kept] - done, kept, len(rows))
+            done = end
+    with full_precision(jobs[0][0].device), all_threads():
+        found = {extractor.key: gathering.found() for extractor, gathering in left} if place()[0] == 0 else {}
+    return {key: Measured(**fields, **found.get(key, {})) for key, fields in known.items()}
+
+
+def _from_file(images: ImageSet, extractor: Extractor, need: set[str]) -> dict:
+    """The fields in `need` that the file has, on the network's device."""
     own = file_statistics(images, extractor)
-    pairs = {} if own is None else {"gaussian": (own.mu, own.sigma), "spatial": (own.mu_s, own.sigma_s)}
-    known = {name: tuple(torch.from_numpy(x).to(extractor.device) for x in pair)
-             for name, pair in pairs.items() if name in need and pair[0] is not None}
-    return Measured(**known, **_from_images(images, extractor, batch_size, need - known.keys()))
+    if own is None:
+        return {}
+    arrays = {"gaussian": (own.mu, own.sigma), "spatial": (own.mu_s, own.sigma_s), "pooled": (own.pooled,)}
+    found = {name: tuple(torch.from_numpy(x).to(extractor.device) for x in parts)
+             for name, parts in arrays.items() if name in need and parts[0] is not None}
+    return found | {name: found[name][0] for name in found.keys() & {"pooled"}}
 
 
-def _from_images(images: ImageSet, extractor: Extractor, batch_size: int, need: set[str]) -> dict:
-    """The fields in `need` on the first process, {} on others."""
-    if not need:
-        return {}
-    rank, _ = place()
-    pooled, gaussian, spatial, done = None, None, None, 0
-    for rows, spatial_rows in extract(images, extractor, batch_size):
-        if rank != 0:
-            continue
-        if "pooled" in need:                                      # one array: many small ones would fragment the heap
-            pooled = torch.empty(images.count, rows.shape[1], device=rows.device) if pooled is None else pooled
-            pooled[done:done + len(rows)] = rows
-            done += len(rows)
-        if "gaussian" in need:
-            gaussian = gaussian or Gaussian(rows.shape[1], rows.device)
-            gaussian.add(rows)
-        if "spatial" in need:
-            spatial = spatial or Gaussian(spatial_rows.shape[1], rows.device)
-            spatial.add(spatial_rows)
-    if rank != 0:
-        return {}
-    with full_precision(extractor.device), all_threads():
-        found = {"pooled": pooled, "gaussian": gaussian and gaussian.statistics(),
-                 "spatial": spatial and spatial.statistics()}
-    return {name: found[name] for name in need}
+class _Gathering:
+    """What one network's features are gathered into, block by block: the fields in `need`."""
+
+    def __init__(self, need: set[str]):
+        self.need, self.parts = need, {}
+
+    def add(self, pooled: torch.Tensor, spatial: torch.Tensor, chosen: np.ndarray, kept: slice, total: int) -> None:
+        """Add features (n, F) and (n, S) of the next images, of which the `chosen` become rows `kept` of `total`."""
+        for name, features in (("gaussian", pooled), ("spatial", spatial)):
+            if name in self.need:
+                self.parts[name] = self.parts.get(name) or Gaussian(features.shape[1], features.device)
+                self.parts[name].add(features)
+        if "pooled" in self.need:                                 # one array: many small ones would fragment the heap
+            if "pooled" not in self.parts:
+                self.parts["pooled"] = torch.empty(total, pooled.shape[1], device=pooled.device)
+            self.parts["pooled"][kept] = pooled if len(chosen) == len(pooled) else pooled[chosen]
+
+    def found(self) -> dict:
+        """The fields of `Measured`."""
+        return {name: part.statistics() if name != "pooled" else part for name, part in self.parts.items()}
 
 
 def file_statistics(images: ImageSet, extractor: Extractor) -> FileStatistics | None:
-    """The file's statistics if they are of this extractor's features. Raises UserError if weights or widths differ."""
-    own = images.statistics
-    if own is None or own.about.get("distance", "fid") != extractor.key:
+    """The file's statistics of this extractor's features, or None. Raises UserError if weights or widths differ."""
+    every = (images.statistics, *images.more) if images.statistics else images.more
+    own = next((one for one in every if one.about.get("distance", "fid") == extractor.key), None)
+    if own is None:
         return None
     if own.about.get("weights_sha256", extractor.weights_sha256) != extractor.weights_sha256:
         raise UserError(f"{images.name}: statistics of other {extractor.name} weights ({own.about['weights_sha256']}, "

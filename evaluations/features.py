@@ -11,10 +11,13 @@ import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
+from evaluations.networks import OTHERS
 from models import encoders
 from runtime.files import sha256
 from runtime.messages import UserError, notice
@@ -34,7 +37,7 @@ class Extractor:
 
     network: nn.Module
     device: torch.device
-    name: str                                # 'inception', 'dinov2', or the base name of the folder
+    name: str                                # 'inception', 'dinov2', a row of FDR6, or the base name of the folder
     weights_sha256: str
     weights_verified: bool | None            # whether it is the published file; None: there is none to compare with
     classifier: torch.Tensor | None = None   # (1008, F), which the Inception Score uses without a bias
@@ -55,10 +58,9 @@ class Extractor:
         """The Frechet distance's key in JSON."""
         return "fid" if self.is_inception else f"fd_{self.name}"
 
-    @property
-    def kid_key(self) -> str:
-        """The kernel distance's key in JSON."""
-        return "kid" if self.is_inception else f"kid_{self.name}"
+    def key_of(self, metric: str) -> str:
+        """The key in JSON of a score that has no name of its own in other features, as kid."""
+        return metric if self.is_inception else f"{metric}_{self.name}"
 
     @property
     def label(self) -> str:
@@ -77,7 +79,7 @@ class Extractor:
 
 def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None,
                    dinov2_weights: str | Path | None = None) -> Extractor:
-    """The extractor `inception`, `dinov2`, or `local-dir:FOLDER` with a timm model (config.json, model.safetensors).
+    """The extractor `inception`, `dinov2`, one of FDr6, or `local-dir:FOLDER` (timm's config.json, model.safetensors).
 
     Without a file, Inception's weights are read from torch hub's cache or downloaded into it, DINOv2's from timm's hub
     or its cache. Raises UserError for an unknown spec and for weights that are missing, damaged or another network's.
@@ -99,11 +101,15 @@ def load_extractor(spec: str, device: torch.device | str = "cpu", inception_weig
             raise UserError(str(error).replace("--encoder-weights", "--dinov2-weights")) from error
         network, name = DinoFeatures(encoder), "dinov2"
         digest = encoders.sha256_of_parameters(network) if dinov2_weights is None else sha256(Path(dinov2_weights))
+    elif spec in OTHERS:
+        network, name = FdNetwork.download(spec), spec
+        digest = encoders.sha256_of_parameters(network)
     elif spec.startswith(encoders.LOCAL):
         folder = Path(spec.removeprefix(encoders.LOCAL))
         network, name, digest = TimmFeatures.load(folder), folder.resolve().name, sha256(encoders.timm_weights(folder))
     else:
-        raise UserError(f"--features {spec}: expected inception, dinov2 or {encoders.LOCAL}FOLDER with a timm model")
+        raise UserError(f"--features {spec}: expected inception, dinov2, {', '.join(OTHERS)} or {encoders.LOCAL}FOLDER "
+                        "with a timm model")
     network = network.to(device).eval().requires_grad_(False)
     return Extractor(network, device, name, digest, verified, classifier)
 
@@ -207,6 +213,8 @@ class DinoFeatures(nn.Module):
 class TimmFeatures(nn.Module):
     """A timm model's features before its classifier: bilinear resize to its input size, its mean and std, network."""
 
+    resize = dict(mode="bilinear", align_corners=False, antialias=False)
+
     def __init__(self, model: nn.Module):
         super().__init__()
         config = model.pretrained_cfg
@@ -227,6 +235,36 @@ class TimmFeatures(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()                                                        # (B, 3, H, W)
         if tuple(x.shape[2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=False)
-        x = (x / 255 - self.mean) / self.std
-        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)  # (B, F)
+            x = F.interpolate(x, self.size, **self.resize)
+        return self.pooled((x / 255 - self.mean) / self.std)                      # (B, F)
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (B, 3, height, width) -> (B, F)."""
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+
+class FdNetwork(TimmFeatures):
+    """A network of FDr6 after an antialiased bicubic resize; a vision transformer computes in bfloat16 on a GPU."""
+
+    resize = dict(mode="bicubic", align_corners=False, antialias=True)
+
+    def __init__(self, name: str, model: nn.Module):
+        super().__init__(model)
+        self.size, self.is_vit = 2 * (OTHERS[name].size,), bool(OTHERS[name].settings)
+
+    @classmethod
+    def download(cls, name: str) -> "FdNetwork":
+        """With weights from timm's hub or its cache. Raises UserError if they are not there."""
+        row = OTHERS[name]
+        try:
+            return cls(name, timm.create_model(row.timm_name, pretrained=True, num_classes=0, **row.settings))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{name}: weights of {row.timm_name} not in the hub's cache and not downloaded ({reason}); "
+                            "download them where the hub can be reached, and keep HF_HOME") from error
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_vit:
+            return self.model.forward_features(x).mean(dim=(2, 3))                # without the head's norm
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            return super().pooled(x)

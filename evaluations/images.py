@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from evaluations.networks import FDR6
 from preprocessing.crop import center_crop, to_rgb
 from runtime.catalogue import read_labels
 from runtime.messages import UserError, notice
@@ -40,6 +41,7 @@ class FileStatistics:
     mu_s: np.ndarray | None         # (S,) of the spatial features; None: the file has FID's alone
     sigma_s: np.ndarray | None      # (S, S)
     about: dict                     # what `stats` recorded; {}: ADM's file
+    pooled: np.ndarray | None = None          # (n, F) float32: features of some of the images, for precision and MIND
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ class ImageSet:
     blocks: Callable[[Iterable[range]], Iterator[np.ndarray]] | None
     statistics: FileStatistics | None = None
     labels: np.ndarray | None = None                              # (N,) class of each image
+    more: tuple[FileStatistics, ...] = ()                         # in the features of other networks
 
 
 def open_images(source: "str | Path | np.ndarray | ImageSet", name: str = "the images",
                 crop: int | None = None) -> ImageSet:
-    """Open an npz file, a folder of images, or an array uint8 (N, H, W, 3); an ImageSet is returned unchanged.
+    """Open an npz file, a folder (images or FDr6's files), or an array uint8 (N, H, W, 3); an ImageSet is returned.
 
     `crop` cuts and resizes every image as ADM did, to that many pixels. Raises UserError if the source is missing, of
     another form, or has fewer than two images.
@@ -71,10 +74,16 @@ def open_images(source: "str | Path | np.ndarray | ImageSet", name: str = "the i
         return ImageSet(name, len(source), source.shape[1:3], lambda ranges: (source[r.start:r.stop] for r in ranges))
     path = Path(source)
     if path.is_dir():
-        return _open_folder(path, crop)
+        files = {name: path / row.file for name, row in FDR6.items() if (path / row.file).is_file()}
+        return _open_statistics(path, files) if files else _open_folder(path, crop)
     if not path.is_file():
         raise UserError(f"{name} {path}: not found; {NPZ}")
     return _open_npz(path, crop)
+
+
+def reference_label(name: str, digest: str | None) -> str:
+    """A reference's short name with the start of its hash: adm:b3273271. Without a hash, its whole name."""
+    return name if digest is None else f"{Path(name).stem}:{digest[:8]}"
 
 
 def _require_form(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
@@ -142,12 +151,12 @@ def _folder_labels(store: Store, names: np.ndarray) -> np.ndarray | None:
 def _open_npz(path: Path, crop: int | None) -> ImageSet:
     """Images `arr_0`, labels `arr_1`, and statistics if the file has them. Other arrays are ignored."""
     names, where = npz_names(path), shown(path)
-    statistics = _read_statistics(path) if "mu" in names and crop is None else None      # ADM's own test is for `mu`
+    statistics, *more = _read_statistics(path) if "mu" in names and crop is None else [None]  # ADM's own test: `mu`
     if "arr_0" not in names:
         if statistics is None:
             raise UserError(f"{where}: has no arr_0 but {shown(', '.join(sorted(names))) or 'nothing'}; expected "
                             "images as arr_0 (uint8, NHWC), or statistics as mu and sigma")
-        return ImageSet(str(path), None, None, None, statistics)
+        return ImageSet(str(path), None, None, None, statistics, more=tuple(more))
     shape, dtype = read_npz_shape(path)
     _require_form(shape, dtype, f"arr_0 of {where}")
     labels = None
@@ -164,31 +173,43 @@ def _open_npz(path: Path, crop: int | None) -> ImageSet:
                 for block in stream)
 
     size = shape[1:3] if crop is None else (crop, crop)
-    return ImageSet(str(path), shape[0], size, lambda ranges: _ahead(blocks(ranges)), statistics, labels)
+    return ImageSet(str(path), shape[0], size, lambda ranges: _ahead(blocks(ranges)), statistics, labels, tuple(more))
 
 
-def _read_statistics(path: Path) -> FileStatistics:
-    """The statistics of an npz file that has `mu`."""
-    found = load_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "about"))
-    about, where = found.pop("about", "{}"), shown(path)
+def _read_statistics(path: Path) -> list[FileStatistics]:
+    """The statistics of an npz file that has `mu`, and then those in the features of other networks."""
+    try:
+        about = json.loads(str(load_npz(path, ["about"]).get("about", "{}")))
+        others = {f"_{one['features']}": one for one in about.get("more", ())}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{shown(path)}: about is not a JSON object of stats; write the file again") from error
+    return [_read_one(path, "", about), *(_read_one(path, suffix, one) for suffix, one in others.items())]
+
+
+def _read_one(path: Path, suffix: str, about: dict) -> FileStatistics:
+    """The statistics of one network, whose arrays have names with this suffix."""
+    names, where = ("mu", "sigma", "mu_s", "sigma_s", "pooled"), shown(path)
+    found = load_npz(path, [name + suffix for name in names])
+    found = {name: found.get(name + suffix) for name in names}
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        mu, sigma = found.setdefault(mean, None), found.setdefault(covariance, None)
-        if mu is None and sigma is None:
+        mu, sigma = found[mean], found[covariance]
+        if mean == "mu_s" and mu is None and sigma is None:
             continue                                              # other programs keep FID's statistics alone
         if (mu is None or sigma is None or mu.ndim != 1 or sigma.shape != 2 * mu.shape
                 or mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf"):
-            raise UserError(f"{where}: {mean} {getattr(mu, 'shape', 'missing')} and {covariance} "
+            raise UserError(f"{where}: {mean}{suffix} {getattr(mu, 'shape', 'missing')} and {covariance}{suffix} "
                             f"{getattr(sigma, 'shape', 'missing')}; expected numbers (F,) and (F, F)")
         found |= {mean: mu.astype(np.float64), covariance: sigma.astype(np.float64)}
         if not (np.isfinite(found[mean]).all() and np.isfinite(found[covariance]).all()):
             raise UserError(f"{where}: {mean} and {covariance} are not finite; make or download the file again")
-    try:
-        about = json.loads(str(about))
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise UserError(f"{where}: about is not a JSON object; write the file again")
     return FileStatistics(**found, about=about)
+
+
+def _open_statistics(folder: Path, files: dict[str, Path]) -> ImageSet:
+    """The published reference files of FDr6's networks, as one reference without images."""
+    read = {name: _read_one(file, "", {} if name == "inception" else {"distance": f"fd_{name}"})
+            for name, file in files.items()}
+    return ImageSet(str(folder), None, None, None, read.pop("inception", None), more=tuple(read.values()))
 
 
 def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

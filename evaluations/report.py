@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from evaluations.images import reference_label
 from runtime.files import write_json, write_whole
 from runtime.messages import notice
 from runtime.run import CHECKPOINTS
@@ -14,7 +15,7 @@ GUIDANCE = ("cls_cfg_scale", "guidance_low", "guidance_high")     # without mean
 # The table's columns before the scores. Distances are comparable among rows of the same PROTOCOL only.
 PROTOCOL = ("num_samples", "labels", "features", "feature_weights", "reference")
 SETTINGS = ("experiment", "step", "checkpoint", "weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE, "seed",
-            "network_precision", "vae", "block", *PROTOCOL)
+            "network_precision", "vae", "block", *PROTOCOL, "reference_sha256")
 
 
 def read_result(metrics: Path) -> dict | None:
@@ -27,6 +28,11 @@ def read_result(metrics: Path) -> dict | None:
         notice(f"{metrics}: not scores of samples that generate.py made; left out")
         return None
     return result
+
+
+def references_of(result: dict) -> list[str]:
+    """The names of the references of a result, the first one first."""
+    return [one["name"] for one in result.get("references", ())] or [result["ref_batch"]]
 
 
 def distance_of(row: dict) -> str | None:
@@ -53,9 +59,12 @@ def read_row(metrics: Path, result: dict) -> dict:
         "labels": (f"captions {how['captions']} {how['prompts_sha256'][:6]}" if "captions" in how else how["labels"]
                    if how["classes"] is None else "classes " + " ".join(map(str, how["classes"]))),
         "features": result["features"], "feature_weights": result["weights_sha256"][:8],
-        "reference": result["ref_batch"],
+        "reference": result["ref_batch"], "reference_sha256": result.get("reference_sha256"),
     }
     scores = {name: value for name, value in result.items() if isinstance(value, float)}
+    for one in result.get("references", ()):                      # the first one too: fid@adm:b3273271
+        label = reference_label(one["name"], one["sha256"])
+        scores |= {f"{name}@{label}": value for name, value in one.items() if isinstance(value, float)}
     return row | scores | {"folder": metrics.parent.name}
 
 
@@ -99,7 +108,9 @@ def differing(rows: list[dict], names=SETTINGS) -> list[str]:
 def as_text(rows: list[dict]) -> str:
     """The table for a terminal: scale, number of samples, settings that differ, scores, and an asterisk at the best."""
     names = [name for name in SETTINGS if name in ("cfg_scale", "num_samples", "labels", *differing(rows))]
-    names += scores_of(rows)
+    # Not again without its reference, unless a row has it so only.
+    names += [name for name in scores_of(rows)
+              if any(name in row and not any(other.startswith(f"{name}@") for other in row) for row in rows)]
     cells = [[shown(row.get(name)) for name in names] + ["*" if row["best"] else ""] for row in rows]
     table = [[*names, "best"], *cells]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

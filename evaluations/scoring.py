@@ -1,15 +1,17 @@
 """`evaluate`: two sets of images -> their scores and a record of how they were made."""
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from evaluations.extraction import Measured, all_threads, file_statistics, measure, place
+from evaluations.extraction import Measured, all_threads, file_statistics, measure, measure_all, place
 from evaluations.features import Extractor
 from evaluations.images import ImageSet, open_images
 from evaluations.metrics import (
+    DIRECTIONS,
+    MIND_SEED,
     NEIGHBOURS,
     SPLIT,
     SUBSET,
@@ -17,44 +19,70 @@ from evaluations.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    monge_distance,
     precision_recall,
     side_by_side,
 )
+from evaluations.networks import FDR6, OTHERS
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
-INCEPTION_METRICS = (*ADM_METRICS, "kid")
+INCEPTION_METRICS = (*ADM_METRICS, "kid", "mind", "fdr6")
 NEIGHBOUR_METRICS = ("precision", "recall")
-OTHER_METRICS = ("fd", "kid")  # in any other features
+OTHER_METRICS = ("fd", "kid", "mind")  # in any other features
 # The field of Measured that a score needs of both sets; the Inception Score needs it of the samples only.
 NEEDS = {"inception_score": "pooled", "fid": "gaussian", "fd": "gaussian", "sfid": "spatial", "precision": "pooled",
-         "recall": "pooled", "kid": "pooled"}
+         "recall": "pooled", "kid": "pooled", "mind": "pooled", "fdr6": "gaussian"}
 
 
 def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = None, distances: str = "adm",
-             batch_size: int = 64, measured_ref: Measured | None = None) -> dict | None:
+             batch_size: int = 64, measured_ref: Measured | None = None,
+             open_networks: Callable[[], Sequence[Extractor]] = tuple) -> dict | None:
     """Compare two sets of images; each is a path (npz, folder), an array uint8 (N, H, W, 3), or an ImageSet.
 
     Args:
+        ref: a set, or a list of sets; the samples are read once.
         metrics: among INCEPTION_METRICS, or OTHER_METRICS in other features; None: ADM's five, or the Frechet distance.
         distances: of precision and recall: "adm" (float16, as in papers), "exact" (float32), or "off": neither score.
         measured_ref: `measure_reference` of the same reference, if it is scored repeatedly; None: measured here.
+        open_networks: called for fdr6, gives its networks beside Inception; without all of them there is no mean.
     Returns:
         The content of metrics.json, on the first process; None on others. Counts are of the images in the set; with
         `..._statistics_from_file` its mu and sigma may be of more (the 10,000 images of VIRTUAL_imagenet256 come with
-        the statistics of 1.28 million). Raises UserError for sets that cannot be scored.
+        the statistics of 1.28 million). Of several references, `references` has each one's scores; those at the top are
+        the first one's. Raises UserError for sets that cannot be scored.
     """
-    sample, ref = open_images(sample, "the sample batch"), open_images(ref, "the reference batch")
-    metrics = choose(metrics, ref, sample, extractor, distances)
-    b = measured_ref or measure_reference(ref, extractor, metrics, batch_size)
-    a = measure(sample, extractor, batch_size, {NEEDS[name] for name in metrics})
+    sample = open_images(sample, "the sample batch")
+    refs = [open_images(one, "the reference batch") for one in (ref if isinstance(ref, list) else [ref])]
+    chosen = choose(metrics, refs, sample, extractor, distances)
+    networks = open_networks() if any("fdr6" in names for names in chosen) else ()
+
+    def jobs(names: Sequence[str]) -> list[tuple[Extractor, set[str]]]:
+        more = networks if "fdr6" in names else ()
+        return [(extractor, {NEEDS[name] for name in names}), *((network, {"gaussian"}) for network in more)]
+
+    b = [{extractor.key: measured_ref}] if measured_ref else [
+        measure_all(one, jobs([name for name in names if name != "inception_score"]), batch_size)
+        for one, names in zip(refs, chosen, strict=True)]
+    a = measure_all(sample, jobs([name for names in chosen for name in names]), batch_size)
     if place()[0] != 0:
         return None
+    results = [_result(*one, sample, extractor, distances, a) for one in zip(refs, chosen, b, strict=True)]
+    several = [{"name": one.name, "num_reference": one.count, **{
+        key: score for key, score in own.items() if isinstance(score, float) and key != "inception_score"}}
+        for one, own in zip(refs, results, strict=True)]
+    weights = {"fdr6_weights": {one.name: one.weights_sha256 for one in networks}} if networks else {}
+    return results[0] | weights | ({"references": several} if len(refs) > 1 else {})
+
+
+def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sample: ImageSet, extractor: Extractor,
+            distances: str, a: dict[str, Measured]) -> dict:
+    """Scores and record of samples `a` and one reference `b`, each measured by networks, by their keys."""
     by_statistics = any(NEEDS[name] != "pooled" for name in metrics)
     from_file = {name: by_statistics and file_statistics(images, extractor) is not None
                  for name, images in (("sample", sample), ("reference", ref))}
-    _warn(ref, sample, extractor, metrics, a, from_file)
+    _warn(ref, sample, extractor, metrics, a[extractor.key], from_file)
     scores, modes = _scores(a, b, extractor, metrics, distances)
     on_gpu = extractor.device.type == "cuda"
     return scores | {
@@ -79,17 +107,18 @@ def measure_reference(ref: ImageSet, extractor: Extractor, metrics: Sequence[str
     return measure(ref, extractor, batch_size, {NEEDS[name] for name in metrics if name != "inception_score"})
 
 
-def _scores(a: Measured, b: Measured, extractor: Extractor, metrics: Sequence[str],
+def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor, metrics: Sequence[str],
             distances: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores of samples `a` and reference `b` by their keys in JSON, and how those that have variants were computed."""
-    scores, modes = {}, {}
+    """Scores of samples `a` and reference `b` (by networks) by their keys in JSON, and how some were computed."""
+    scores, modes, six = {}, {}, {key: (a[key].gaussian, b[key].gaussian) for key in b if key != extractor.key}
+    a, b = a[extractor.key], b[extractor.key]
     with full_precision(extractor.device), all_threads():
         if "inception_score" in metrics:
             parts = side_by_side(lambda rows: rows @ extractor.classifier.T, a.pooled.split(512), extractor.device)
             scores["inception_score"] = inception_score(torch.cat(parts))         # of (N, 1008)
             modes["inception_score"] = f"slices of {SPLIT} in file order"
-        pairs = {extractor.key: (a.gaussian, b.gaussian)} if {"fid", "fd"} & set(metrics) else {}
-        pairs |= {"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}
+        pairs = {extractor.key: (a.gaussian, b.gaussian)} if {"fid", "fd", "fdr6"} & set(metrics) else {}
+        pairs |= ({"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}) | six
         found = side_by_side(lambda pair: frechet_distance(*pair[0], *pair[1]), pairs.values(), torch.device("cpu"))
         scores |= dict(zip(pairs, found, strict=True))
         if {*NEIGHBOUR_METRICS} & set(metrics):
@@ -97,14 +126,30 @@ def _scores(a: Measured, b: Measured, extractor: Extractor, metrics: Sequence[st
             scores |= {name: value for name, value in both if name in metrics}
             modes["precision_recall"] = distances
         if "kid" in metrics:
-            scores[extractor.kid_key], scores[f"{extractor.kid_key}_std"] = kernel_distance(b.pooled, a.pooled)
+            key = extractor.key_of("kid")
+            scores[key], scores[f"{key}_std"] = kernel_distance(b.pooled, a.pooled)
             modes["kid"] = f"{SUBSETS} subsets of {min(SUBSET, len(a.pooled), len(b.pooled))}, seed 0"
+        if "mind" in metrics:
+            scores[extractor.key_of("mind")] = monge_distance(b.pooled, a.pooled)
+            modes["mind"] = f"{DIRECTIONS} directions, {min(len(a.pooled), len(b.pooled))} rows, seed {MIND_SEED}"
+    if "fdr6" in metrics:
+        ratios = {name: scores[key] / row.constant for name, row in FDR6.items()
+                  if (key := extractor.key if name == "inception" else f"fd_{name}") in scores}
+        if missing := ", ".join(name for name in FDR6 if name not in ratios):
+            notice(f"without fdr6, the mean of six: no weights of {missing}")
+        else:
+            scores["fdr6"] = sum(ratios.values()) / len(ratios)
+        modes["fdr6"] = f"none without {missing}" if missing else "mean of distance / constant"
     return scores, modes
 
 
-def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extractor: Extractor,
-           distances: str = "adm") -> tuple[str, ...]:
-    """The metrics to compute. Raises UserError if one that was asked for is impossible; leaves out a default one."""
+def choose(metrics: Sequence[str] | None, refs: ImageSet | Sequence[ImageSet], sample: ImageSet, extractor: Extractor,
+           distances: str = "adm") -> list[tuple[str, ...]]:
+    """The metrics to compute for each reference; an impossible one is left out.
+
+    Raises UserError if one that was asked for is impossible with every reference, or all are with one.
+    """
+    refs = [refs] if isinstance(refs, ImageSet) else refs
     possible = INCEPTION_METRICS if extractor.is_inception else OTHER_METRICS
     for metric in metrics or ():
         if metric not in possible:
@@ -113,29 +158,38 @@ def choose(metrics: Sequence[str] | None, ref: ImageSet, sample: ImageSet, extra
             raise UserError(f"--metrics {metric}: excluded by --precision-recall off; leave one of them out")
     asked = metrics if metrics is not None else ADM_METRICS if extractor.is_inception else OTHER_METRICS[:1]
     asked = [metric for metric in asked if metric not in NEIGHBOUR_METRICS or distances != "off"]
-    obstacles = {metric: _obstacle(metric, ref, sample, extractor) for metric in asked}
-    for reason in sorted({reason for reason in obstacles.values() if reason}):
-        names = [metric for metric in asked if obstacles[metric] == reason]
-        if metrics is not None or len(names) == len(asked):
-            raise UserError(f"{reason}; leave out {', '.join(names)}, or name another file")
-        notice(f"without {', '.join(names)}: {reason}")
-    return tuple(metric for metric in asked if not obstacles[metric])
+    every = [{metric: _obstacle(metric, ref, sample, extractor) for metric in asked} for ref in refs]
+    for obstacles in every:
+        for reason in sorted({reason for reason in obstacles.values() if reason}):
+            names = [metric for metric in asked if obstacles[metric] == reason]
+            nowhere = any(all(others[metric] for others in every) for metric in names)
+            if metrics is not None and nowhere or len(names) == len(asked):
+                raise UserError(f"{reason}; leave out {', '.join(names)}, or name another file")
+            notice(f"without {', '.join(names)}: {reason}")
+    return [tuple(metric for metric in asked if not obstacles[metric]) for obstacles in every]
 
 
 def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> str | None:
     """Why this score is impossible for these two sets, or None."""
     for images in (sample, ref):
         own = file_statistics(images, extractor)
+        # Images that a reference holds beside its statistics are fewer: no measure of its other networks.
+        if metric == "fdr6" and (images.statistics or images.more if images is ref else images.blocks is None):
+            held = {one.about["distance"] for one in images.more}
+            if lacking := [name for name in OTHERS if f"fd_{name}" not in held]:
+                return f"{images.name}: holds no statistics of {', '.join(lacking)} (stats --networks fdr6 makes them)"
         if NEEDS[metric] != "pooled":
             if own is None and images.blocks is None:
                 return f"{images.name}: holds statistics of other features and no images"
             if metric == "sfid" and own is not None and own.mu_s is None:
                 return f"{images.name}: holds mu and sigma but no mu_s and sigma_s"
         elif images is sample or metric != "inception_score":
-            if images.blocks is None:
-                return f"{images.name}: holds statistics and no images (arr_0)"
-            if metric in NEIGHBOUR_METRICS and images.count <= NEIGHBOURS:
-                return f"{images.name}: holds {images.count} images, {NEIGHBOURS} neighbours need {NEIGHBOURS + 1}"
+            rows = None if own is None or own.pooled is None else len(own.pooled)
+            if rows is None and images.blocks is None:
+                return f"{images.name}: holds statistics and no images (arr_0) or feature rows"
+            count = images.count if rows is None else rows
+            if metric in NEIGHBOUR_METRICS and count <= NEIGHBOURS:
+                return f"{images.name}: holds {count} images, {NEIGHBOURS} neighbours need {NEIGHBOURS + 1}"
     return None
 
 
@@ -160,7 +214,7 @@ def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics: Sequen
     if a.gaussian is not None:
         sets = []
         for name, images, what in (("sample", sample, "samples"), ("reference", ref, "reference images")):
-            count = images.statistics.about.get("images") if from_file[name] else images.count
+            count = file_statistics(images, extractor).about.get("images") if from_file[name] else images.count
             sets += [(count, what)] if count is not None else []  # ADM's files do not hold the count
         warn_of_few(sets, len(a.gaussian[0]), extractor)
     labels = sample.labels

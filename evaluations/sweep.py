@@ -19,7 +19,7 @@ import torch
 
 import generate
 from evaluations import evaluator
-from evaluations.report import GUIDANCE, read_result, write_report
+from evaluations.report import GUIDANCE, read_result, references_of, write_report
 from models.checkpoint import has_captions
 from runtime.arguments import Parser
 from runtime.files import sha256
@@ -46,8 +46,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     for name in SWEPT:
         swept.add_argument(flag(name), metavar="LIST")
     scoring = parser.add_argument_group("scoring (default: the evaluator's)")
-    scoring.add_argument("--ref-batch", type=Path, default=os.environ.get("REF_BATCH") or None, metavar="REF",
-                         help="reference npz or image folder (default: $REF_BATCH)")
+    scoring.add_argument("--ref-batch", type=evaluator.references, default=os.environ.get("REF_BATCH") or None,
+                         metavar="REF[,REF]", help="reference npz or image folder, or several (default: $REF_BATCH)")
     scoring.add_argument("--features", default=os.environ.get("FEATURES") or "inception", metavar="NAME",
                          help="feature network (default: $FEATURES, or inception)")
     scoring.add_argument("--inception-weights", type=Path, default=os.environ.get("INCEPTION_WEIGHTS") or None,
@@ -73,7 +73,9 @@ def flag(name: str) -> str:
 
 def flags(setting: dict) -> list[str]:
     """As a command line; None is left out."""
-    return [part for name, value in setting.items() if value is not None for part in (flag(name), str(value))]
+    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+             for name, value in setting.items() if value is not None}
+    return [part for name, text in texts.items() for part in (flag(name), text)]
 
 
 # --------------------------------------------------------------------------------------------------- what is to be made
@@ -128,7 +130,7 @@ def samples_of(args: argparse.Namespace, path: Path, state: dict, digest: str) -
 class Scoring:
     """The evaluator's flags."""
 
-    ref_batch: Path
+    ref_batch: list[Path]
     features: str
     inception_weights: Path | None
     dinov2_weights: Path | None
@@ -137,14 +139,15 @@ class Scoring:
     clip: str | None = None
 
     def scored(self, folder: Path, tokens: bool) -> Path | None:
-        """The file in the folder with these scores by this network against this reference, or None."""
+        """The file in the folder with these scores by this network against these references, or None."""
         weights = self.inception_weights or self.dinov2_weights
         asked = {name: getattr(self, name) for name in ("features", "metrics", "precision_recall")}
         asked |= {"clip": self.clip} if self.clip else {}
         for path in sorted(folder.glob(METRICS)):
             result = read_result(path)
-            if (result is not None and result["asked"] == asked and Path(result["ref_batch"]) == self.ref_batch
-                    and self.ref_batch.stat().st_mtime <= path.stat().st_mtime            # else the reference is newer
+            if (result is not None and result["asked"] == asked
+                    and list(map(Path, references_of(result))) == self.ref_batch
+                    and all(ref.stat().st_mtime <= path.stat().st_mtime for ref in self.ref_batch)        # not newer
                     and (result["weights_sha256"] == sha256(weights) if weights
                          else result["weights_verified"] is not False)
                     and (not tokens or "class_token_cosine" in result)):
@@ -156,7 +159,7 @@ class Scoring:
         metrics = folder / "metrics.json"
         before = read_result(metrics) if metrics.is_file() and is_first_node(os.environ) else None
         if before is not None:
-            identity = repr([before[name] for name in ("asked", "ref_batch", "weights_sha256")])
+            identity = repr([before["asked"], references_of(before), before["weights_sha256"]])
             digest = hashlib.sha256(identity.encode()).hexdigest()[:6]
             metrics.rename(folder / f"metrics-{before['features']}-{digest}.json")
         more = {"class_tokens": folder / "class_tokens.npz" if tokens else None, "sample_batch": folder / "samples.npz",

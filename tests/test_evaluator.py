@@ -16,9 +16,11 @@ from evaluations.evaluator import PRINTED, lines, main, write_reference
 from evaluations.images import open_images
 from evaluations.scoring import ADM_METRICS, evaluate
 from preprocessing.crop import center_crop, to_rgb
+from runtime.files import sha256
 from runtime.messages import UserError
 from tests import scoring_networks
 from tests.conftest import random_images
+from tests.scoring_networks import channels_first
 from tests.test_features import write_timm_folder
 
 ROOT = Path(__file__).parents[1]
@@ -100,13 +102,15 @@ def test_metrics_json_records_how_the_scores_were_made(score, sets, capsys):
     assert list(result) == ["fd_tiny", "kid_tiny", "kid_tiny_std", "num_samples", "num_reference",
                             "sample_statistics_from_file", "reference_statistics_from_file", "image_size",
                             "reference_image_size", "features", "weights_sha256", "weights_verified", "modes", "device",
-                            "versions", "sample_batch", "ref_batch", "asked"]
+                            "versions", "sample_batch", "ref_batch", "reference_sha256", "asked"]
+    assert result["reference_sha256"] == sha256(sets / "ref.npz")
     assert (result["num_samples"], result["num_reference"], result["image_size"]) == (28, 30, [16, 16])
     assert result["ref_batch"] == str(sets / "ref.npz") and result["sample_batch"].endswith("sample.npz")
     assert (result["features"], result["weights_verified"], result["device"]) == ("tiny", None, "cpu")
     assert result["asked"] == {"features": f"local-dir:{sets / 'tiny'}", "metrics": "fd,kid", "precision_recall": "adm"}
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == f"Frechet distance (tiny): {result['fd_tiny']}" and "FID" not in printed
+    assert printed.endswith(f"reference {sets / 'ref.npz'} with sha256 {sha256(sets / 'ref.npz')}\n")
     assert [path.name for path in (sets / "new").iterdir()] == ["metrics.json"]   # no temporary file is left
 
 
@@ -121,6 +125,29 @@ def test_settings_of_the_samples_go_into_the_result(score, sets, capsys):
         (sets / "made" / "settings.json").write_text(text)
         assert "settings.json" in refused(capsys, "--ref-batch", sets / "ref.npz", "--sample-batch",
                                           sets / "made" / "sample.npz")
+
+
+def test_several_references_have_a_column_each_with_name_and_hash(score, sets, capsys):
+    np.savez(sets / "jit.npz", random_images(26, seed=3))
+    (sets / "folder").mkdir()
+    for i, image in enumerate(random_images(25, seed=4)):
+        Image.fromarray(image).save(sets / "folder" / f"{i}.png")
+    refs = [sets / "ref.npz", sets / "jit.npz", sets / "folder"]
+    alone = [score("--ref-batch", ref, "--metrics", "fd,mind") for ref in refs]
+    capsys.readouterr()
+    result = score("--ref-batch", ",".join(map(str, refs)), "--metrics", "fd,mind")
+    head, distance, mind, last = capsys.readouterr().out.splitlines()
+    hashes = [sha256(refs[0]), sha256(refs[1]), None]
+    assert head.split() == [f"ref:{hashes[0][:8]}", f"jit:{hashes[1][:8]}", str(sets / "folder")]
+    assert distance.split() == ["Frechet", "distance", "(tiny):", *(str(one["fd_tiny"]) for one in alone)]
+    assert mind.split() == ["MIND", "(tiny):", *(str(one["mind_tiny"]) for one in alone)]
+    assert all(f"{ref} with sha256" in last for ref in refs)
+    assert result.pop("references") == [
+        {"name": str(ref), "num_reference": one["num_reference"], "fd_tiny": one["fd_tiny"],
+         "mind_tiny": one["mind_tiny"], "sha256": digest}
+        for ref, one, digest in zip(refs, alone, hashes, strict=True)]
+    assert result == alone[0]
+    assert "comma" in refused(capsys, "--ref-batch", f"{refs[0]},", "--sample-batch", refs[1], "--device", "cpu")
 
 
 def test_a_dry_run_checks_reference_and_network_only(sets, capsys):
@@ -178,18 +205,40 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def reference(folder, extractor, keep=30, seed=0, batch_size=64):
+def reference(folder, extractor, keep=30, seed=0, batch_size=64, **settings):
     path = folder.parent / f"{keep}-{seed}-{batch_size}.npz"
-    images = open_images(folder)
-    write_reference(path, images, extractor, batch_size, keep, seed, {"source": "images", "images": images.count})
+    images, about = open_images(folder), {"source": "images"}
+    write_reference(path, images, extractor, batch_size, keep, seed, {**about, "images": images.count}, **settings)
     return path
+
+
+def test_the_kept_features_score_as_the_kept_images_do(folder, small):
+    """Also without the images: precision, recall, KID and MIND are of the kept rows, FID of all."""
+    metrics, sample = [*ADM_METRICS, "kid", "mind"], random_images(28, seed=2)
+    path = reference(folder, small, keep=9, batch_size=4)
+    with np.load(path) as file:
+        kept = file["arr_0"]
+        np.testing.assert_allclose(file["pooled"], small(channels_first(kept))[0], rtol=1e-5)
+        assert file["pooled"].shape == (9, 6) and file["pooled"].dtype == np.float32
+    alone = reference(folder, small, keep=9, batch_size=5, with_images=False)
+    with np.load(alone) as file:
+        assert not {"arr_0", "arr_1"} & set(file.files)
+    whole, of_kept = (evaluate(ref, sample, small, metrics, batch_size=4) for ref in (folder, kept))
+    for ref in (path, alone):
+        result = evaluate(ref, sample, small, metrics, batch_size=4)
+        assert result["fid"] == pytest.approx(whole["fid"], rel=1e-4) and whole["fid"] != of_kept["fid"]
+        for name in ("precision", "recall", "kid", "mind"):
+            assert result[name] == pytest.approx(of_kept[name], rel=1e-4), name
+        assert whole["mind"] != pytest.approx(of_kept["mind"], rel=1e-3)
+    with pytest.raises(UserError, match="no images .* or feature rows"):
+        evaluate(reference(folder, small, keep=0), sample, small, ["mind"])
 
 
 def test_a_reference_of_own_images_scores_as_the_images_do(folder, small, capsys):
     path, sample = reference(folder, small), random_images(28, seed=2)
     assert capsys.readouterr().out == f"{path}: statistics of 30 images, 30 of them kept\n"
     with np.load(path) as file:
-        assert set(file.files) == {"arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "about"}
+        assert set(file.files) == {"arr_0", "arr_1", "pooled", "mu", "sigma", "mu_s", "sigma_s", "about"}
         assert np.array_equal(file["arr_0"], random_images(30, seed=1))
         assert np.array_equal(file["arr_1"], np.arange(30) % 4)
         assert file["mu"].shape == (6,) and file["sigma_s"].shape == (4, 4) and file["sigma"].dtype == np.float64
@@ -243,7 +292,7 @@ def test_stats_measures_the_images_and_not_the_sources_statistics(score, sets):
     for source in ("ref", "adm"):
         run("stats", sets / f"{source}.npz", sets / f"{source}-stats.npz", *network)
     with np.load(sets / "ref-stats.npz") as a, np.load(sets / "adm-stats.npz") as b:
-        assert set(a.files) == set(b.files) == {"arr_0", "mu", "sigma", "about"}
+        assert set(a.files) == set(b.files) == {"arr_0", "pooled", "mu", "sigma", "about"}
         assert np.array_equal(a["arr_0"], b["arr_0"]) and np.array_equal(a["mu"], b["mu"])
     assert score()["fd_tiny"] == score("--ref-batch", sets / "ref-stats.npz")["fd_tiny"]
 
@@ -257,6 +306,8 @@ def test_stats_measures_the_images_and_not_the_sources_statistics(score, sets):
     (("ref.npz", "ref.npz"), "output and input"),
     (("none", "out.npz"), "none"),
     (("mu.npz", "out.npz"), "no images"),
+    (("ref.npz", "out.npz", "--networks", "fdr7"), "--networks"),
+    (("ref.npz", "out.npz", "--networks", "fdr6", "--features", "dinov2"), "--features inception"),
 ])
 def test_mistakes_with_stats(sets, monkeypatch, capsys, arguments, word):
     monkeypatch.chdir(sets)
@@ -308,8 +359,9 @@ def test_two_processes_write_the_same_file(sets, encoder_folder):
     np.savez(sets / "ref.npz", random_images(30, 32, 32, seed=1), labels)
     np.savez(sets / "sample.npz", random_images(28, 32, 32, seed=2))
     np.savez(sets / "tokens.npz", class_tokens=tokens, labels=labels[:28])
-    flags = ["--ref-batch", sets / "ref.npz", "--sample-batch", sets / "sample.npz", "--metrics", "fd,kid",
-             "--device", "cpu", "--features", f"local-dir:{sets / 'tiny'}", "--batch-size", "4",
+    flags = ["--ref-batch", f"{sets / 'ref.npz'},{sets / 'sample.npz'}", "--sample-batch", sets / "sample.npz",
+             "--metrics", "fd,kid,mind", "--device", "cpu", "--features", f"local-dir:{sets / 'tiny'}",
+             "--batch-size", "4",
              "--class-tokens", sets / "tokens.npz", "--enc-type", f"local-dir:{encoder_folder}"]
     run(*flags, "--output", sets / "1.json")
     environment = {**os.environ, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}

@@ -45,7 +45,7 @@ def pooled_of(images):
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
 def test_features_are_in_order_with_an_odd_last_batch(batch_size):
     images = finite_images(11, 12, 20)
-    pieces = list(extract(open_images(images), counting(), batch_size))
+    pieces = [pair for (pair,) in extract(open_images(images), [counting()], batch_size)]
     pooled, spatial = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     np.testing.assert_allclose(pooled, pooled_of(images), rtol=1e-5)
     assert np.array_equal(spatial, images[:, 0, :2, 0])

@@ -11,6 +11,7 @@ from evaluations.metrics import (
     gaussian_statistics,
     inception_score,
     kernel_distance,
+    monge_distance,
     precision_recall,
 )
 from runtime.speed import float32_arithmetic, full_precision
@@ -241,3 +242,34 @@ def test_arithmetic_is_full_float32_inside_and_unchanged_afterwards(lax):
     with pytest.raises(ZeroDivisionError), full_precision(torch.device("cpu")):
         _ = 1 / 0
     assert tf32_and_autocast() == lax
+
+
+# ---- Monge distance --------------------------------------------------------------------------------------------------
+
+def literal_mind(samples, reference):
+    """A loop over directions, float64 numpy; the generator first draws the rows of the larger set."""
+    generator, size = torch.Generator().manual_seed(2020), min(len(samples), len(reference))
+    sets = [rows if len(rows) == size else rows[torch.randperm(len(rows), generator=generator)[:size].numpy()]
+            for rows in (samples, reference)]
+    total, width = 0.0, samples.shape[1]
+    for direction in torch.randn(1000, width, generator=generator).double().numpy():
+        direction = direction / np.sqrt((direction**2).sum())
+        x, y = (np.sort(rows @ direction) for rows in sets)
+        total += ((x - y) ** 2).sum() / size
+    return 3 * width * total / 1000
+
+
+@pytest.mark.parametrize("n, m", [(60, 60), (60, 90), (90, 60)])
+def test_mind_equals_the_direct_formula(n, m):
+    rng = np.random.default_rng(0)
+    samples, reference = rng.normal(size=(n, 7)), rng.normal(0.5, 2, size=(m, 7))
+    found = monge_distance(torch.from_numpy(reference).float(), torch.from_numpy(samples).float())
+    assert found == pytest.approx(literal_mind(samples, reference), rel=1e-4)
+
+
+def test_mind_of_a_shift_is_three_times_its_square():
+    """Of equal shapes a direction sees the shift's component, whose mean square is |shift|^2 / F."""
+    rows, shift = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(8)
+    shift[0] = 2
+    assert monge_distance(rows, rows + shift) == pytest.approx(3 * 4, rel=0.15)
+    assert monge_distance(rows, rows[torch.randperm(500)]) == 0

@@ -20,15 +20,17 @@ from evaluations.metrics import (
     gaussian_statistics,
     inception_score,
     kernel_distance,
+    monge_distance,
     precision_recall,
 )
-from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, evaluate, measure_reference
+from evaluations.scoring import ADM_METRICS, evaluate, measure_reference
 from runtime.messages import UserError
 from tests import scoring_networks
 from tests.conftest import random_images
 
 small = scoring_networks.small  # fixture
 ROOT = Path(__file__).parents[1]
+INCEPTION_METRICS = (*ADM_METRICS, "kid", "mind")
 SCORES = {*INCEPTION_METRICS, "kid_std"}
 
 
@@ -77,10 +79,10 @@ def test_adms_five_scores_and_kid_are_those_of_the_features(small, mode):
     expected = {"inception_score": inception_score(a @ small.classifier.T),
                 "fid": frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b)),
                 "sfid": frechet_distance(*gaussian_statistics(a_spatial), *gaussian_statistics(b_spatial)),
-                "precision": precision, "recall": recall, "kid": kid, "kid_std": kid_std}
+                "precision": precision, "recall": recall, "kid": kid, "kid_std": kid_std, "mind": monge_distance(b, a)}
     assert scores(result) == pytest.approx(expected, rel=1e-4)
     assert result["modes"] == {"inception_score": "slices of 5000 in file order", "precision_recall": mode,
-                               "kid": "100 subsets of 31, seed 0"}
+                               "kid": "100 subsets of 31, seed 0", "mind": "1000 directions, 31 rows, seed 2020"}
     assert (result["features"], result["weights_verified"], result["device"]) == ("inception", True, "cpu")
     assert result["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
@@ -190,6 +192,46 @@ def test_inceptions_statistics_are_not_used_for_other_features(colours, tmp_path
     assert "its 5 images are used" in printed and "(8, 8)" in printed             # warns of two sizes too
     with pytest.raises(UserError, match="alone.npz: holds statistics of other features and no images"):
         evaluate(alone, images, colours)
+
+
+# ---- several references ----------------------------------------------------------------------------------------------
+
+def test_several_references_are_scored_in_one_reading_of_the_samples(small, tmp_path):
+    """Each one's scores are those of the reference alone; the first one's are at the top too, as of one reference."""
+    images = random_images(11, seed=1)
+    read, sample = [], open_images(images)
+    counted = replace(sample, blocks=lambda ranges: (read.append(r) or images[r.start:r.stop] for r in ranges))
+    np.savez(tmp_path / "a.npz", random_images(12))
+    refs = [tmp_path / "a.npz", adm_file(tmp_path / "b.npz", 5, 2, random_images(9)),
+            adm_file(tmp_path / "c.npz", 4, 2)]
+    metrics = [*ADM_METRICS, "kid", "mind"]
+    result = evaluate(refs, counted, small, metrics, batch_size=4)
+    assert read == [range(4), range(4, 8), range(8, 11)]
+    references = result.pop("references")
+    assert result == evaluate(refs[0], sample, small, metrics, batch_size=4)
+    assert [one["name"] for one in references] == list(map(str, refs))
+    assert [one["num_reference"] for one in references] == [12, 9, None]
+    for path, one in zip(refs[:2], references, strict=False):
+        alone = scores(evaluate(path, sample, small, metrics, batch_size=4))
+        assert scores(one) == {name: value for name, value in alone.items() if name != "inception_score"}
+    assert scores(references[2]).keys() == {"fid", "sfid"}        # of statistics alone
+
+
+def test_every_reference_is_warned_of(small, capsys):
+    evaluate([random_images(9), random_images(9, 8, 8)], random_images(9), small, ["fid"])
+    assert "the reference (8, 8)" in capsys.readouterr().err
+
+
+def test_a_score_that_no_reference_allows_or_a_reference_that_allows_none_is_refused(small, tmp_path, capsys):
+    sample, alone = random_images(11), adm_file(tmp_path / "alone.npz", 5, 2)
+    other = without_spatial(tmp_path / "other.npz")
+    assert "references" in evaluate([alone, other], sample, small, ["fid", "sfid", "precision"])
+    printed = capsys.readouterr().err
+    assert "without precision: " in printed and "without sfid: " in printed
+    with pytest.raises(UserError, match="alone.npz: .* no images"):
+        evaluate([alone, other], sample, small, ["precision"])    # nothing is left of the first one
+    with pytest.raises(UserError, match="no images"):
+        evaluate([alone, alone], sample, small, ["fid", "precision"])
 
 
 # ---- refusals and warnings -------------------------------------------------------------------------------------------

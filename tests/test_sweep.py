@@ -141,6 +141,26 @@ def test_scores_are_kept_beside_each_other(call, launched, experiment):
     assert [any(name.startswith("fd_") for name in row) for row in rows_of(experiment)] == [True, False]
 
 
+def test_a_sweep_with_two_references_has_two_columns(call, launched, experiment, tmp_path):
+    np.savez(tmp_path / "jit.npz", arr_0=random_images(12, 32, 32, seed=1))
+    os.utime(tmp_path / "jit.npz", (1e9, 1e9))
+    both = f"{tmp_path}/ref.npz,{tmp_path}/jit.npz"
+    out, _ = call("--ref-batch", both)
+    names = [f"@{stem}:{sha256(tmp_path / f'{stem}.npz')[:8]}" for stem in ("ref", "jit")]
+    assert all(name in out for name in names)
+    (row,) = rows_of(experiment)
+    scores = [next(value for key, value in row.items() if key.startswith("fd_") and key.endswith(name))
+              for name in names]
+    assert scores[0] != scores[1]
+    call("--ref-batch", both)
+    assert launched.kinds() == "sample score sample"
+    call()                                                        # one reference alone: the first one's number
+    assert launched.kinds() == "sample score sample sample score"
+    plain = [[value for key, value in row.items() if key.startswith("fd_") and "@" not in key]
+             for row in rows_of(experiment)]
+    assert plain == [[scores[0]]] * 2                             # both files are kept
+
+
 def test_a_stopped_program_ends_the_sweep_with_its_status(call, launched, experiment):
     launched.fails = (4,)
     with pytest.raises(SystemExit) as ended:
@@ -262,6 +282,9 @@ def asked(metrics=None, precision_recall="adm", features="local-dir:some/net", *
     (asked("kid"), {}, False),                                                            # fewer than the default
     (asked("fd,kid"), {"metrics": "fd,kid"}, True),
     ({}, {"metrics": "fd,kid"}, False),
+    ({"references": [{"name": "ref.npz"}, {"name": "file"}]}, {}, False),                  # of other references
+    ({"references": [{"name": "ref.npz"}, {"name": "file"}]}, {"ref_batch": [Path("ref.npz"), Path("file")]}, True),
+    ({}, {"ref_batch": [Path("ref.npz"), Path("file")]}, False),
     ({}, {"clip": "some/clip"}, False),
     (asked(clip="some/clip"), {"clip": "some/clip"}, True),
     (asked(clip="some/clip"), {"clip": "other/clip"}, False),
@@ -274,13 +297,13 @@ def test_what_counts_as_scored(tmp_path, monkeypatch, changed, flags, found):
     Path("file").write_text("weights")
     changed = {name: sha256(Path("file")) if value == "{hash}" else value for name, value in changed.items()}
     scored(tmp_path / "a", 1.0, **changed)
-    defaults = dict(ref_batch=Path("ref.npz"), features="local-dir:some/net", inception_weights=None,
+    defaults = dict(ref_batch=[Path("ref.npz")], features="local-dir:some/net", inception_weights=None,
                     dinov2_weights=None, metrics=None, precision_recall="adm")
     scoring = sweep.Scoring(**defaults | flags)
     assert scoring.scored(tmp_path / "a", tokens=False) == (tmp_path / "a" / "metrics.json" if found else None)
     assert scoring.scored(tmp_path / "a", tokens=True) is None
     assert scoring.scored(tmp_path / "b", tokens=False) is None
-    os.utime("ref.npz", (2e9, 2e9))                                                       # made anew under its name
+    os.utime(scoring.ref_batch[-1], (2e9, 2e9))                                           # made anew under its name
     assert scoring.scored(tmp_path / "a", tokens=False) is None
 
 
@@ -293,8 +316,8 @@ def test_every_row_names_what_decides_its_score(tmp_path):
         "experiment": "run", "step": 3, "checkpoint": "30000000", "weights": "ema", "mode": "sde", "heun": False,
         "num_steps": 9, "cfg_scale": 2.3, "cls_cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.85, "seed": 0,
         "network_precision": "fp32", "vae": "vae", "block": 64, "num_samples": 50, "labels": "classes 4 2",
-        "features": "net", "feature_weights": "01234567", "reference": "ref.npz", "fd_net": 2.5, "precision": 0.7,
-        "folder": "guided", "best": True}
+        "features": "net", "feature_weights": "01234567", "reference": "ref.npz", "reference_sha256": None,
+        "fd_net": 2.5, "precision": 0.7, "folder": "guided", "best": True}
 
 
 def test_the_best_is_the_lowest_among_comparable_rows_only(tmp_path):
@@ -335,6 +358,24 @@ def test_the_table_in_three_forms(tmp_path):
     assert header[:5] == ["cfg_scale", "guidance_low", "guidance_high", "num_samples", "labels"]
     assert header[5:] == ["fd_net", "kid_net", "best"]
     assert unguided == ["1", "50", "random", "5", "0.25"] and guided == ["2.3", "0", "0.85", "50", "random", "3", "*"]
+
+
+def test_several_references_are_columns_with_name_and_hash(tmp_path):
+    one = {"name": "place/adm.npz", "sha256": "a" * 64, "num_reference": 7, "fd_net": 3.0}
+    two = {"name": "place/jit.npz", "sha256": "b" * 64, "num_reference": 7, "fd_net": 4.0}
+    scored(tmp_path / "both", 3.0, ref_batch="place/adm.npz", reference_sha256="a" * 64, references=[one, two])
+    rows = report.read_rows(tmp_path)
+    assert (rows[0]["fd_net"], rows[0]["reference"], rows[0]["reference_sha256"]) == (3.0, "place/adm.npz", "a" * 64)
+    header, line = report.as_text(rows).splitlines()
+    assert header.split()[-3:] == ["fd_net@adm:aaaaaaaa", "fd_net@jit:bbbbbbbb", "best"]  # not again without a name
+    assert line.split()[-3:] == ["3", "4", "*"]
+    report.write_table(tmp_path, rows)
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["fd_net@adm:aaaaaaaa"], row["fd_net@jit:bbbbbbbb"]) == ("3.0", "4.0")
+    scored(tmp_path / "alone", 5.0, cfg_scale=1.0, ref_batch="place/adm.npz")
+    header, unguided, guided = report.as_text(report.read_rows(tmp_path)).splitlines()
+    assert "fd_net" in header.split() and "5" in unguided.split() and guided.split().count("3") == 2
 
 
 def test_lines_begin_unguided_and_are_named_by_what_differs(tmp_path):
