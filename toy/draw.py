@@ -23,14 +23,23 @@ from tqdm import tqdm
 from runtime.arguments import Parser, at_least
 from runtime.messages import UserError, without_traceback
 from runtime.npz import write_npz
+from toy.words import PLACES, Scene, draw_scene
 
 SHAPES = ("disc", "square", "triangle", "cross")
 HUES = {"red": (355, 8), "yellow": (52, 6), "green": (130, 18), "blue": (220, 14)}  # centre, half range; degrees
 CLASSES = tuple(sorted(f"{colour}-{shape}" for colour in HUES for shape in SHAPES))  # in the order of a folder listing
 ATTRIBUTES = ("x", "y", "size", "angle", "shape red", "shape green", "shape blue",
               "left red", "left green", "left blue", "right red", "right green", "right blue")
+BRIGHTNESS = (0.3, 0.95)                                # of the background
 RESOLUTION = 32
 SUPERSAMPLING = 4
+
+
+# Scenes, the pictures with captions. Sizes are those of a disc; a triangle has the same moment of inertia.
+SIZES = {"small": (0.225, 0.24), "large": (0.3, 0.33)}
+TRIANGLE = 1.2
+BACKGROUNDS = {"dark": (0.3, 0.45), "light": (0.75, 0.95)}
+CENTRAL, ASIDE = 0.04, 0.12                                   # |x| of "centre" at most, of "left" and "right" at least
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,36 @@ class Drawing:
 def draw(seed: int, index: int, resolution: int = RESOLUTION) -> Drawing:
     """Draw image `index` of `seed`, `resolution` pixels wide. Depends on nothing else."""
     rng = np.random.default_rng([seed, index])
-    label = index % len(CLASSES)
-    colour, shape = CLASSES[label].split("-")
-
     size = rng.uniform(0.24, 0.36)
     reach = 0.5 * (0.5 - size)
-    x, y = rng.uniform(-reach, reach, 2)
+    return _draw(rng, index % len(CLASSES), size, *rng.uniform(-reach, reach, 2), BRIGHTNESS, resolution)
+
+
+def draw_captioned(seed: int, index: int, resolution: int = RESOLUTION,
+                   held_out: bool = False) -> tuple[Drawing, Scene]:
+    """Draw scene `index` of `seed`: one that training may see, or one of the held-out combinations."""
+    rng = np.random.default_rng([seed, index, 1 + held_out])
+    scene = draw_scene(rng, index, held_out)
+    size = rng.uniform(*SIZES[scene.size])
+
+    row, column = divmod(PLACES.index(scene.place), 3)
+
+    def offset(side: int) -> float:
+        return side * rng.uniform(ASIDE, 0.5 - size) if side else rng.uniform(-CENTRAL, CENTRAL)
+
+    x, y = offset(column - 1), offset(row - 1)
+    label = CLASSES.index(f"{scene.colour}-{scene.shape}")
+    size *= TRIANGLE if scene.shape == "triangle" else 1
+    return _draw(rng, label, size, x, y, BACKGROUNDS[scene.background], resolution), scene
+
+
+def _draw(rng: np.random.Generator, label: int, size: float, x: float, y: float, brightness: tuple[float, float],
+          resolution: int) -> Drawing:
+    """Draw a shape at (x, y); everything else is random."""
+    colour, shape = CLASSES[label].split("-")
     angle = rng.uniform(-np.pi / 8, np.pi / 8) * (shape != "disc")
     paint = _paint(rng, *HUES[colour])
-    ends = np.array([_muted(rng), _muted(rng)])                                 # (2, 3)
+    ends = np.array([_muted(rng, *brightness), _muted(rng, *brightness)])       # (2, 3)
     ends[1] = 0.5 * ends[0] + 0.5 * ends[1]
     direction = rng.uniform(0, 2 * np.pi)
 
@@ -86,9 +116,9 @@ def _paint(rng: np.random.Generator, centre: float, half_range: float) -> np.nda
     return np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 0.95), rng.uniform(0.72, 0.95)))
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
+def _muted(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
     """A background colour: any hue, low saturation, so that it differs from every shape colour."""
-    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.3), rng.uniform(0.3, 0.95)))
+    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.3), rng.uniform(low, high)))
 
 
 def _background(ends: np.ndarray, direction: float, u: float) -> np.ndarray:
