@@ -2,6 +2,8 @@
 
     python -m toy.draw --dest data/toy/raw --num-images 8192 --seed 0        # FOLDER/<class-name>/000123.png
     python -m toy.draw --npz data/toy/reference.npz --num-images 2048 --seed 1
+    python -m toy.draw --dest data/toy-t2i/raw --captions training           # FOLDER/000123.png, FOLDER/000123.txt
+    python -m toy.draw --npz prompts.npz --captions phrasings --seed 1       # and prompts.txt, a line per image
 
 Image i is a function of (seed, i); its label is i mod 16. Lengths are in units of the image width, x to the right
 and y down, both in [-1/2, 1/2]. Angles are in radians, colours RGB in [0, 1].
@@ -12,6 +14,7 @@ import colorsys
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from runtime.arguments import Parser, at_least
+from runtime.files import write_whole
 from runtime.messages import UserError, without_traceback
 from runtime.npz import write_npz
-from toy.words import PLACES, Scene, draw_scene
+from toy.words import KINDS, PLACES, Scene, draw_scene, write_caption
 
 SHAPES = ("disc", "square", "triangle", "cross")
 HUES = {"red": (355, 8), "yellow": (52, 6), "green": (130, 18), "blue": (220, 14)}  # centre, half range; degrees
@@ -62,7 +66,7 @@ def draw(seed: int, index: int, resolution: int = RESOLUTION) -> Drawing:
 
 def draw_captioned(seed: int, index: int, resolution: int = RESOLUTION,
                    held_out: bool = False) -> tuple[Drawing, Scene]:
-    """Draw scene `index` of `seed`: one that training may see, or one of the held-out combinations."""
+    """Draw scene `index` of `seed`, one that training may see or one of the held-out combinations."""
     rng = np.random.default_rng([seed, index, 1 + held_out])
     scene = draw_scene(rng, index, held_out)
     size = rng.uniform(*SIZES[scene.size])
@@ -147,22 +151,35 @@ def _reduce(fine: np.ndarray, resolution: int) -> np.ndarray:
     return blocks.mean(axis=(1, 3)).astype(np.float32)
 
 
-def draw_many(seed: int, count: int, resolution: int = RESOLUTION) -> list[Drawing]:
-    """Images 0 .. count - 1 of `seed`, drawn on all cores."""
+def draw_many(seed: int, count: int, resolution: int = RESOLUTION, draw: Callable = draw) -> list:
+    """What `draw` gives for images 0 .. count - 1 of `seed`, drawn on all cores."""
     with multiprocessing.Pool() as pool:
         one = partial(draw, seed, resolution=resolution)
         return list(tqdm(pool.imap(one, range(count), chunksize=64), "draw", count))
 
 
-def write_folder(dest: Path, drawings: list[Drawing]) -> None:
-    """Write `dest/<class-name>/<index>.png`; `dest` appears only when it is complete."""
+def caption_all(seed: int, scenes: list[Scene], kind: str, each: int) -> list[list[str]]:
+    """`each` captions of every scene, of one of `KINDS`; those of scene i follow from (seed, i)."""
+    rngs = [np.random.default_rng([seed, index, 3]) for index in range(len(scenes))]
+    return [[write_caption(scene, KINDS[kind][0], rng) for _ in range(each)]
+            for scene, rng in zip(scenes, rngs, strict=True)]
+
+
+def write_folder(dest: Path, drawings: list[Drawing], captions: list[list[str]] | None) -> None:
+    """Write `dest/<class-name>/<index>.png`, or with captions `dest/<index>.png` and `.txt`, one caption per line.
+
+    `dest` appears only when it is complete.
+    """
     unfinished = dest.with_name(dest.name + ".partial")
     if unfinished.exists():
         shutil.rmtree(unfinished)      # from an interrupted call, perhaps with another seed
-    for name in CLASSES:
+    for name in CLASSES if captions is None else ("",):
         (unfinished / name).mkdir(parents=True)
     for index, drawing in enumerate(drawings):
-        Image.fromarray(drawing.image).save(unfinished / CLASSES[drawing.label] / f"{index:06d}.png")
+        folder = unfinished if captions else unfinished / CLASSES[drawing.label]
+        Image.fromarray(drawing.image).save(folder / f"{index:06d}.png")
+        if captions:
+            (folder / f"{index:06d}.txt").write_text("\n".join(captions[index]) + "\n", encoding="utf-8")
     os.replace(unfinished, dest)
 
 
@@ -171,6 +188,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--dest", type=Path, metavar="FOLDER", help="write a labelled image folder")
     where.add_argument("--npz", type=Path, metavar="FILE", help="write an npz: arr_0 images, arr_1 labels")
+    parser.add_argument("--captions", choices=tuple(KINDS), help="scenes with captions like training's, in phrasings "
+                        "or of combinations that training never sees, instead of classes")
     parser.add_argument("--num-images", type=at_least(1), default=8192, help="number of images, classes in turn")
     parser.add_argument("--seed", type=at_least(0), default=0, help="another seed gives another data set of this kind")
     parser.add_argument("--resolution", type=at_least(8), default=RESOLUTION, help="width and height in pixels")
@@ -182,14 +201,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.dest and args.dest.exists():
         raise UserError(f"--dest {args.dest}: exists; remove it, or choose another folder")
-    drawings = draw_many(args.seed, args.num_images, args.resolution)
-    if args.npz:
-        labels = np.array([drawing.label for drawing in drawings], dtype=np.int64)
-        images = (drawing.image for drawing in drawings)
-        write_npz(args.npz, images, len(drawings), (args.resolution, args.resolution), arr_1=labels)
+    if args.captions is None:
+        drawings, captions = draw_many(args.seed, args.num_images, args.resolution), None
     else:
-        write_folder(args.dest, drawings)
-    print(f"{args.npz or args.dest}: {len(drawings)} images of {len(CLASSES)} classes")
+        one = partial(draw_captioned, held_out=KINDS[args.captions][1])
+        drawings, scenes = zip(*draw_many(args.seed, args.num_images, args.resolution, one), strict=True)
+        captions = caption_all(args.seed, scenes, args.captions, each=5 if args.dest else 1)
+    if args.npz:
+        labels = {} if captions else {"arr_1": np.array([drawing.label for drawing in drawings], dtype=np.int64)}
+        images = (drawing.image for drawing in drawings)
+        write_npz(args.npz, images, len(drawings), (args.resolution, args.resolution), **labels)
+        if captions:
+            lines = "".join(f"{caption}\n" for [caption] in captions)
+            write_whole(args.npz.with_suffix(".txt"), lambda partial: partial.write_text(lines, encoding="utf-8"))
+    else:
+        write_folder(args.dest, drawings, captions)
+    print(f"{args.npz or args.dest}: {len(drawings)} images of "
+          + (f"scenes with captions of {args.captions}" if captions else f"{len(CLASSES)} classes"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ PHRASINGS = (
     "[{place}, ]a [{size} ][{colour} ]{shape}[ on a {background} background]",
     "there is a [{size} ][{colour} ]{shape}[ {place}][, the background is {background}]",
     "[on a {background} background, ]a [{size} ][{colour} ]{shape}[ {place}]",
-    "a picture of a {shape}[ {place}][, the {shape} is {colour}][, the {shape} is {size}][, {background} background]",
+    "a picture of a [{size} ][{colour} ]{shape}[ {place}][, {background} background]",
+    "a {shape}[ {place}][, it is {colour}][, it is {size}][, the background is {background}]",
 )
 UNSEEN = (
     "[{place} there is a ][{size} ][{colour} ]{shape}[ on a {background} background]",
@@ -64,8 +65,14 @@ HELD_OUT = (
     Scene(colour="red", shape="square", place="upper left"), Scene(colour="green", shape="disc", place="bottom"),
     Scene(colour="blue", shape="cross", place="right"), Scene(colour="yellow", shape="triangle", place="centre"),
 )
+
+
+# Kinds of captions: phrasings, and whether the picture is one of the held-out combinations.
+KINDS = {"training": (PHRASINGS, False), "phrasings": (UNSEEN, False), "combinations": (PHRASINGS, True)}
+
+
 def draw_scene(rng: np.random.Generator, index: int, held_out: bool = False) -> Scene:
-    """The scene of picture `index`: the 16 kinds of shape, or the HELD_OUT combinations, in turn; the rest is random."""
+    """The scene of picture `index`: the 16 kinds of shape, or the HELD_OUT combinations, in turn, else random."""
     kinds = HELD_OUT if held_out else [Scene(colour=c, shape=s) for c in WORDS["colour"] for s in WORDS["shape"]]
     kind = kinds[index % len(kinds)]
     while True:
@@ -80,15 +87,16 @@ def describe(scene: Scene, phrasing: str, rng: np.random.Generator) -> str:
     words.setdefault("shape", "shape")
 
     def part(match: re.Match) -> str:
-        name = re.search(r"{(\w+)}", match[1].replace("{shape}", ""))[1]
-        return match[1] if name in words else ""
+        return match[1] if re.search(r"{(\w+)}", match[1])[1] in words else ""
+
     return re.sub(r"\[(.*?)\]", part, phrasing).format(**words).strip(" ,")
 
 
-def leave_out(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Some attributes of `scene`: each is named in three of four captions, colour and shape in nine of ten."""
-    named = {"colour": 0.9, "shape": 0.9}
-    return Scene(*(value if rng.uniform() < named.get(name, 0.75) else None for name, value in scene._asdict().items()))
+def write_caption(scene: Scene, phrasings: tuple[str, ...], rng: np.random.Generator) -> str:
+    """A caption of `scene` in one of `phrasings`; names most attributes."""
+    named = {"size": 0.75, "colour": 0.9, "shape": 0.9, "place": 0.75, "background": 0.75}
+    part = Scene(**{name: getattr(scene, name) for name, share in named.items() if rng.uniform() < share})
+    return describe(part, str(rng.choice(phrasings)), rng)
 
 
 def parse(caption: str) -> Scene:
