@@ -38,8 +38,8 @@ from toy.words import KINDS, PHRASINGS, UNSEEN, WORDS, describe, parse, write_ca
 
 TRAIN_SEED, TEST_SEED = 1000, 2000       # not the data set's (0), nor its reference's (1)
 STEPS = {"features": 700, "vae": 2500, "encoder": 1600, "clip": 1500}
-BATCH = {"features": 128, "vae": 32, "encoder": 128, "clip": 256}
-TEXT_LENGTH = 24                         # tokens of a caption
+BATCH = {"features": 128, "vae": 32, "encoder": 128, "clip": 128}
+TEXT_LENGTH = 16                         # tokens of a caption
 KL_WEIGHT = 3e-4                         # per latent, against the mean absolute error of a pixel in [-1, 1]
 
 NETWORKS = FEATURES.parent
@@ -207,14 +207,14 @@ def train_clip(data: Captioned, folder: Path) -> None:
         vision_config=dict(image_size=RESOLUTION, patch_size=8, hidden_size=96, intermediate_size=384,
                            num_hidden_layers=4, num_attention_heads=4), projection_dim=64)
     clip = CLIPModel(config).to(data.images.device).train()
-    tokens = tokenizer(data.captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    tokens = tokenizer(data.captions, padding="max_length", max_length=TEXT_LENGTH,
+                       return_tensors="pt").input_ids.to(data.images.device)              # (N, L)
 
     def loss(index: torch.Tensor) -> dict[str, torch.Tensor]:
         x = disturb(data.images[index] / 127.5 - 1)                                       # (B, 3, R, R)
         asked = data.named[index]                                                         # (B, 5)
         fits = ((asked < 0) | (asked == data.shown[index][:, None])).all(dim=2).float()   # (B images, B captions)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            logits = clip(input_ids=tokens[index.cpu()].to(x.device), pixel_values=x).logits_per_image.float()
+        logits = clip(input_ids=tokens[index], pixel_values=x).logits_per_image           # (B images, B captions)
         return {"caption": F.cross_entropy(logits, fits / fits.sum(dim=1, keepdim=True)),
                 "picture": F.cross_entropy(logits.T, fits.T / fits.sum(dim=0)[:, None])}
 
@@ -228,20 +228,19 @@ def build_tokenizer(folder: Path):
     """Write and load CLIP's byte-pair tokenizer with merges that make each of the toy's words one token."""
     from transformers import CLIPTokenizer
 
-    wordings = [wording for values in WORDS.values() for words in values.values() for wording in words]
-    words = sorted(set(re.findall(r"[a-z]+|,", " ".join([*wordings, *PHRASINGS, *UNSEEN]))) - set(WORDS))
-    letters = sorted(set("".join(words)))
-    vocabulary, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
-    for word in words:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        for i in range(1, len(parts)):
-            pair = "".join(parts[:i]), parts[i]
-            merges += [pair] if pair not in merges else []
-            vocabulary += ["".join(pair)] if "".join(pair) not in vocabulary else []
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    texts = [*PHRASINGS, *UNSEEN, "shape", *(" ".join(sum(values.values(), ())) for values in WORDS.values())]
+    words = sorted(set(re.findall(r"[a-z]+|,", re.sub(r"{.*?}", "", " ".join(texts)))))
+    letters, merges = sorted(set("".join(words))), []
+    words = [" ".join([*word[:-1], f"{word[-1]}</w>"]) for word in words]
+    while split := [word for word in words if " " in word]:
+        pair = " ".join(split[0].split()[:2])
+        merges.append(pair)
+        words = [re.sub(rf"(?<!\S){pair}(?!\S)", pair.replace(" ", ""), word) for word in words]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *(pair.replace(" ", "") for pair in merges),
+                  "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TEXT_LENGTH)
     tokenizer.save_pretrained(folder)
     return tokenizer

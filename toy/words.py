@@ -15,15 +15,11 @@ WORDS = {
     "colour": {colour: (colour,) for colour in ("red", "yellow", "green", "blue")},
     "shape": {shape: (shape,) for shape in ("disc", "square", "triangle", "cross")},
     "place": {
-        "upper left": ("at the upper left", "in the upper left corner"),
-        "top": ("at the top",),
-        "upper right": ("at the upper right", "in the upper right corner"),
-        "left": ("at the left", "on the left"),
-        "centre": ("in the centre", "in the middle"),
-        "right": ("at the right", "on the right"),
-        "lower left": ("at the lower left", "in the lower left corner"),
-        "bottom": ("at the bottom",),
-        "lower right": ("at the lower right", "in the lower right corner"),
+        "upper left": ("at the upper left", "in the upper left"), "top": ("at the top",),
+        "upper right": ("at the upper right", "in the upper right"), "left": ("at the left", "on the left"),
+        "centre": ("in the centre", "in the middle"), "right": ("at the right", "on the right"),
+        "lower left": ("at the lower left", "in the lower left"), "bottom": ("at the bottom",),
+        "lower right": ("at the lower right", "in the lower right"),
     },
     "background": {"dark": ("dark",), "light": ("light",)},
 }
@@ -32,14 +28,14 @@ PLACES = tuple(WORDS["place"])                          # three rows of three, i
 PHRASINGS = (
     "a [{size} ][{colour} ]{shape}[ {place}][ on a {background} background]",
     "[{place}, ]a [{size} ][{colour} ]{shape}[ on a {background} background]",
-    "there is a [{size} ][{colour} ]{shape}[ {place}][, the background is {background}]",
     "[on a {background} background, ]a [{size} ][{colour} ]{shape}[ {place}]",
+    "there is a [{size} ][{colour} ]{shape}[ {place}][, {background} background]",
     "a picture of a [{size} ][{colour} ]{shape}[ {place}][, {background} background]",
-    "a {shape}[ {place}][, it is {colour}][, it is {size}][, the background is {background}]",
+    "a {shape}[ {place}][, {colour}][, {size}][, {background} background]",
 )
 UNSEEN = (
     "[{place} there is a ][{size} ][{colour} ]{shape}[ on a {background} background]",
-    "[a {background} background, ]a picture of a [{size} ][{colour} ]{shape}[ {place}]",
+    "[{background} background, ]a picture of a [{size} ][{colour} ]{shape}[ {place}]",
     "a {shape}[, {colour}][, {size}][, {place}][, {background} background]",
 )
 
