@@ -56,6 +56,19 @@ case "$RECIPE" in
         --logging-steps 100 --checkpointing-steps 1000 --sampling-steps 1000
         --num-workers 1
     ) ;;
+    # The same from captions: see docs/text-to-image.md for what to expect.
+    toy-t2i) recipe=(
+        --data-dir "${DATA_DIR:-data/toy-t2i}"
+        --model MMDiT-T/2 --encoder-depth 4 --text-encoder toy/networks/clip
+        --enc-type local-dir:toy/networks/encoder
+        --proj-coeff 0.5 --cls 0.03
+        --projector-dim 256
+        --batch-size 64 --max-train-steps 1500
+        --learning-rate 2e-3 --adam-weight-decay 0 --max-grad-norm 1.0 --ema-decay 0.99
+        --path-type linear --weighting uniform --cfg-prob 0.1
+        --logging-steps 100 --checkpointing-steps 500 --sampling-steps 500
+        --num-workers 1
+    ) ;;
     *) echo "error: unknown recipe '$RECIPE': bash train.sh xl|l|b|toy [flags of train.py]" >&2; exit 2 ;;
 esac
 

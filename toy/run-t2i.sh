@@ -17,7 +17,7 @@ IMAGES=512
 #    (reference.txt), in phrasings that training never sees, and of combinations that it never sees.
 CAPTIONS=training bash toy/prepare.sh $DATA 32 8192
 for KIND in phrasings combinations; do
-    [ -f $DATA/$KIND.txt ] || "$PYTHON" -m toy.draw --npz $DATA/$KIND.npz --captions $KIND --num-images 2048 --seed 1
+    [ -f $DATA/$KIND.txt ] || "$PYTHON" -m toy.draw --npz $DATA/$KIND.npz --captions $KIND --num-images $IMAGES --seed 1
 done
 
 # 2. Train.
