@@ -110,7 +110,7 @@ class MMDiT(nn.Module):
 # "/2" is REPA's for COCO, 24 blocks of 24 heads; T is ours, for laptops.
 MMDiT_models = {
     "MMDiT/2": partial(MMDiT, depth=24, hidden_size=768, num_heads=24, encoder_depth=8, patch_size=2),
-    "MMDiT-T/2": partial(MMDiT, depth=6, hidden_size=128, num_heads=4, encoder_depth=4, patch_size=2),
+    "MMDiT-T/2": partial(MMDiT, depth=4, hidden_size=128, num_heads=4, encoder_depth=4, patch_size=2),
 }
 
 # ------------------------------------------------------------------------------------------- names in released files
