@@ -44,8 +44,8 @@ SCALES = {
         "--eval-samples": 2048, "--mixed-precision": "bf16", "--num-workers": 12, "--projector-dim": 1024},
     "words": COMMON | {
         "--resolution": 32, "--model": "MMDiT-T/2", "--batch-size": 32, "--encoder-depth": 4, "--learning-rate": 4e-3,
-        "--max-train-steps": 1500, "--checkpointing-steps": 500, "--eval-steps": 500, "--sampling-steps": 1500,
-        "--eval-samples": 1024, "--mixed-precision": "no", "--num-workers": 0},
+        "--max-train-steps": 600, "--checkpointing-steps": 300, "--eval-steps": 600, "--sampling-steps": 600,
+        "--eval-samples": 256, "--mixed-precision": "no", "--num-workers": 0},
 }
 RECIPES = {"cpu": "toy", "gpu": "toy", "words": "toy-t2i"}
 DATA = {"cpu": ("data/toy", 8192), "gpu": ("data/toy64", 32768), "words": ("data/toy-t2i", 8192)}  # folder, images
