@@ -24,7 +24,7 @@ from toy.draw import CLASSES
 from toy.words import PLACES, WORDS, Scene, parse
 
 # Thresholds halfway between what toy/draw.py draws, in units of the image width; brightness in [0, 1].
-SIDE, LARGE, LIGHT = 0.08, 0.16, 0.6
+SIDE, LARGE, LIGHT = 0.07, 0.175, 0.6
 QUESTIONS = (("colour", "shape"), ("size", "place"), ("size",), ("place",), ("background",))
 KNOWN = 0.18                              # the radius of gyration of a disc of size 0.3
 FEATURES = Path(__file__).parent / "networks" / "features"

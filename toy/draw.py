@@ -40,10 +40,11 @@ SUPERSAMPLING = 4
 
 
 # Scenes, the pictures with captions. Sizes are those of a disc; a triangle has the same moment of inertia.
-SIZES = {"small": (0.225, 0.24), "large": (0.3, 0.33)}
-TRIANGLE = 1.2
+SIZES = {"small": (0.245, 0.255), "large": (0.34, 0.35)}
+TRIANGLE = 1.15
+TILT = np.pi / 32
 BACKGROUNDS = {"dark": (0.3, 0.45), "light": (0.75, 0.95)}
-CENTRAL, ASIDE = 0.04, 0.12                                   # |x| of "centre" at most, of "left" and "right" at least
+ASIDE, SPREAD = 0.14, 0.015                                   # |x| of "left" and "right", and how far x may be off
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def draw(seed: int, index: int, resolution: int = RESOLUTION) -> Drawing:
     rng = np.random.default_rng([seed, index])
     size = rng.uniform(0.24, 0.36)
     reach = 0.5 * (0.5 - size)
-    return _draw(rng, index % len(CLASSES), size, *rng.uniform(-reach, reach, 2), BRIGHTNESS, resolution)
+    return _draw(rng, index % len(CLASSES), size, *rng.uniform(-reach, reach, 2), np.pi / 8, BRIGHTNESS, resolution)
 
 
 def draw_captioned(seed: int, index: int, resolution: int = RESOLUTION,
@@ -74,19 +75,19 @@ def draw_captioned(seed: int, index: int, resolution: int = RESOLUTION,
     row, column = divmod(PLACES.index(scene.place), 3)
 
     def offset(side: int) -> float:
-        return side * rng.uniform(ASIDE, 0.5 - size) if side else rng.uniform(-CENTRAL, CENTRAL)
+        return side * ASIDE + rng.uniform(-SPREAD, SPREAD)
 
     x, y = offset(column - 1), offset(row - 1)
     label = CLASSES.index(f"{scene.colour}-{scene.shape}")
     size *= TRIANGLE if scene.shape == "triangle" else 1
-    return _draw(rng, label, size, x, y, BACKGROUNDS[scene.background], resolution), scene
+    return _draw(rng, label, size, x, y, TILT, BACKGROUNDS[scene.background], resolution), scene
 
 
-def _draw(rng: np.random.Generator, label: int, size: float, x: float, y: float, brightness: tuple[float, float],
-          resolution: int) -> Drawing:
-    """Draw a shape at (x, y); everything else is random."""
+def _draw(rng: np.random.Generator, label: int, size: float, x: float, y: float, tilt: float,
+          brightness: tuple[float, float], resolution: int) -> Drawing:
+    """Draw a shape at (x, y), turned by at most `tilt`; everything else is random."""
     colour, shape = CLASSES[label].split("-")
-    angle = rng.uniform(-np.pi / 8, np.pi / 8) * (shape != "disc")
+    angle = rng.uniform(-tilt, tilt) * (shape != "disc")
     paint = _paint(rng, *HUES[colour])
     ends = np.array([_muted(rng, *brightness), _muted(rng, *brightness)])       # (2, 3)
     ends[1] = 0.5 * ends[0] + 0.5 * ends[1]
