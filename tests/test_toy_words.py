@@ -137,11 +137,11 @@ def test_the_tiny_clip_encodes_text_and_ranks_captions(fresh):
     scenes, images = fresh
     clip, processor = CLIPModel.from_pretrained(CLIP).float().eval(), CLIPProcessor.from_pretrained(CLIP)
     for name, values in WORDS.items():
-        right = 0
-        for scene, image in list(zip(scenes, images, strict=True))[:64]:
+        right = 0                                             # of 96 scenes of combinations that it was trained on
+        for scene, image in [pair for i, pair in enumerate(zip(scenes, images, strict=True)) if i % 4 and i % 3]:
             others = [scene._replace(**{name: value}) for value in values]
             texts = [describe(other, PHRASINGS[0], np.random.default_rng(0)) for other in others]
             with torch.inference_mode():
                 scores = clip(**processor(text=texts, images=image, return_tensors="pt", padding="max_length"))
             right += others[scores.logits_per_image.argmax()] == scene
-        assert right >= 0.9 * 64, name
+        assert right >= 0.9 * 96, name
