@@ -44,7 +44,7 @@ SCALES = {
         "--eval-samples": 2048, "--mixed-precision": "bf16", "--num-workers": 12, "--projector-dim": 1024},
     "words": COMMON | {
         "--resolution": 32, "--model": "MMDiT-T/2", "--batch-size": 32, "--encoder-depth": 4, "--learning-rate": 4e-3,
-        "--max-train-steps": 600, "--checkpointing-steps": 300, "--eval-steps": 600, "--sampling-steps": 600,
+        "--max-train-steps": 400, "--checkpointing-steps": 400, "--eval-steps": 400, "--sampling-steps": 400,
         "--eval-samples": 256, "--mixed-precision": "no", "--num-workers": 0},
 }
 RECIPES = {"cpu": "toy", "gpu": "toy", "words": "toy-t2i"}
