@@ -94,6 +94,7 @@ def test_every_flag_is_one_of_train(scale):
         command = train_command(RECIPES[scale], SCALES[scale], method, 0)
         args = train.parse_args(command[command.index(RECIPES[scale]) + 1:])
         assert command[1] == f"METHOD={METHODS[method].name}" and args.exp_name == f"{method}-seed0"
+        assert (args.proj_coeff == 0) == (method == "class-token") and (args.align is None) == (method != "patches")
 
 
 def run(tmp_path, programs: dict[str, str], at_once=2, seconds=60.0) -> list[str]:

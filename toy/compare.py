@@ -56,8 +56,8 @@ COMPARED = {"cpu": ("sit", "repa", "reg"), "gpu": tuple(METHODS), "words": ("sit
 def train_command(recipe: str, flags: dict, method: str, seed: int) -> list[str]:
     """The command of one run, whose folder is METHOD-seedSEED."""
     flags = flags | {"--seed": seed, "--exp-name": f"{method}-seed{seed}"}
-    return ["env", f"METHOD={METHODS[method].name}", "bash", "train.sh", recipe, *METHODS[method].flags,
-            *(str(part) for pair in flags.items() for part in pair)]
+    return ["env", f"METHOD={METHODS[method].name}", "bash", "train.sh", recipe,
+            *(str(part) for pair in flags.items() for part in pair), *METHODS[method].flags]      # a later flag wins
 
 
 def read_curve(run: Path) -> dict[int, float]:
