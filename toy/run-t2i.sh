@@ -20,7 +20,7 @@ for KIND in phrasings combinations; do
     [ -f $DATA/$KIND.txt ] || "$PYTHON" -m toy.draw --npz $DATA/$KIND.npz --captions $KIND --num-images $IMAGES --seed 1
 done
 
-# 2. Train; on a CPU by two processes of one thread, which is 1.6 times as fast as one of two.
+# 2. Train; on a CPU by two processes of one thread, which was faster than one of two.
 NUM_GPUS=$("$PYTHON" -c 'import os, torch; print(1 if torch.cuda.is_available() else min(os.cpu_count(), 2))')
 bash train.sh toy-t2i
 
