@@ -1,4 +1,5 @@
 # make toy      the whole path on a CPU: install, draw a data set, prepare, train REG, sample, score
+# make toy-t2i  the same from captions: text to image
 # make compare  SiT, REPA and REG side by side on the toy: see docs/miniature.md
 # make test     install, ruff, and the whole test suite
 # All install into .venv; VENV=DIR uses (and completes) an existing environment instead.
@@ -6,9 +7,12 @@ VENV ?= .venv
 PYTHON3 ?= python3
 PYTHON := $(abspath $(VENV))/bin/python
 
-.PHONY: toy compare test
+.PHONY: toy toy-t2i compare test
 toy: $(VENV)/.installed
 	PYTHON=$(PYTHON) bash toy/run.sh
+
+toy-t2i: $(VENV)/.installed
+	PYTHON=$(PYTHON) bash toy/run-t2i.sh
 
 compare: $(VENV)/.installed
 	PYTHON=$(PYTHON) bash toy/compare.sh --scale cpu

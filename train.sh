@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train REG, REPA or SiT:   bash train.sh xl|l|b|t2i|toy [any flag of train.py]
+# Train REG, REPA or SiT:   bash train.sh xl|l|b|t2i|toy|toy-t2i [any flag of train.py]
 # The same command resumes. A later flag wins: every value below can be changed from the command line.
 #
 # Environment:  METHOD=reg|repa|sit   DATA_DIR   OUTPUT_DIR   REPORT_TO=none|wandb|tensorboard   PYTHON=python
@@ -59,7 +59,20 @@ case "$RECIPE" in
         --logging-steps 100 --checkpointing-steps 1000 --sampling-steps 1000
         --num-workers 1
     ) ;;
-    *) echo "error: unknown recipe '$RECIPE': bash train.sh xl|l|b|t2i|toy [flags of train.py]" >&2; exit 2 ;;
+    # The same from captions: see docs/text-to-image.md for what to expect.
+    toy-t2i) recipe=(
+        --data-dir "${DATA_DIR:-data/toy-t2i}"
+        --model MMDiT-T/2 --encoder-depth 4 --text-encoder toy/networks/clip
+        --enc-type local-dir:toy/networks/encoder
+        --proj-coeff 0.5 --cls 0.03
+        --projector-dim 256
+        --batch-size 32 --max-train-steps 2500
+        --learning-rate 4e-3 --adam-weight-decay 0 --max-grad-norm 1.0 --ema-decay 0.995
+        --path-type linear --weighting uniform --cfg-prob 0.1
+        --logging-steps 100 --checkpointing-steps 500 --sampling-steps 500
+        --num-workers 1
+    ) ;;
+    *) echo "error: unknown recipe '$RECIPE': bash train.sh xl|l|b|t2i|toy|toy-t2i [flags of train.py]" >&2; exit 2 ;;
 esac
 
 "$PYTHON" -c 'from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("torch", "accelerate", "timm"))))' 2>/dev/null || {

@@ -18,6 +18,7 @@ from models.sit import (
     PatchEmbedder,
     TimestepEmbedder,
     build_projector,
+    embed_pair,
     position_table,
     run_block,
     unpatchify,
@@ -87,14 +88,7 @@ class MMDiT(nn.Module):
         Returns:
             velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
         """
-        if (cls_token is None) != (self.cls_token_dim is None):
-            raise ValueError("a model with a class-token slot needs cls_token (cls_latents in the samplers), "
-                             "a model without takes none")
-        tokens = self.x_embedder(x)                                                       # (B, N, D)
-        if cls_token is not None:
-            slot = self.cls_norm(self.cls_embedder(cls_token)).unsqueeze(1)               # (B, 1, D)
-            tokens = torch.cat([slot.to(tokens.dtype), tokens], dim=1)                    # (B, 1+N, D)
-        tokens = tokens + self.pos_embed                                                  # (B, T, D)
+        tokens = embed_pair(self, x, cls_token)                                           # (B, T, D)
         text = self.context_embedder(context.to(self.context_embedder.weight.dtype))      # (B, L, D)
         time = self.t_embedder(t)                                                         # (B, D)
 
@@ -110,7 +104,7 @@ class MMDiT(nn.Module):
 # "/2" is REPA's for COCO, 24 blocks of 24 heads; T is ours, for laptops.
 MMDiT_models = {
     "MMDiT/2": partial(MMDiT, depth=24, hidden_size=768, num_heads=24, encoder_depth=8, patch_size=2),
-    "MMDiT-T/2": partial(MMDiT, depth=6, hidden_size=128, num_heads=4, encoder_depth=4, patch_size=2),
+    "MMDiT-T/2": partial(MMDiT, depth=4, hidden_size=128, num_heads=4, encoder_depth=4, patch_size=2),
 }
 
 # ------------------------------------------------------------------------------------------- names in released files

@@ -171,6 +171,21 @@ def run_block(block: nn.Module, *inputs: torch.Tensor, keep: bool):
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)      # a block draws nothing
 
 
+def embed_pair(network: nn.Module, x: torch.Tensor, cls_token: torch.Tensor | None) -> torch.Tensor:
+    """Tokens (B, T, D) of the pair latents (B, C, H, W), class token (B, E), which comes first; with positions.
+
+    Raises ValueError unless the class token is given to a network with a slot for it, and to no other.
+    """
+    if (cls_token is None) != (network.cls_token_dim is None):
+        raise ValueError("a model with a class-token slot needs cls_token (cls_latents in the samplers), "
+                         "a model without takes none")
+    tokens = network.x_embedder(x)                                                        # (B, N, D)
+    if cls_token is not None:
+        slot = network.cls_norm(network.cls_embedder(cls_token)).unsqueeze(1)             # (B, 1, D)
+        tokens = torch.cat([slot.to(tokens.dtype), tokens], dim=1)                        # (B, 1+N, D)
+    return tokens + network.pos_embed                                                     # (B, T, D)
+
+
 class SiT(nn.Module):
     """The velocity network of REG; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
@@ -249,14 +264,7 @@ class SiT(nn.Module):
         Returns:
             velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
         """
-        if (cls_token is None) != (self.cls_token_dim is None):
-            raise ValueError("a model with a class-token slot needs cls_token (cls_latents in the samplers), "
-                             "a model without takes none")
-        tokens = self.x_embedder(x)                                                       # (B, N, D)
-        if cls_token is not None:
-            slot = self.cls_norm(self.cls_embedder(cls_token)).unsqueeze(1)               # (B, 1, D)
-            tokens = torch.cat([slot.to(tokens.dtype), tokens], dim=1)                    # (B, 1+N, D)
-        tokens = tokens + self.pos_embed                                                  # (B, T, D)
+        tokens = embed_pair(self, x, cls_token)                                           # (B, T, D)
         condition = self.t_embedder(t) + self.y_embedder(y)                               # (B, D)
 
         projected = []

@@ -12,7 +12,7 @@ import train
 from evaluations.efficiency import crossing
 from runtime.messages import UserError
 from toy import compare
-from toy.compare import COMPARED, SCALES, read_curve, report, train_all, train_command
+from toy.compare import COMPARED, RECIPES, SCALES, read_curve, report, train_all, train_command
 from toy.summary import METHODS, summarise, table
 
 
@@ -82,7 +82,7 @@ def test_an_ordinary_run_leaves_what_is_read(data_dir, encoder_folder, vae_folde
     flags = SCALES["cpu"] | {"--max-train-steps": 2, "--eval-steps": 1, "--eval-samples": 16, "--batch-size": 4,
                              "--sampling-steps": 2, "--projector-dim": 32, "--ref-batch": tmp_path / "reference.npz",
                              "--enc-type": f"local-dir:{encoder_folder}", "--vae": vae_folder}
-    _, method, *command = train_command(flags, "reg", 0)
+    _, method, *command = train_command("toy", flags, "reg", 0)
     train.main(["--method", method.removeprefix("METHOD="), "--data-dir", str(data_dir), "--output-dir", str(tmp_path),
                 *command[command.index("toy") + 1:]])
     assert [step for step, distance in read_curve(tmp_path / "reg-seed0").items() if distance > 0] == [1, 2]
@@ -92,9 +92,10 @@ def test_an_ordinary_run_leaves_what_is_read(data_dir, encoder_folder, vae_folde
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_flag_is_one_of_train(scale):
     for method in COMPARED[scale]:
-        command = train_command(SCALES[scale], method, 0)
-        args = train.parse_args(command[command.index("toy") + 1:])
+        command = train_command(RECIPES[scale], SCALES[scale], method, 0)
+        args = train.parse_args(command[command.index(RECIPES[scale]) + 1:])
         assert command[1] == f"METHOD={METHODS[method].name}" and args.exp_name == f"{method}-seed0"
+        assert (args.proj_coeff == 0) == (method == "class-token") and (args.align is None) == (method != "patches")
 
 
 def run(tmp_path, programs: dict[str, str], at_once=2, seconds=60.0) -> list[str]:

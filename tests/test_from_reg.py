@@ -183,7 +183,8 @@ def test_weights_alone_are_sampled_on_the_path_that_is_named(tmp_path, trained):
     state, found = checkpoint.read(tmp_path / "bare.pt"), {}
     for path in ("linear", "cosine", None):
         args = generate.parse_args(["--ckpt", "bare.pt", *(["--path-type", path] if path else [])])
-        settings = generate.settings_of(args, tmp_path / "bare.pt", state, "hash", False)
+        settings = generate.settings_of(args, tmp_path / "bare.pt", state, "hash", False,
+                                        generate.conditions_of(args, state))
         found[path] = settings["sampling"]["path_type"], generate.folder_of(None, settings).name
     assert found["cosine"][0] == "cosine" and found[None] == found["linear"] and found[None][0] == "linear"
     assert found["cosine"][1] != found["linear"][1]

@@ -201,8 +201,8 @@ def test_readme_is_short():
 
 # ---- scripts and recipes
 
-@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", "toy/prepare.sh", "toy/compare.sh", ".ci/run",
-                                    "tests/stress/slurm.sh"])
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "toy/run.sh", "toy/run-t2i.sh", "toy/prepare.sh",
+                                    "toy/compare.sh", ".ci/run", "tests/stress/slurm.sh"])
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 

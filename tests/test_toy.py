@@ -34,6 +34,14 @@ def test_an_image_depends_on_seed_and_index_only():
         assert other.label == first.label and not np.array_equal(first.image, other.image)
 
 
+def test_the_pictures_of_classes_are_those_that_the_networks_were_trained_on():
+    for index, x, size, red, total in ((0, -0.042259008, 0.316435397, 0.057974085, 557806),
+                                       (39, -0.030420428, 0.329972178, 0.070704989, 511039)):
+        drawing = draw.draw(0, index)
+        assert np.allclose(drawing.attributes[[0, 2, 4]], (x, size, red), rtol=1e-6)
+        assert abs(int(drawing.image.sum()) - total) < 50                # a few pixels may round otherwise elsewhere
+
+
 def test_attributes_give_the_position_of_the_shape():
     """The centre of the covered pixels is (x, y), for shapes that are symmetric about their centre."""
     axis = (np.arange(64) + 0.5) / 64 - 0.5

@@ -2,6 +2,7 @@
 
     python -m toy.compare --scale cpu
     python -m toy.compare --scale gpu --minutes 30
+    python -m toy.compare --scale words
 
 Every run is an ordinary run of train.sh with --eval-steps; only its metrics.jsonl is read. The same command continues
 what is unfinished.
@@ -29,10 +30,9 @@ from runtime.stopping import STOPPED, StopRequest
 from toy.summary import METHODS, convergence, side_by_side, summarise, table
 
 ROOT = Path(__file__).parents[1]
-SEEDS = 3
 COMMON = {"--proj-coeff": 0.5, "--cls": 0.03, "--ema-decay": 0.99, "--keep-last": 1,
           "--features": "local-dir:toy/networks/features"}
-# Flags for `train.sh toy`, equal for all methods; the recipe has the rest.
+# Flags for `train.sh toy` or, with captions, `train.sh toy-t2i`, equal for all methods; the recipe has the rest.
 SCALES = {
     "cpu": COMMON | {
         "--resolution": 32, "--model": "SiT-T/2", "--batch-size": 64, "--encoder-depth": 2, "--learning-rate": 6e-3,
@@ -42,16 +42,23 @@ SCALES = {
         "--resolution": 64, "--model": "SiT-S/2", "--batch-size": 256, "--encoder-depth": 4, "--learning-rate": 1e-3,
         "--max-train-steps": 1500, "--checkpointing-steps": 250, "--eval-steps": 250, "--sampling-steps": 1500,
         "--eval-samples": 2048, "--mixed-precision": "bf16", "--num-workers": 12, "--projector-dim": 1024},
+    "words": COMMON | {
+        "--resolution": 32, "--model": "MMDiT-T/2", "--batch-size": 32, "--encoder-depth": 4, "--learning-rate": 4e-3,
+        "--max-train-steps": 400, "--checkpointing-steps": 400, "--eval-steps": 400, "--sampling-steps": 400,
+        "--eval-samples": 256, "--mixed-precision": "no", "--num-workers": 0},
 }
-DATA = {"cpu": ("data/toy", 8192), "gpu": ("data/toy64", 32768)}          # folder, training images
-COMPARED = {"cpu": ("sit", "repa", "reg", "class-token"), "gpu": tuple(METHODS)}
+RECIPES = {"cpu": "toy", "gpu": "toy", "words": "toy-t2i"}
+DATA = {"cpu": ("data/toy", 8192), "gpu": ("data/toy64", 32768), "words": ("data/toy-t2i", 8192)}  # folder, images
+SEEDS = {"cpu": 3, "gpu": 3, "words": 1}
+FOUR = ("sit", "repa", "class-token", "reg")
+COMPARED = {"cpu": FOUR, "gpu": tuple(METHODS), "words": FOUR}
 
 
-def train_command(flags: dict, method: str, seed: int) -> list[str]:
+def train_command(recipe: str, flags: dict, method: str, seed: int) -> list[str]:
     """The command of one run, whose folder is METHOD-seedSEED."""
     flags = flags | {"--seed": seed, "--exp-name": f"{method}-seed{seed}"}
-    return ["env", f"METHOD={METHODS[method].name}", "bash", "train.sh", "toy", *METHODS[method].flags,
-            *(str(part) for pair in flags.items() for part in pair)]
+    return ["env", f"METHOD={METHODS[method].name}", "bash", "train.sh", recipe,
+            *(str(part) for pair in flags.items() for part in pair), *METHODS[method].flags]      # a later flag wins
 
 
 def read_curve(run: Path) -> dict[int, float]:
@@ -101,7 +108,7 @@ def train_all(commands: dict[str, list[str]], environment: dict[str, str], outpu
 def report(scale: str, settings: dict, output: Path) -> str:
     """Write results.json, tables.md, convergence.png and samples.png from the finished runs, and return the table."""
     last, curves, missing = settings["--max-train-steps"], {}, []
-    for seed, method in product(range(SEEDS), COMPARED[scale]):
+    for seed, method in product(range(SEEDS[scale]), COMPARED[scale]):
         curve = read_curve(output / f"{method}-seed{seed}")
         if last in curve:
             curves.setdefault(method, {})[seed] = curve
@@ -121,9 +128,10 @@ def report(scale: str, settings: dict, output: Path) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="size of the comparison")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="prepared data; None: data/toy or data/toy64")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="prepared data; None: data/toy and alike")
     parser.add_argument("--output", type=Path, metavar="DIR", help="runs and results; None: exps/compare-SCALE")
-    parser.add_argument("--learning-rate", type=positive, metavar="LR", help="None: 6e-3 for cpu, 1e-3 for gpu")
+    parser.add_argument("--learning-rate", type=positive, metavar="LR",
+                        help="None: 6e-3 for cpu, 1e-3 for gpu, 4e-3 for words")
     parser.add_argument("--minutes", type=positive, help="start no run that would probably end later; None: no limit")
     return parser.parse_args(argv)
 
@@ -145,12 +153,13 @@ def main(argv: list[str] | None = None) -> None:
 
     environment = os.environ | {"PYTHON": sys.executable, "DATA_DIR": str(data), "OUTPUT_DIR": str(output),
                                 "NUM_GPUS": "1", "REPORT_TO": "none", "OMP_NUM_THREADS": "1"}
+    environment |= {"CAPTIONS": "training"} if args.scale == "words" else {}
     prepare = ["bash", "toy/prepare.sh", str(data), str(settings["--resolution"]), str(num_images)]
     if subprocess.run(prepare, cwd=ROOT, env=environment, check=False).returncode:
         raise UserError(f"--data-dir {data}: could not be prepared; see above")
     flags = settings | {"--ref-batch": data / "reference.npz"}
-    commands = {f"{method}-seed{seed}": train_command(flags, method, seed)
-                for seed, method in product(range(SEEDS), COMPARED[args.scale])
+    commands = {f"{method}-seed{seed}": train_command(RECIPES[args.scale], flags, method, seed)
+                for seed, method in product(range(SEEDS[args.scale]), COMPARED[args.scale])
                 if settings["--max-train-steps"] not in read_curve(output / f"{method}-seed{seed}")}
     at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     deadline = began + 60 * args.minutes if args.minutes else math.inf

@@ -2,6 +2,8 @@
 
     python -m toy.draw --dest data/toy/raw --num-images 8192 --seed 0        # FOLDER/<class-name>/000123.png
     python -m toy.draw --npz data/toy/reference.npz --num-images 2048 --seed 1
+    python -m toy.draw --dest data/toy-t2i/raw --captions training           # FOLDER/000123.png, FOLDER/000123.txt
+    python -m toy.draw --npz prompts.npz --captions phrasings --seed 1       # and prompts.txt, a line per image
 
 Image i is a function of (seed, i); its label is i mod 16. Lengths are in units of the image width, x to the right
 and y down, both in [-1/2, 1/2]. Angles are in radians, colours RGB in [0, 1].
@@ -12,6 +14,7 @@ import colorsys
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,16 +24,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from runtime.arguments import Parser, at_least
+from runtime.files import write_whole
 from runtime.messages import UserError, without_traceback
 from runtime.npz import write_npz
+from toy.words import KINDS, PLACES, Scene, draw_scene, write_caption
 
 SHAPES = ("disc", "square", "triangle", "cross")
 HUES = {"red": (355, 8), "yellow": (52, 6), "green": (130, 18), "blue": (220, 14)}  # centre, half range; degrees
 CLASSES = tuple(sorted(f"{colour}-{shape}" for colour in HUES for shape in SHAPES))  # in the order of a folder listing
 ATTRIBUTES = ("x", "y", "size", "angle", "shape red", "shape green", "shape blue",
               "left red", "left green", "left blue", "right red", "right green", "right blue")
+BRIGHTNESS = (0.3, 0.95)                                # of the background
 RESOLUTION = 32
 SUPERSAMPLING = 4
+
+
+# Scenes, the pictures with captions. Sizes are those of a disc; a triangle has the same moment of inertia.
+SIZES = {"small": (0.245, 0.255), "large": (0.34, 0.35)}
+TRIANGLE = 1.15
+TILT = np.pi / 32
+BACKGROUNDS = {"dark": (0.3, 0.45), "light": (0.75, 0.95)}
+ASIDE, SPREAD = 0.14, 0.015                                   # |x| of "left" and "right", and how far x may be off
 
 
 @dataclass(frozen=True)
@@ -46,15 +60,36 @@ class Drawing:
 def draw(seed: int, index: int, resolution: int = RESOLUTION) -> Drawing:
     """Draw image `index` of `seed`, `resolution` pixels wide. Depends on nothing else."""
     rng = np.random.default_rng([seed, index])
-    label = index % len(CLASSES)
-    colour, shape = CLASSES[label].split("-")
-
     size = rng.uniform(0.24, 0.36)
     reach = 0.5 * (0.5 - size)
-    x, y = rng.uniform(-reach, reach, 2)
-    angle = rng.uniform(-np.pi / 8, np.pi / 8) * (shape != "disc")
+    return _draw(rng, index % len(CLASSES), size, *rng.uniform(-reach, reach, 2), np.pi / 8, BRIGHTNESS, resolution)
+
+
+def draw_captioned(seed: int, index: int, resolution: int = RESOLUTION,
+                   held_out: bool = False) -> tuple[Drawing, Scene]:
+    """Draw scene `index` of `seed`, one that training may see or one of the held-out combinations."""
+    rng = np.random.default_rng([seed, index, 1 + held_out])
+    scene = draw_scene(rng, index, held_out)
+    size = rng.uniform(*SIZES[scene.size])
+
+    row, column = divmod(PLACES.index(scene.place), 3)
+
+    def offset(side: int) -> float:
+        return side * ASIDE + rng.uniform(-SPREAD, SPREAD)
+
+    x, y = offset(column - 1), offset(row - 1)
+    label = CLASSES.index(f"{scene.colour}-{scene.shape}")
+    size *= TRIANGLE if scene.shape == "triangle" else 1
+    return _draw(rng, label, size, x, y, TILT, BACKGROUNDS[scene.background], resolution), scene
+
+
+def _draw(rng: np.random.Generator, label: int, size: float, x: float, y: float, tilt: float,
+          brightness: tuple[float, float], resolution: int) -> Drawing:
+    """Draw a shape at (x, y), turned by at most `tilt`; everything else is random."""
+    colour, shape = CLASSES[label].split("-")
+    angle = rng.uniform(-tilt, tilt) * (shape != "disc")
     paint = _paint(rng, *HUES[colour])
-    ends = np.array([_muted(rng), _muted(rng)])                                 # (2, 3)
+    ends = np.array([_muted(rng, *brightness), _muted(rng, *brightness)])       # (2, 3)
     ends[1] = 0.5 * ends[0] + 0.5 * ends[1]
     direction = rng.uniform(0, 2 * np.pi)
 
@@ -86,9 +121,9 @@ def _paint(rng: np.random.Generator, centre: float, half_range: float) -> np.nda
     return np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 0.95), rng.uniform(0.72, 0.95)))
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
+def _muted(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
     """A background colour: any hue, low saturation, so that it differs from every shape colour."""
-    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.3), rng.uniform(0.3, 0.95)))
+    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.3), rng.uniform(low, high)))
 
 
 def _background(ends: np.ndarray, direction: float, u: float) -> np.ndarray:
@@ -117,22 +152,35 @@ def _reduce(fine: np.ndarray, resolution: int) -> np.ndarray:
     return blocks.mean(axis=(1, 3)).astype(np.float32)
 
 
-def draw_many(seed: int, count: int, resolution: int = RESOLUTION) -> list[Drawing]:
-    """Images 0 .. count - 1 of `seed`, drawn on all cores."""
+def draw_many(seed: int, count: int, resolution: int = RESOLUTION, draw: Callable = draw) -> list:
+    """What `draw` gives for images 0 .. count - 1 of `seed`, drawn on all cores."""
     with multiprocessing.Pool() as pool:
         one = partial(draw, seed, resolution=resolution)
         return list(tqdm(pool.imap(one, range(count), chunksize=64), "draw", count))
 
 
-def write_folder(dest: Path, drawings: list[Drawing]) -> None:
-    """Write `dest/<class-name>/<index>.png`; `dest` appears only when it is complete."""
+def caption_all(seed: int, scenes: list[Scene], kind: str, each: int) -> list[list[str]]:
+    """`each` captions of every scene, of one of `KINDS`; those of scene i follow from (seed, i)."""
+    rngs = [np.random.default_rng([seed, index, 3]) for index in range(len(scenes))]
+    return [[write_caption(scene, KINDS[kind][0], rng) for _ in range(each)]
+            for scene, rng in zip(scenes, rngs, strict=True)]
+
+
+def write_folder(dest: Path, drawings: list[Drawing], captions: list[list[str]] | None) -> None:
+    """Write `dest/<class-name>/<index>.png`, or with captions `dest/<index>.png` and `.txt`, one caption per line.
+
+    `dest` appears only when it is complete.
+    """
     unfinished = dest.with_name(dest.name + ".partial")
     if unfinished.exists():
         shutil.rmtree(unfinished)      # from an interrupted call, perhaps with another seed
-    for name in CLASSES:
+    for name in CLASSES if captions is None else ("",):
         (unfinished / name).mkdir(parents=True)
     for index, drawing in enumerate(drawings):
-        Image.fromarray(drawing.image).save(unfinished / CLASSES[drawing.label] / f"{index:06d}.png")
+        folder = unfinished if captions else unfinished / CLASSES[drawing.label]
+        Image.fromarray(drawing.image).save(folder / f"{index:06d}.png")
+        if captions:
+            (folder / f"{index:06d}.txt").write_text("\n".join(captions[index]) + "\n", encoding="utf-8")
     os.replace(unfinished, dest)
 
 
@@ -141,6 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--dest", type=Path, metavar="FOLDER", help="write a labelled image folder")
     where.add_argument("--npz", type=Path, metavar="FILE", help="write an npz: arr_0 images, arr_1 labels")
+    parser.add_argument("--captions", choices=tuple(KINDS), help="scenes with captions like training's, in phrasings "
+                        "or of combinations that training never sees, instead of classes")
     parser.add_argument("--num-images", type=at_least(1), default=8192, help="number of images, classes in turn")
     parser.add_argument("--seed", type=at_least(0), default=0, help="another seed gives another data set of this kind")
     parser.add_argument("--resolution", type=at_least(8), default=RESOLUTION, help="width and height in pixels")
@@ -152,14 +202,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.dest and args.dest.exists():
         raise UserError(f"--dest {args.dest}: exists; remove it, or choose another folder")
-    drawings = draw_many(args.seed, args.num_images, args.resolution)
-    if args.npz:
-        labels = np.array([drawing.label for drawing in drawings], dtype=np.int64)
-        images = (drawing.image for drawing in drawings)
-        write_npz(args.npz, images, len(drawings), (args.resolution, args.resolution), arr_1=labels)
+    if args.captions is None:
+        drawings, captions = draw_many(args.seed, args.num_images, args.resolution), None
     else:
-        write_folder(args.dest, drawings)
-    print(f"{args.npz or args.dest}: {len(drawings)} images of {len(CLASSES)} classes")
+        one = partial(draw_captioned, held_out=KINDS[args.captions][1])
+        drawings, scenes = zip(*draw_many(args.seed, args.num_images, args.resolution, one), strict=True)
+        captions = caption_all(args.seed, scenes, args.captions, each=5 if args.dest else 1)
+    if args.npz:
+        labels = {} if captions else {"arr_1": np.array([drawing.label for drawing in drawings], dtype=np.int64)}
+        images = (drawing.image for drawing in drawings)
+        write_npz(args.npz, images, len(drawings), (args.resolution, args.resolution), **labels)
+        if captions:
+            lines = "".join(f"{caption}\n" for [caption] in captions)
+            write_whole(args.npz.with_suffix(".txt"), lambda partial: partial.write_text(lines, encoding="utf-8"))
+    else:
+        write_folder(args.dest, drawings, captions)
+    print(f"{args.npz or args.dest}: {len(drawings)} images of "
+          + (f"scenes with captions of {args.captions}" if captions else f"{len(CLASSES)} classes"))
 
 
 if __name__ == "__main__":

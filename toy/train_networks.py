@@ -1,17 +1,20 @@
-"""Train the toy's three frozen networks on freshly drawn images: the provenance of toy/networks.
+"""Train the toy's four frozen networks on freshly drawn images: the provenance of toy/networks.
 
     python -m toy.train_networks --dest toy/networks
 
 features/   a small ResNet that only scores: class agreement, and the features of the Frechet distance
 vae/        a diffusers AutoencoderKL, 32 px images <-> latents (4, 8, 8)
 encoder/    a timm ViT: class token and 4 x 4 patch tokens, REG's second state and alignment target
+clip/       a transformers CLIPModel with the toy's words: text encoder of the captions, and the CLIP score
 
-Each is a folder as diffusers or timm saves it, with weights rounded to float16 to keep the repository small. The
-architectures are those of the config.json files in toy/networks. Another machine gives networks of the same quality,
-not the same bits.
+Each is a folder as diffusers, timm or transformers saves it, with weights rounded to float16 to keep the repository
+small. The architectures are those of the config.json files in toy/networks. Another machine gives networks of the same
+quality, not the same bits.
 """
 
+import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +33,13 @@ from models.vae import load_codec
 from runtime.arguments import Parser, at_least
 from runtime.messages import without_traceback
 from toy.agreement import FEATURES, predict
-from toy.draw import ATTRIBUTES, CLASSES, RESOLUTION, draw_many
+from toy.draw import ATTRIBUTES, CLASSES, RESOLUTION, draw_captioned, draw_many
+from toy.words import KINDS, PHRASINGS, UNSEEN, WORDS, describe, parse, write_caption
 
 TRAIN_SEED, TEST_SEED = 1000, 2000       # not the data set's (0), nor its reference's (1)
-STEPS = {"features": 700, "vae": 2500, "encoder": 1600}
-BATCH = {"features": 128, "vae": 32, "encoder": 128}
+STEPS = {"features": 700, "vae": 2500, "encoder": 1600, "clip": 1000}
+BATCH = {"features": 128, "vae": 32, "encoder": 128, "clip": 128}
+TEXT_LENGTH = 16                         # tokens of a caption
 KL_WEIGHT = 3e-4                         # per latent, against the mean absolute error of a pixel in [-1, 1]
 
 NETWORKS = FEATURES.parent
@@ -50,6 +55,7 @@ class Pictures:
     attributes: torch.Tensor  # float32 (N, A), standardised
 
 
+@functools.cache
 def draw_pictures(seed: int, count: int, device: torch.device) -> Pictures:
     drawings = draw_many(seed, count)
     attributes = torch.from_numpy(np.stack([d.attributes for d in drawings]))
@@ -61,6 +67,28 @@ def draw_pictures(seed: int, count: int, device: torch.device) -> Pictures:
     )
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """Drawn scenes with one caption each, on the training device. Attributes are numbers, -1 where none is named."""
+
+    images: torch.Tensor      # uint8 (N, 3, R, R)
+    captions: list[str]
+    shown: torch.Tensor       # int64 (N, 5), what the scene has
+    named: torch.Tensor       # int64 (N, 5), what its caption names
+
+
+def draw_captions(seed: int, count: int, device: torch.device) -> Captioned:
+    drawn, captions = draw_many(seed, count, draw=draw_captioned), []
+    for index, (_, scene) in enumerate(drawn):
+        captions.append(write_caption(scene, PHRASINGS, np.random.default_rng([seed, index, 3])))
+    numbers = [{value: number for number, value in enumerate(values)} for values in WORDS.values()]
+    shown, named = (torch.tensor([[found.get(value, -1) for found, value in zip(numbers, scene, strict=True)]
+                                  for scene in scenes], device=device)
+                    for scenes in ([scene for _, scene in drawn], map(parse, captions)))
+    images = torch.from_numpy(np.stack([drawing.image for drawing, _ in drawn])).permute(0, 3, 1, 2).contiguous()
+    return Captioned(images.to(device), captions, shown, named)
+
+
 def prepare(images: torch.Tensor, pretrained_cfg: dict) -> torch.Tensor:
     """Resize and normalise uint8 images (B, 3, R, R) to the input of a timm network with this `pretrained_cfg`."""
     x = F.interpolate(images.float() / 255, size=tuple(pretrained_cfg["input_size"][1:]), mode="bilinear")
@@ -68,7 +96,7 @@ def prepare(images: torch.Tensor, pretrained_cfg: dict) -> torch.Tensor:
     return (x - mean) / std
 
 
-def fit(name: str, parameters: list[nn.Parameter], data: Pictures, loss: Callable, lr: float) -> None:
+def fit(name: str, parameters: list[nn.Parameter], data: "Pictures | Captioned", loss: Callable, lr: float) -> None:
     """Minimise the sum of `loss(indices)` -> {name: term} by AdamW with a short warm-up and a cosine decay."""
     steps, batch = STEPS[name], BATCH[name]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
@@ -89,6 +117,13 @@ def fit(name: str, parameters: list[nn.Parameter], data: Pictures, loss: Callabl
             print(f"{name} {step}/{steps}  {values}  {time.time() - start:.0f} s", flush=True)
 
 
+def disturb(x: torch.Tensor) -> torch.Tensor:
+    """Mild blur, brightness changes and noise on prepared images (B, 3, S, S)."""
+    each = torch.rand(4, len(x), 1, 1, 1, device=x.device)
+    x = torch.lerp(x, F.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False), each[0])
+    return x * (0.85 + 0.3 * each[1]) + 0.2 * (each[2] - 0.5) + 0.1 * each[3] * torch.randn_like(x)
+
+
 def train_features(data: Pictures, folder: Path) -> None:
     """Classify under mild noise, blur and brightness changes, so that a decoder's blur does not mislead the network."""
     network, config = build_timm("features")
@@ -96,9 +131,7 @@ def train_features(data: Pictures, folder: Path) -> None:
 
     def loss(index: torch.Tensor) -> dict[str, torch.Tensor]:
         x = prepare(data.images[index], config["pretrained_cfg"])                # (B, 3, 64, 64)
-        each = torch.rand(4, len(x), 1, 1, 1, device=x.device)
-        x = torch.lerp(x, F.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False), each[0])
-        x = x * (0.85 + 0.3 * each[1]) + 0.2 * (each[2] - 0.5) + 0.1 * each[3] * torch.randn_like(x)
+        x = disturb(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = network(x)                                                           # (B, classes)
         return {"class": F.cross_entropy(logits.float(), data.labels[index], label_smoothing=0.05)}
@@ -161,6 +194,66 @@ def train_encoder(data: Pictures, folder: Path) -> None:
     save_timm(encoder, config, folder)
 
 
+def train_clip(data: Captioned, folder: Path) -> None:
+    """Contrast pictures and captions; a caption fits every picture of the batch that shows what it names."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    tokenizer = build_tokenizer(folder)
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
+    config = CLIPConfig(
+        text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=TEXT_LENGTH, hidden_size=64,
+                         intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, **ends),
+        vision_config=dict(image_size=RESOLUTION, patch_size=8, hidden_size=96, intermediate_size=384,
+                           num_hidden_layers=4, num_attention_heads=4), projection_dim=64)
+    clip = CLIPModel(config).to(data.images.device).train()
+    tokens = tokenizer(data.captions, padding="max_length", max_length=TEXT_LENGTH,
+                       return_tensors="pt").input_ids.to(data.images.device)              # (N, L)
+
+    # One head for both names the attributes, and is dropped; a run without it had learnt less after as many steps.
+    sizes = [len(values) for values in WORDS.values()]
+    head = nn.Linear(64, sum(sizes), device=data.images.device)
+
+    def naming(embedded: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
+        parts = zip(head(10 * embedded).split(sizes, dim=1), attributes.T, strict=True)
+        return sum(F.cross_entropy(logits, number, ignore_index=-1) for logits, number in parts) / len(sizes)
+
+    def loss(index: torch.Tensor) -> dict[str, torch.Tensor]:
+        x, shown, named = disturb(data.images[index] / 127.5 - 1), data.shown[index], data.named[index]
+        fits = ((named < 0) | (named == shown[:, None])).all(dim=2).float()               # (B pictures, B captions)
+        out = clip(input_ids=tokens[index], pixel_values=x)
+        return {"picture": F.cross_entropy(out.logits_per_image, fits / fits.sum(dim=1, keepdim=True)),
+                "caption": F.cross_entropy(out.logits_per_text, fits.T / fits.sum(dim=0)[:, None]),
+                "seen": naming(out.image_embeds, shown), "read": naming(out.text_embeds, named)}
+
+    fit("clip", [*clip.parameters(), *head.parameters()], data, loss, lr=1e-3)
+    clip.half().save_pretrained(folder)
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+
+
+def build_tokenizer(folder: Path):
+    """Write and load CLIP's byte-pair tokenizer with merges that make each of the toy's words one token."""
+    from transformers import CLIPTokenizer
+
+    texts = [*PHRASINGS, *UNSEEN, "shape", *(" ".join(sum(values.values(), ())) for values in WORDS.values())]
+    words = sorted(set(re.findall(r"[a-z]+|,", re.sub(r"{.*?}", "", " ".join(texts)))))
+    letters, merges = sorted(set("".join(words))), []
+    words = [" ".join([*word[:-1], f"{word[-1]}</w>"]) for word in words]
+    while split := [word for word in words if " " in word]:
+        pair = " ".join(split[0].split()[:2])
+        merges.append(pair)
+        words = [re.sub(rf"(?<!\S){pair}(?!\S)", pair.replace(" ", ""), word) for word in words]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *(pair.replace(" ", "") for pair in merges),
+                  "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def build_timm(name: str) -> tuple[nn.Module, dict]:
     """A timm network with random weights, and the config.json of toy/networks/`name` that describes it."""
     config = json.loads((NETWORKS / name / "config.json").read_text())
@@ -203,20 +296,48 @@ def measure(folder: Path) -> None:
           f"its mean square is {token.square().mean():.3f}")
 
 
+@torch.inference_mode()
+def measure_clip(folder: Path) -> None:
+    """Print how often the right caption scores above those with another value of one attribute, on fresh scenes."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    clip, processor = CLIPModel.from_pretrained(folder).float().eval(), CLIPProcessor.from_pretrained(folder)
+    for kind, (phrasings, held_out) in KINDS.items():
+        rng, right = np.random.default_rng(TEST_SEED), dict.fromkeys(WORDS, 0)
+        for index in range(512):
+            drawing, scene = draw_captioned(TEST_SEED, index, held_out=held_out)
+            phrasing = str(rng.choice(phrasings))
+            for name, values in WORDS.items():
+                others = [scene._replace(**{name: value}) for value in values]
+                texts = [describe(other, phrasing, np.random.default_rng(index)) for other in others]
+                inputs = processor(text=texts, images=drawing.image, return_tensors="pt", padding="max_length")
+                right[name] += others[clip(**inputs).logits_per_image.argmax()] == scene
+        shares = ", ".join(f"{name} {count / 5.12:.1f} % of 1 in {len(WORDS[name])}" for name, count in right.items())
+        print(f"clip, {kind}: {shares}")
+
+
+TRAIN = {"features": (train_features, draw_pictures), "vae": (train_vae, draw_pictures),
+         "encoder": (train_encoder, draw_pictures), "clip": (train_clip, draw_captions)}
+
+
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dest", type=Path, default=NETWORKS, metavar="FOLDER", help="holds the three folders")
+    parser.add_argument("--dest", type=Path, default=NETWORKS, metavar="FOLDER", help="holds the four folders")
+    parser.add_argument("--only", nargs="+", choices=tuple(TRAIN), default=tuple(TRAIN), help="networks to train")
     parser.add_argument("--num-images", type=at_least(128), default=24576, help="images to draw and train on")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of initial weights and batches")
     args = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = draw_pictures(TRAIN_SEED, args.num_images, device)
-    for name, train in (("features", train_features), ("vae", train_vae), ("encoder", train_encoder)):
+    for name in args.only:
+        train, drawn = TRAIN[name]
         torch.manual_seed(args.seed)
-        train(data, args.dest / name)
-    measure(args.dest)
+        train(drawn(TRAIN_SEED, args.num_images, device), args.dest / name)
+    if set(args.only) - {"clip"}:
+        measure(args.dest)
+    if "clip" in args.only:
+        measure_clip(args.dest / "clip")
 
 
 if __name__ == "__main__":
