@@ -7,7 +7,8 @@
 #
 # Flags:        bash eval.sh EXP_DIR --help: scoring, and flags that take several values
 #               python generate.py --help: sampling
-# Environment:  REF_BATCH           reference .npz or image folder, e.g. ADM's VIRTUAL_imagenet256_labeled.npz
+# Environment:  REF_BATCH           reference .npz or image folder, or several with commas,
+#                                   e.g. ADM's VIRTUAL_imagenet256_labeled.npz
 #               FEATURES            inception (FID, the default), dinov2, or local-dir:FOLDER (a Frechet distance there)
 #               CLIP                hub id or folder: also the CLIP score, for models of captions
 #               INCEPTION_WEIGHTS   file with the 2015 Inception weights, instead of cache and download

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import generate
+import train
 from preprocessing import dataset_tools
 from toy import agreement, draw
 
@@ -87,3 +90,30 @@ def test_mistakes_end_the_scripts_with_one_line(command, environment, word):
 @pytest.mark.parametrize("script", ["train.sh", "eval.sh"])
 def test_scripts_explain_themselves(script):
     assert "Environment:" in shell("bash", script, "--help").stdout
+
+
+def test_512_px_with_patch_1_and_a_shifted_time(tmp_path, encoder_folder, capsys):
+    """A VAE of factor 16 and 16 channels: 32x32 latents, 1,024 tokens, S = sqrt(16 * 32 * 32 / 4096) = 2."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(4,) * 5, down_block_types=("DownEncoderBlock2D",) * 5, norm_num_groups=2,
+                  up_block_types=("UpDecoderBlock2D",) * 5, latent_channels=16).save_pretrained(tmp_path / "vae")
+    data = tmp_path / "data"
+    draw.main(["--dest", str(tmp_path / "raw"), "--num-images", "2", "--seed", "0"])
+    dataset_tools.main(["convert", f"--source={tmp_path / 'raw'}", f"--dest={data / 'images'}",
+                        "--resolution=512x512", "--workers=0"])
+    dataset_tools.main(["encode", f"--source={data / 'images'}", f"--dest={data / 'vae-sd'}",
+                        f"--vae={tmp_path / 'vae'}", "--workers=0"])
+    flags = ["--data-dir", str(data), "--enc-type", f"local-dir:{encoder_folder}", "--model", "SiT-T/1", "--batch-size",
+             "2", "--projector-dim", "32", "--num-workers", "0", "--output-dir", str(tmp_path), "--exp-name", "run"]
+    train.main([*flags, "--time-shift", "auto", "--max-train-steps", "1", "--sampling-steps", "0"])
+    assert json.loads((tmp_path / "run/args.json").read_text())["time_shift"] == 2.0
+    generate.main(["--ckpt", str(tmp_path / "run"), "--num-fid-samples", "1", "--num-steps", "1", "--mode", "ode",
+                   "--sample-dir", str(tmp_path / "samples")])
+    folder, = (tmp_path / "samples").iterdir()
+    assert Image.open(next(folder.glob("images/*.png"))).size == (512, 512)
+    assert json.loads((folder / "settings.json").read_text())["sampling"]["time_shift"] == 2.0
+    with pytest.raises(SystemExit):                               # without the flag it would be another run
+        train.main([*flags, "--max-train-steps", "2", "--sampling-steps", "0"])
+    assert "time-shift" in capsys.readouterr().err
