@@ -22,11 +22,11 @@ from dataset import find_captions
 from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
-from models.interpolant import PATHS
+from models.interpolant import PATHS, auto_shift
 from models.mmdit import MMDiT
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
-from runtime.arguments import Parser, Released, at_least, guidance, positive, share
+from runtime.arguments import Parser, Released, at_least, guidance, share, time_shift
 from runtime.catalogue import tidy
 from runtime.files import UNREADABLE, sha256
 from runtime.launch import join_processes, leave_processes
@@ -79,7 +79,8 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="guided from this t on, in [0, 1]")
     how.add_argument("--guidance-high", type=share, metavar="T", help="guided up to this t, inclusive; None: "
                      f"{ClassLabels.published['guidance_high']}, for captions {Captions.published['guidance_high']}")
-    how.add_argument("--time-shift", type=positive, metavar="S", help="of the steps' times; None: as in training")
+    how.add_argument("--time-shift", type=time_shift, metavar="S|auto",
+                     help="of the steps' times; None: as in training")
     how.add_argument("--global-seed", type=at_least(0), default=Sampling.seed, metavar="SEED",
                      help="image i depends on (SEED, i) alone")
 
@@ -245,6 +246,17 @@ def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0) -
     return Captions(prompts, None, None, args.captions or "in-order", args.samples_per_prompt or 1, source)
 
 
+def shift_of(asked: float | str | None, path: Path, state: dict) -> float:
+    """The time shift `asked` for, else that of training. Raises UserError if the checkpoint does not tell it."""
+    trained, space = state.get("args") or {}, latent_space(state)
+    shift = asked or trained.get("time_shift", 1.0)
+    if shift == "auto" and type(trained.get("resolution")) is int:
+        return auto_shift(space.channels, trained["resolution"] // space.downsampling)
+    if not isinstance(shift, int | float) or not 1e-3 <= shift <= 1e3:
+        raise UserError(f"{path}: does not tell its time shift ({shift!r}); give a number, --time-shift 1 for none")
+    return shift
+
+
 def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, compiled: bool,
                 conditions: Conditions) -> dict:
     """What makes the images, for settings.json: the flags with what the checkpoint says. `digest`: SHA-256 of its file.
@@ -259,12 +271,9 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
               for name, value in conditions.published.items()}
     if args.guidance_low > guided["guidance_high"]:
         raise UserError(f"--guidance-low {args.guidance_low}: is above --guidance-high {guided['guidance_high']}")
-    shift = args.time_shift or (state.get("args") or {}).get("time_shift", 1.0)
-    if not isinstance(shift, int | float) or not 0 < shift < 1e6:
-        raise UserError(f"{path}: trained with the time shift {shift!r}, expected a number above 0; give --time-shift")
     how = Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cls_cfg_scale=args.cls_cfg_scale,
-                   guidance_low=args.guidance_low, seed=args.global_seed, path_type=path_type, time_shift=shift,
-                   precision=args.precision, **guided)
+                   guidance_low=args.guidance_low, seed=args.global_seed, path_type=path_type,
+                   time_shift=shift_of(args.time_shift, path, state), precision=args.precision, **guided)
     of_prompts = isinstance(conditions, Captions) and (args.prompts or args.prompt)
     count = len(conditions.prompts) * conditions.per_prompt if of_prompts else conditions.count
     libraries = {name: version(name) for name in ("torch", "numpy", "diffusers", "timm")}
@@ -311,7 +320,7 @@ def is_same(found: dict, wanted: dict) -> bool:
     def deciding(settings: dict) -> dict:
         how = settings.get("sampling")
         if isinstance(how, dict):
-            how = {"seen": None, "time_shift": 1.0, **how}                           # older files lack it
+            how = {"seen": None, "time_shift": 1.0, **how}        # older files lack it
             if how.get("cfg_scale") == 1:
                 how |= dict.fromkeys(("cls_cfg_scale", "guidance_low", "guidance_high"))
         settings = {name: settings.get(name) for name in DECIDING} | {"sampling": how}

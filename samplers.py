@@ -87,9 +87,12 @@ def euler_maruyama_step(field, x, t, t_next, path, noise):
 
 
 def time_grid(last: float, count: int, shift: float) -> list[float]:
-    """`count` times from 1 to `last`, equally spaced, then moved by `shift_time`; both ends stay."""
+    """`count` times from 1 to `last`, equally spaced, then moved by `shift_time`; both ends stay.
+
+    A shift below 1 moves times beyond `last`; these are left out.
+    """
     times = shift_time(torch.linspace(1, last, count, dtype=torch.float64), shift).tolist()
-    return [*times[:-1], last]
+    return [*(t for t in times[:-1] if t > last), last]
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ from models.mmdit import MMDiT_models
 from models.text import DEFAULT, states_shape
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
-from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, share
+from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, share, time_shift
 from runtime.catalogue import MAX_CLASSES
 from runtime.files import as_size, write_whole
 from runtime.launch import leave_processes, require_joined
@@ -280,11 +280,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", action=Released, instead=instead)
     parser.add_argument("--prediction", action=Released, nargs=None, choices=("v",))      # always velocities
     return parser.parse_args(argv)
-
-
-def time_shift(text: str) -> float | str:
-    """A type for a positive number or `auto`."""
-    return text if text == "auto" else positive(text)
 
 
 def shift_of(args: argparse.Namespace, space: LatentSpace, resolution: int) -> float:

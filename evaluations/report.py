@@ -14,8 +14,8 @@ from runtime.samples import METRICS
 GUIDANCE = ("cls_cfg_scale", "guidance_low", "guidance_high")     # without meaning for unguided images
 # The table's columns before the scores. Distances are comparable among rows of the same PROTOCOL only.
 PROTOCOL = ("num_samples", "labels", "features", "feature_weights", "reference")
-SETTINGS = ("experiment", "step", "checkpoint", "weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE, "seed",
-            "network_precision", "vae", "block", *PROTOCOL, "reference_sha256")
+SETTINGS = ("experiment", "step", "checkpoint", "weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE,
+            "time_shift", "seed", "network_precision", "vae", "block", *PROTOCOL, "reference_sha256")
 
 
 def read_result(metrics: Path) -> dict | None:
@@ -54,8 +54,8 @@ def read_row(metrics: Path, result: dict) -> dict:
         "step": settings["step"], "checkpoint": settings["checkpoint_sha256"][:8], "weights": settings["weights"],
         "mode": how["mode"], "heun": how["heun"], "num_steps": how["num_steps"], "cfg_scale": how["cfg_scale"],
         **{name: None if how["cfg_scale"] == 1 else how[name] for name in GUIDANCE},
-        "seed": how["seed"], "network_precision": how["precision"], "vae": settings["vae"],
-        "block": settings["per_proc_batch_size"], "num_samples": result["num_samples"],
+        "time_shift": how.get("time_shift", 1.0), "seed": how["seed"], "network_precision": how["precision"],
+        "vae": settings["vae"], "block": settings["per_proc_batch_size"], "num_samples": result["num_samples"],
         "labels": (f"captions {how['captions']} {how['prompts_sha256'][:6]}" if "captions" in how else how["labels"]
                    if how["classes"] is None else "classes " + " ".join(map(str, how["classes"]))),
         "features": result["features"], "feature_weights": result["weights_sha256"][:8],

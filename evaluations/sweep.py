@@ -60,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
                          help="CLIP for the clip_score of a text experiment (default: $CLIP)")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="nfe100: unguided, 100 Euler steps")
     args, passed_on = parser.parse_known_args(argv)
+    if args.preset and "--heun" in passed_on:
+        parser.error(f"--preset {args.preset}: Heun's steps evaluate the network twice; leave --heun out")
     for name, value in PRESETS.get(args.preset, {}).items():
         if getattr(args, name) is not None:
             parser.error(f"--preset {args.preset}: contradicts {flag(name)}; leave one of them out")

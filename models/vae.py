@@ -148,7 +148,7 @@ class LatentSpace:
 
 @lru_cache
 def over_channels(numbers: Numbers, device: torch.device) -> Numbers | torch.Tensor:
-    """One number as it is; numbers per channel as (C, 1, 1), kept on the device so that no step waits for a copy."""
+    """One number unchanged; numbers per channel as (C, 1, 1), kept on the device so that no step waits for a copy."""
     with torch.inference_mode(False):                             # training uses what decoding may have made
         return torch.tensor(numbers, device=device)[:, None, None] if isinstance(numbers, tuple) else numbers
 
@@ -236,15 +236,19 @@ class Codec:
         self.space = LatentSpace.from_record({**self.space.to_record(), **numbers, "stats": stats}, where)
 
     def use_space(self, space: LatentSpace, whose: str) -> None:
-        """Decode latents of `space`: the VAE's own; one from a statistics file, of which only the size is compared; or,
-        with a notice, the config's scalars, which were recorded when latents_mean and latents_std were ignored.
+        """Decode latents of `space`: the VAE's own; one of the same VAE from a statistics file; or, with a notice, the
+        same VAE's scalars, which were recorded when latents_mean and latents_std were ignored.
 
-        Raises UserError for another latent space, naming `whose` it is.
+        Raises UserError for another latent space, naming `whose` it is; for a folder, which may have moved, a notice.
         """
         before = self.scalar is not None and (space.scale, space.shift) == (self.scalar.scale, self.scalar.shift)
-        if before:
-            notice(f"{whose}: recorded without the statistics of {self.space.vae}; they are not used")
-        if before or space.stats:
+        if before or space.stats:                                 # numbers that do not tell the VAE
+            if self.space.vae not in (space.vae, space.decoder):
+                if not os.path.isdir(self.space.vae):
+                    raise UserError(f"{whose}: encoded by {space.vae}, not by {self.space.vae}; use its own VAE")
+                notice(f"{whose}: encoded by {space.vae}; {self.space.vae} must be the same VAE to decode it")
+            if before:
+                notice(f"{whose}: recorded without the statistics of {self.space.vae}; they are not used")
             self.space = replace(self.space, scale=space.scale, shift=space.shift)
         space.require_same(self.space, whose, "the decoder")
 
@@ -305,9 +309,9 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     except UserError:
         raise
     except Exception as error:                                    # diffusers raises anything for an edited config.json
-        if not folder and not isinstance(error, (OSError, ValueError)):
+        if not folder and not isinstance(error, OSError | ValueError | LookupError | RuntimeError):
             raise
-        fault = "no readable AutoencoderKL in this folder" if folder else "VAE neither on the hub nor in its cache"
+        fault = "no readable AutoencoderKL in this folder" if folder else "no readable VAE on the hub or in its cache"
         raise UserError(f"{name}: {fault} ({' '.join(str(error).split())[:200]}); name a folder with config.json and "
                         f"{WEIGHTS}.safetensors") from error
     if row is not None and row.normalisation == "channels" and codec.scalar is None:

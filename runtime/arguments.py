@@ -68,6 +68,12 @@ def positive(text: str) -> float:
     return _number(text, "a number above 0", lambda value: value > 0)
 
 
+def time_shift(text: str) -> float | str:
+    """A type for shifts of time: a number from 0.001 to 1000, or `auto`."""
+    wanted = "a number from 0.001 to 1000, or auto"
+    return text if text == "auto" else _number(text, wanted, lambda value: 1e-3 <= value <= 1e3)
+
+
 def share(text: str) -> float:
     """A type for numbers in [0, 1]."""
     return _number(text, "a number from 0 to 1", lambda value: 0 <= value <= 1)

@@ -109,7 +109,7 @@ def test_512_px_with_patch_1_and_a_shifted_time(tmp_path, encoder_folder, capsys
              "2", "--projector-dim", "32", "--num-workers", "0", "--output-dir", str(tmp_path), "--exp-name", "run"]
     train.main([*flags, "--time-shift", "auto", "--max-train-steps", "1", "--sampling-steps", "0"])
     assert json.loads((tmp_path / "run/args.json").read_text())["time_shift"] == 2.0
-    generate.main(["--ckpt", str(tmp_path / "run"), "--num-fid-samples", "1", "--num-steps", "1", "--mode", "ode",
+    generate.main(["--ckpt", str(tmp_path / "run"), "--num-fid-samples", "1", "--num-steps", "2", "--cfg-scale", "1",
                    "--sample-dir", str(tmp_path / "samples")])
     folder, = (tmp_path / "samples").iterdir()
     assert Image.open(next(folder.glob("images/*.png"))).size == (512, 512)

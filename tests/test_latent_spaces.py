@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,13 +174,17 @@ def test_the_decoder_takes_a_files_numbers_or_those_recorded_before(folders, cap
     codec, before = load_codec(str(folders / "channels")), load_codec(str(folders / "scalar")).space
     with pytest.raises(UserError, match="latent scale"):
         codec.use_space(LatentSpace("x", 0.25, 0.1, 4, 2), "the data set")
-    codec.use_space(before, "the data set")
+    codec.use_space(replace(before, vae=codec.space.vae), "the data set")
     assert (codec.space.scale, codec.space.shift) == (0.5, 0.1) and "statistics" in capsys.readouterr().err
     codec = load_codec(str(folders / "scalar"))
     codec.use_space(LatentSpace("x", (1.0, 2.0, 3.0, 4.0), 0.0, 4, 2, stats="ab"), "the data set")
-    assert codec.space.scale == (1.0, 2.0, 3.0, 4.0)
+    assert codec.space.scale == (1.0, 2.0, 3.0, 4.0) and "same VAE" in capsys.readouterr().err
+    codec.space = replace(codec.space, vae=VAES["e2e-sd"].id)     # as loaded from the hub: it cannot have moved
+    with pytest.raises(UserError, match="not by REPA-E"):
+        codec.use_space(LatentSpace("x", 1.0, 0.0, 4, 2, stats="ab"), "the data set")
+    codec.use_space(LatentSpace(VAES["e2e-sd"].id, 1.0, 0.0, 4, 2, stats="ab"), "the data set")
     with pytest.raises(UserError, match="channels"):
-        codec.use_space(LatentSpace("x", 1.0, 0.0, 16, 2, stats="ab"), "the data set")
+        codec.use_space(LatentSpace(VAES["e2e-sd"].id, 1.0, 0.0, 16, 2, stats="ab"), "the data set")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -276,12 +281,12 @@ def change_ldm(folder, edit):
     (lambda folder: (folder / "latents_stats.pt").write_bytes(b""), "latents_stats"),
     (lambda folder: shutil.copy(folder / "vavae.pt", folder / "more.pt"), "one other"),
     (lambda folder: change_ldm(folder, lambda state: state.pop("decoder.conv_out.bias")), "conv_out"),
-    (lambda folder: change_ldm(folder, lambda state: state.clear()), "ldm"),
+    (lambda folder: change_ldm(folder, lambda state: state.clear()), "post_quant_conv"),
     (lambda folder: torch.save({"mean": torch.zeros(4)}, folder / "latents_stats.pt"), "mean and std"),
     (lambda folder: torch.save({"mean": torch.zeros(1).expand(10**12), "std": torch.ones(4)},
                                folder / "latents_stats.pt"), "mean"),
     (lambda folder: torch.save({"mean": torch.zeros(4), "std": torch.ones(4).to_sparse()}, folder / "latents_stats.pt"),
-     "ldm"),
+     "no readable"),
 ])
 def test_a_damaged_ldm_folder_is_refused(folders, tmp_path, change, word):
     folder = shutil.copytree(folders / "ldm", tmp_path / "ldm")

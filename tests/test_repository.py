@@ -177,7 +177,7 @@ def parse(command: list[str]) -> None:
             parse_module(*rest[rest.index("-m") + 1:][:1], rest[rest.index("-m") + 2:])
         case ["pip", "install", "-r", file]:
             assert (ROOT / file).exists()
-        case ["pip", "install", *_] | ["git", *_] | ["cd", *_]:
+        case ["pip", "install", *_] | ["git" | "cd" | "ln", *_]:
             pass
         case _:
             raise AssertionError(f"unknown command: {' '.join(command)}")
@@ -186,6 +186,22 @@ def parse(command: list[str]) -> None:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_of_readme_and_docs_parse(command):
     parse(list(command))
+
+
+def test_each_published_number_is_scored_where_it_was_trained():
+    """In each row of docs/reproduce.md: the experiment that the train command writes, and a step that it saves."""
+    page = (ROOT / "docs/reproduce.md").read_text()
+    rows = re.findall(r"^\|.*\| `(.*train\.sh.*)` \| `(.*)` \|.*$", page, re.MULTILINE)
+    for training, scoring in rows:
+        environment, _, flags = training.rpartition("bash train.sh ")
+        recipe, *flags = flags.split()
+        args = train.parse_args(flags)
+        method = environment.partition("METHOD=")[2].split(" ")[0] or "reg"
+        name = args.exp_name if "--exp-name" in flags else f"{method}-{recipe}"
+        scored, _ = sweep.parse_args(scoring.removeprefix("bash eval.sh ").split())
+        assert scored.experiment == f"exps/{name}" and 0 < int(scored.steps) <= args.max_train_steps
+        assert int(scored.steps) % args.checkpointing_steps == 0
+    assert len(rows) == len({scoring for _, scoring in rows}) > 40
 
 
 def test_links_lead_somewhere():

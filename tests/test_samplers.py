@@ -218,3 +218,6 @@ def test_shifted_times_keep_their_ends_and_solve_the_same_equation():
     euler_maruyama_sampler(field, X, Y, num_steps=4, time_shift=3.0)
     u = torch.tensor([1, 0.68, 0.36])
     torch.testing.assert_close(torch.tensor(field.times), torch.cat([3 * u / (1 + 2 * u), torch.tensor([0.04])]))
+    field.times.clear()
+    euler_maruyama_sampler(field, X, Y, num_steps=100, time_shift=0.25)          # later times would lie below 0.04
+    assert field.times == sorted(field.times, reverse=True) and field.times[-1] == pytest.approx(0.04)

@@ -315,8 +315,9 @@ def test_every_row_names_what_decides_its_score(tmp_path):
     assert row == {
         "experiment": "run", "step": 3, "checkpoint": "30000000", "weights": "ema", "mode": "sde", "heun": False,
         "num_steps": 9, "cfg_scale": 2.3, "cls_cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.85, "seed": 0,
-        "network_precision": "fp32", "vae": "vae", "block": 64, "num_samples": 50, "labels": "classes 4 2",
-        "features": "net", "feature_weights": "01234567", "reference": "ref.npz", "reference_sha256": None,
+        "time_shift": 1.0, "network_precision": "fp32", "vae": "vae", "block": 64, "num_samples": 50,
+        "labels": "classes 4 2", "features": "net", "feature_weights": "01234567", "reference": "ref.npz",
+        "reference_sha256": None,
         "fd_net": 2.5, "precision": 0.7, "folder": "guided", "best": True}
 
 
