@@ -276,7 +276,7 @@ def test_a_wrong_flag_is_refused_before_anything_is_written(trained, capsys, fla
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    ("", "--model"), ("--model SiT-T/2", "scale"), ("--model SiT-T/2 --cls-cfg-scale 2", "class token"),
+    ("", "--model"), ("--model SiT-T/2", "downsampling"), ("--model SiT-T/2 --cls-cfg-scale 2", "class token"),
     ("--model SiT-T/2 --save-cls-tokens", "class token")])
 def test_what_a_released_file_cannot_do(released, vae_folder, tmp_path, capsys, flags, word):
     refused(capsys, released, [*flags.split(), "--vae", str(vae_folder), "--sample-dir", str(tmp_path / "out")], word)

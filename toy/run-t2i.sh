@@ -11,7 +11,7 @@ export PYTHON=${PYTHON:-python} NUM_GPUS=1
 export DATA_DIR=data/toy-t2i OUTPUT_DIR=exps
 DATA=$DATA_DIR
 EXP=exps/${METHOD:-reg}-toy-t2i             # the experiment folder of `train.sh toy-t2i`
-IMAGES=512
+IMAGES=256
 
 # 1. Draw a data set with captions; crop, resize and encode it. Prompts: captions like training's of another draw
 #    (reference.txt), in phrasings that training never sees, and of combinations that it never sees.
