@@ -18,15 +18,7 @@ from preprocessing.crop import center_crop, to_rgb
 from runtime.catalogue import read_labels
 from runtime.messages import UserError, notice
 from runtime.npz import load_npz, npz_names, read_npz_rows, read_npz_shape
-from runtime.stores import (
-    IMAGE_EXTENSIONS,
-    MAX_PIXELS,
-    Store,
-    decode_image,
-    list_names,
-    open_store,
-    shown,
-)
+from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, decode_image, list_names, open_store, shown
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode the files of a folder
 NPZ = "expected an npz file (arr_0, uint8, NHWC) or a folder of images"
@@ -208,8 +200,8 @@ def _read_one(path: Path, suffix: str, about: dict) -> FileStatistics:
     if (rows := found["pooled"]) is not None:
         if (rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1:] != found["mu"].shape or len(rows) < 2
                 or not np.isfinite(rows).all()):
-            raise UserError(f"{where}: pooled{shown(suffix)} is {rows.dtype} {rows.shape}; expected two rows or more of "
-                            f"{len(found['mu'])} finite numbers, as mu; make the file again")
+            raise UserError(f"{where}: pooled{shown(suffix)} is {rows.dtype} {rows.shape}; expected at least 2 rows of "
+                            f"{len(found['mu'])} finite numbers")
         found["pooled"] = rows.astype(np.float32)
     return FileStatistics(**found, about=about)
 

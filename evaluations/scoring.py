@@ -57,7 +57,7 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
     sample = open_images(sample, "the sample batch")
     refs = [open_images(one, "the reference batch") for one in (ref if isinstance(ref, list) else [ref])]
     chosen = choose(metrics, refs, sample, extractor, distances)
-    lacking = [_left_out(one, sample) if "fdr6" in names else {*OTHERS}
+    lacking = [_lacking(one, is_ref=True) | _lacking(sample, is_ref=False) if "fdr6" in names else {*OTHERS}
                for one, names in zip(refs, chosen, strict=True)]
     networks = open_networks() if any("fdr6" in names for names in chosen) else ()
 
@@ -138,8 +138,8 @@ def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor
     if "fdr6" in metrics:
         ratios = {name: scores[key] / row.constant for name, row in FDR6.items()
                   if (key := extractor.key if name == "inception" else f"fd_{name}") in scores}
-        if missing := ", ".join(name for name in FDR6 if name not in ratios):
-            notice(f"without fdr6, the mean of six: no distance in features of {missing}")
+        if missing := ", ".join(f"{name} ({row.file})" for name, row in OTHERS.items() if name not in ratios):
+            notice(f"without fdr6, the mean of six: no weights or no statistics of {missing}")
         else:
             scores["fdr6"] = sum(ratios.values()) / len(ratios)
         modes["fdr6"] = f"none without {missing}" if missing else "mean of distance / constant"
@@ -186,15 +186,6 @@ def _lacking(images: ImageSet, is_ref: bool) -> set[str]:
     if images.blocks is not None and not (is_ref and images.statistics):
         return set()
     return {*OTHERS} - {one.about["distance"].removeprefix("fd_") for one in images.more}
-
-
-def _left_out(ref: ImageSet, sample: ImageSet) -> set[str]:
-    """The networks of FDr6 that one of the two sets lacks; a notice names them and their published files."""
-    missing = _lacking(ref, is_ref=True) | _lacking(sample, is_ref=False)
-    if missing:
-        files = ", ".join(f"{name} ({row.file})" for name, row in OTHERS.items() if name in missing)
-        notice(f"without fdr6 against {ref.name}: no statistics of {files}")
-    return missing
 
 
 def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> str | None:
