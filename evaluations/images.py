@@ -173,9 +173,9 @@ def _read_statistics(path: Path) -> list[FileStatistics]:
     try:
         about = json.loads(str(load_npz(path, ["about"]).get("about", "{}")))
         others = {f"_{one['features']}": one for one in about.get("more", ())}
-        texts = about.get("distance", ""), *(one[key] for one in others.values() for key in ("distance", "features"))
-        if not all(isinstance(text, str) for text in texts) or not isinstance(about.get("images", 0), int):
-            raise TypeError("a name is no text, or the number of images no number")
+        for one in ({"distance": "fid", "features": "inception"} | about, *others.values()):
+            if not isinstance(one["distance"] + one["features"], str) or not isinstance(one.get("images", 0), int):
+                raise TypeError("a name is no text, or the number of images no number")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{shown(path)}: about is not a JSON object of stats; write the file again") from error
     return [_read_one(path, "", about), *(_read_one(path, suffix, one) for suffix, one in others.items())]
@@ -199,10 +199,10 @@ def _read_one(path: Path, suffix: str, about: dict) -> FileStatistics:
             raise UserError(f"{where}: {mean} and {covariance} are not finite; make or download the file again")
     if (rows := found["pooled"]) is not None:
         if (rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1:] != found["mu"].shape or len(rows) < 2
-                or not np.isfinite(rows).all()):
+                or not np.isfinite(rows := rows.astype(np.float32)).all()):
             raise UserError(f"{where}: pooled{shown(suffix)} is {rows.dtype} {rows.shape}; expected at least 2 rows of "
                             f"{len(found['mu'])} finite numbers")
-        found["pooled"] = rows.astype(np.float32)
+        found["pooled"] = rows
     return FileStatistics(**found, about=about)
 
 

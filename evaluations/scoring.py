@@ -1,8 +1,7 @@
 """`evaluate`: two sets of images -> their scores and a record of how they were made."""
 
 import importlib.metadata
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -61,14 +60,14 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
                for one, names in zip(refs, chosen, strict=True)]
     networks = open_networks() if any("fdr6" in names for names in chosen) else ()
 
-    def jobs(names: Iterable[str], without: set[str]) -> list[tuple[Extractor, set[str]]]:
+    def jobs(names: set[str], without: set[str]) -> list[tuple[Extractor, set[str]]]:
         more = [(network, {"gaussian"}) for network in networks if network.name not in without]
         return [(extractor, {NEEDS[name] for name in names}), *more]
 
     b = [{extractor.key: measured_ref}] if measured_ref else [
         measure_all(one, jobs({*names} - {"inception_score"}, without), batch_size)
         for one, names, without in zip(refs, chosen, lacking, strict=True)]
-    a = measure_all(sample, jobs(itertools.chain(*chosen), set.intersection(*lacking)), batch_size)
+    a = measure_all(sample, jobs(set().union(*chosen), set.intersection(*lacking)), batch_size)
     if place()[0] != 0:
         return None
     results = [_result(*one, sample, extractor, distances, a) for one in zip(refs, chosen, b, strict=True)]
@@ -83,16 +82,14 @@ def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sampl
             distances: str, a: dict[str, Measured]) -> dict:
     """Scores and record of samples `a` and one reference `b`, each measured by networks, by their keys."""
     by_statistics = any(NEEDS[name] != "pooled" for name in metrics)
-    from_file = {name: by_statistics and file_statistics(images, extractor) is not None
-                 for name, images in (("sample", sample), ("reference", ref))}
     _warn(ref, sample, extractor, metrics, a[extractor.key])
     scores, modes = _scores(a, b, extractor, metrics, distances)
     on_gpu = extractor.device.type == "cuda"
     return scores | {
         "num_samples": _rows(sample, extractor),
         "num_reference": _rows(ref, extractor),
-        "sample_statistics_from_file": from_file["sample"],
-        "reference_statistics_from_file": from_file["reference"],
+        "sample_statistics_from_file": by_statistics and file_statistics(sample, extractor) is not None,
+        "reference_statistics_from_file": by_statistics and file_statistics(ref, extractor) is not None,
         "image_size": sample.size and list(sample.size),
         "reference_image_size": ref.size and list(ref.size),
         "features": extractor.name,
