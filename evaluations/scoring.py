@@ -48,10 +48,10 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
         measured_ref: `measure_reference` of the same reference, if it is scored repeatedly; None: measured here.
         open_networks: called for fdr6, gives its networks beside Inception; without all of them there is no mean.
     Returns:
-        The content of metrics.json, on the first process; None on others. Counts are of the images in the set; with
-        `..._statistics_from_file` its mu and sigma may be of more (the 10,000 images of VIRTUAL_imagenet256 come with
-        the statistics of 1.28 million). Of several references, `references` has each one's scores; those at the top are
-        the first one's. Raises UserError for sets that cannot be scored.
+        The content of metrics.json, on the first process; None on others. Counts are of the set's images, or of the
+        feature rows that its file holds; with `..._statistics_from_file` its mu and sigma may be of more (the 10,000
+        images of VIRTUAL_imagenet256 come with the statistics of 1.28 million). Of several references, `references` has
+        each one's scores; those at the top are the first one's. Raises UserError for sets that cannot be scored.
     """
     sample = open_images(sample, "the sample batch")
     refs = [open_images(one, "the reference batch") for one in (ref if isinstance(ref, list) else [ref])]
