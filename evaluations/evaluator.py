@@ -217,9 +217,7 @@ def score(args: argparse.Namespace) -> None:
                "reference_sha256": hashes[0],
                "asked": {name: getattr(args, name) for name in ASKED} | ({"clip": args.clip} if args.clip else {})}
     notes = {name: getattr(args, name) for name in NOTES if name in args}
-    result |= {"notes": notes} if notes else {}
-    if settings is not None:
-        result["settings"] = settings
+    result |= ({"notes": notes} if notes else {}) | ({} if settings is None else {"settings": settings})
     say("\n".join(lines(result, extractor)))
     if output is not None:
         write_json(output, result)
@@ -241,10 +239,9 @@ def lines(result: dict, extractor: Extractor) -> list[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows = [[cell.ljust(width + 1) for cell, width in zip(row, widths, strict=True)] for row in rows]
     scores = ["".join(row).rstrip() for row in rows]
-    counts = []
-    for count, what, side in (("num_samples", "samples", "sample"), ("num_reference", "reference images", "reference")):
-        read = result[f"{side}_statistics_from_file"]
-        counts.append(f"{result[count] or 'no'} {what}{' and statistics from the file' if read else ''}")
+    counts = [f"{count or 'no'} {what}{' and statistics from the file' if read else ''}" for count, what, read in (
+        (result["num_samples"], "samples", result["sample_statistics_from_file"]),
+        (result["num_reference"], "reference images", result["reference_statistics_from_file"]))]
     known = {True: ", the published file", False: ", NOT the published file", None: ""}[extractor.weights_verified]
     network = f"{extractor.name} with sha256 {extractor.weights_sha256}{known}"
     modes = [f"{name.replace('_', ' ')}: {mode}" for name, mode in result["modes"].items()]
@@ -349,12 +346,11 @@ def open_extractor(features: str, device: torch.device, inception_weights: Path 
                    dinov2_weights: Path | None = None) -> Extractor:
     """The feature network on every process; the first downloads, the others then find the cache."""
     load = functools.partial(load_extractor, features, device, inception_weights, dinov2_weights)
-    first = place()[0] == 0
-    if first:
-        extractor = load()
-    if place()[1] > 1:
+    rank, world = place()
+    extractor = load() if rank == 0 else None
+    if world > 1:
         torch.distributed.barrier()
-    return extractor if first else load()
+    return extractor or load()
 
 
 def open_networks(device: torch.device) -> list[Extractor]:

@@ -18,15 +18,7 @@ from preprocessing.crop import center_crop, to_rgb
 from runtime.catalogue import read_labels
 from runtime.messages import UserError, notice
 from runtime.npz import load_npz, npz_names, read_npz_rows, read_npz_shape
-from runtime.stores import (
-    IMAGE_EXTENSIONS,
-    MAX_PIXELS,
-    Store,
-    decode_image,
-    list_names,
-    open_store,
-    shown,
-)
+from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, decode_image, list_names, open_store, shown
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode the files of a folder
 NPZ = "expected an npz file (arr_0, uint8, NHWC) or a folder of images"
@@ -181,6 +173,9 @@ def _read_statistics(path: Path) -> list[FileStatistics]:
     try:
         about = json.loads(str(load_npz(path, ["about"]).get("about", "{}")))
         others = {f"_{one['features']}": one for one in about.get("more", ())}
+        for one in ({"distance": "fid", "features": "inception"} | about, *others.values()):
+            if not isinstance(one["distance"] + one["features"], str) or not isinstance(one.get("images", 0), int):
+                raise TypeError("a name is no text, or the number of images no number")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{shown(path)}: about is not a JSON object of stats; write the file again") from error
     return [_read_one(path, "", about), *(_read_one(path, suffix, one) for suffix, one in others.items())]
@@ -197,11 +192,17 @@ def _read_one(path: Path, suffix: str, about: dict) -> FileStatistics:
             continue                                              # other programs keep FID's statistics alone
         if (mu is None or sigma is None or mu.ndim != 1 or sigma.shape != 2 * mu.shape
                 or mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf"):
-            raise UserError(f"{where}: {mean}{suffix} {getattr(mu, 'shape', 'missing')} and {covariance}{suffix} "
-                            f"{getattr(sigma, 'shape', 'missing')}; expected numbers (F,) and (F, F)")
+            raise UserError(f"{where}: {mean}{shown(suffix)} {getattr(mu, 'shape', 'missing')} and {covariance}"
+                            f"{shown(suffix)} {getattr(sigma, 'shape', 'missing')}; expected numbers (F,) and (F, F)")
         found |= {mean: mu.astype(np.float64), covariance: sigma.astype(np.float64)}
         if not (np.isfinite(found[mean]).all() and np.isfinite(found[covariance]).all()):
             raise UserError(f"{where}: {mean} and {covariance} are not finite; make or download the file again")
+    if (rows := found["pooled"]) is not None:
+        if (rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1:] != found["mu"].shape or len(rows) < 2
+                or not np.isfinite(rows := rows.astype(np.float32)).all()):
+            raise UserError(f"{where}: pooled{shown(suffix)} is {rows.dtype} {rows.shape}; expected at least 2 rows of "
+                            f"{len(found['mu'])} finite numbers")
+        found["pooled"] = rows
     return FileStatistics(**found, about=about)
 
 

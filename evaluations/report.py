@@ -108,7 +108,7 @@ def differing(rows: list[dict], names=SETTINGS) -> list[str]:
 def as_text(rows: list[dict]) -> str:
     """The table for a terminal: scale, number of samples, settings that differ, scores, and an asterisk at the best."""
     names = [name for name in SETTINGS if name in ("cfg_scale", "num_samples", "labels", *differing(rows))]
-    # Not again without its reference, unless a row has it so only.
+    # `fid` is left out if every row that has it also has it with a reference's name, as `fid@adm:b3273271`.
     names += [name for name in scores_of(rows)
               if any(name in row and not any(other.startswith(f"{name}@") for other in row) for row in rows)]
     cells = [[shown(row.get(name)) for name in names] + ["*" if row["best"] else ""] for row in rows]

@@ -48,28 +48,30 @@ def evaluate(ref, sample, extractor: Extractor, metrics: Sequence[str] | None = 
         measured_ref: `measure_reference` of the same reference, if it is scored repeatedly; None: measured here.
         open_networks: called for fdr6, gives its networks beside Inception; without all of them there is no mean.
     Returns:
-        The content of metrics.json, on the first process; None on others. Counts are of the images in the set; with
-        `..._statistics_from_file` its mu and sigma may be of more (the 10,000 images of VIRTUAL_imagenet256 come with
-        the statistics of 1.28 million). Of several references, `references` has each one's scores; those at the top are
-        the first one's. Raises UserError for sets that cannot be scored.
+        The content of metrics.json, on the first process; None on others. Counts are of the set's images, or of the
+        feature rows that its file holds; with `..._statistics_from_file` its mu and sigma may be of more (the 10,000
+        images of VIRTUAL_imagenet256 come with the statistics of 1.28 million). Of several references, `references` has
+        each one's scores; those at the top are the first one's. Raises UserError for sets that cannot be scored.
     """
     sample = open_images(sample, "the sample batch")
     refs = [open_images(one, "the reference batch") for one in (ref if isinstance(ref, list) else [ref])]
     chosen = choose(metrics, refs, sample, extractor, distances)
+    lacking = [_lacking(one, is_ref=True) | _lacking(sample, is_ref=False) if "fdr6" in names else {*OTHERS}
+               for one, names in zip(refs, chosen, strict=True)]
     networks = open_networks() if any("fdr6" in names for names in chosen) else ()
 
-    def jobs(names: Sequence[str]) -> list[tuple[Extractor, set[str]]]:
-        more = networks if "fdr6" in names else ()
-        return [(extractor, {NEEDS[name] for name in names}), *((network, {"gaussian"}) for network in more)]
+    def jobs(names: set[str], without: set[str]) -> list[tuple[Extractor, set[str]]]:
+        more = [(network, {"gaussian"}) for network in networks if network.name not in without]
+        return [(extractor, {NEEDS[name] for name in names}), *more]
 
     b = [{extractor.key: measured_ref}] if measured_ref else [
-        measure_all(one, jobs([name for name in names if name != "inception_score"]), batch_size)
-        for one, names in zip(refs, chosen, strict=True)]
-    a = measure_all(sample, jobs([name for names in chosen for name in names]), batch_size)
+        measure_all(one, jobs({*names} - {"inception_score"}, without), batch_size)
+        for one, names, without in zip(refs, chosen, lacking, strict=True)]
+    a = measure_all(sample, jobs(set().union(*chosen), set.intersection(*lacking)), batch_size)
     if place()[0] != 0:
         return None
     results = [_result(*one, sample, extractor, distances, a) for one in zip(refs, chosen, b, strict=True)]
-    several = [{"name": one.name, "num_reference": one.count, **{
+    several = [{"name": one.name, "num_reference": own["num_reference"], **{
         key: score for key, score in own.items() if isinstance(score, float) and key != "inception_score"}}
         for one, own in zip(refs, results, strict=True)]
     weights = {"fdr6_weights": {one.name: one.weights_sha256 for one in networks}} if networks else {}
@@ -80,16 +82,14 @@ def _result(ref: ImageSet, metrics: Sequence[str], b: dict[str, Measured], sampl
             distances: str, a: dict[str, Measured]) -> dict:
     """Scores and record of samples `a` and one reference `b`, each measured by networks, by their keys."""
     by_statistics = any(NEEDS[name] != "pooled" for name in metrics)
-    from_file = {name: by_statistics and file_statistics(images, extractor) is not None
-                 for name, images in (("sample", sample), ("reference", ref))}
-    _warn(ref, sample, extractor, metrics, a[extractor.key], from_file)
+    _warn(ref, sample, extractor, metrics, a[extractor.key])
     scores, modes = _scores(a, b, extractor, metrics, distances)
     on_gpu = extractor.device.type == "cuda"
     return scores | {
-        "num_samples": sample.count,
-        "num_reference": ref.count,
-        "sample_statistics_from_file": from_file["sample"],
-        "reference_statistics_from_file": from_file["reference"],
+        "num_samples": _rows(sample, extractor),
+        "num_reference": _rows(ref, extractor),
+        "sample_statistics_from_file": by_statistics and file_statistics(sample, extractor) is not None,
+        "reference_statistics_from_file": by_statistics and file_statistics(ref, extractor) is not None,
         "image_size": sample.size and list(sample.size),
         "reference_image_size": ref.size and list(ref.size),
         "features": extractor.name,
@@ -110,15 +110,15 @@ def measure_reference(ref: ImageSet, extractor: Extractor, metrics: Sequence[str
 def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor, metrics: Sequence[str],
             distances: str) -> tuple[dict[str, float], dict[str, str]]:
     """Scores of samples `a` and reference `b` (by networks) by their keys in JSON, and how some were computed."""
-    scores, modes, six = {}, {}, {key: (a[key].gaussian, b[key].gaussian) for key in b if key != extractor.key}
+    scores, modes = {}, {}
+    pairs = {key: (a[key].gaussian, one.gaussian) for key, one in b.items() if one.gaussian is not None}
     a, b = a[extractor.key], b[extractor.key]
     with full_precision(extractor.device), all_threads():
         if "inception_score" in metrics:
             parts = side_by_side(lambda rows: rows @ extractor.classifier.T, a.pooled.split(512), extractor.device)
             scores["inception_score"] = inception_score(torch.cat(parts))         # of (N, 1008)
             modes["inception_score"] = f"slices of {SPLIT} in file order"
-        pairs = {extractor.key: (a.gaussian, b.gaussian)} if {"fid", "fd", "fdr6"} & set(metrics) else {}
-        pairs |= ({"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}) | six
+        pairs |= {"sfid": (a.spatial, b.spatial)} if "sfid" in metrics else {}
         found = side_by_side(lambda pair: frechet_distance(*pair[0], *pair[1]), pairs.values(), torch.device("cpu"))
         scores |= dict(zip(pairs, found, strict=True))
         if {*NEIGHBOUR_METRICS} & set(metrics):
@@ -135,8 +135,8 @@ def _scores(a: dict[str, Measured], b: dict[str, Measured], extractor: Extractor
     if "fdr6" in metrics:
         ratios = {name: scores[key] / row.constant for name, row in FDR6.items()
                   if (key := extractor.key if name == "inception" else f"fd_{name}") in scores}
-        if missing := ", ".join(name for name in FDR6 if name not in ratios):
-            notice(f"without fdr6, the mean of six: no weights of {missing}")
+        if missing := ", ".join(f"{name} ({row.file})" for name, row in OTHERS.items() if name not in ratios):
+            notice(f"without fdr6, the mean of six: no weights or no statistics of {missing}")
         else:
             scores["fdr6"] = sum(ratios.values()) / len(ratios)
         modes["fdr6"] = f"none without {missing}" if missing else "mean of distance / constant"
@@ -163,59 +163,70 @@ def choose(metrics: Sequence[str] | None, refs: ImageSet | Sequence[ImageSet], s
         for reason in sorted({reason for reason in obstacles.values() if reason}):
             names = [metric for metric in asked if obstacles[metric] == reason]
             nowhere = any(all(others[metric] for others in every) for metric in names)
-            if metrics is not None and nowhere or len(names) == len(asked):
+            if metrics is not None and nowhere or all(obstacles.values()):
                 raise UserError(f"{reason}; leave out {', '.join(names)}, or name another file")
             notice(f"without {', '.join(names)}: {reason}")
     return [tuple(metric for metric in asked if not obstacles[metric]) for obstacles in every]
+
+
+def _rows(images: ImageSet, extractor: Extractor) -> int | None:
+    """The number of pooled features for precision, recall, KID and MIND: those that the file has, else its images'."""
+    own = file_statistics(images, extractor)
+    return images.count if own is None or own.pooled is None else len(own.pooled)
+
+
+def _lacking(images: ImageSet, is_ref: bool) -> set[str]:
+    """The networks of FDr6 beside Inception that a set has neither statistics nor images for.
+
+    A reference's images do not count if it has statistics: those are of more images.
+    """
+    if images.blocks is not None and not (is_ref and images.statistics):
+        return set()
+    return {*OTHERS} - {one.about["distance"].removeprefix("fd_") for one in images.more}
 
 
 def _obstacle(metric: str, ref: ImageSet, sample: ImageSet, extractor: Extractor) -> str | None:
     """Why this score is impossible for these two sets, or None."""
     for images in (sample, ref):
         own = file_statistics(images, extractor)
-        # Images that a reference holds beside its statistics are fewer: no measure of its other networks.
-        if metric == "fdr6" and (images.statistics or images.more if images is ref else images.blocks is None):
-            held = {one.about["distance"] for one in images.more}
-            if lacking := [name for name in OTHERS if f"fd_{name}" not in held]:
-                return f"{images.name}: holds no statistics of {', '.join(lacking)} (stats --networks fdr6 makes them)"
         if NEEDS[metric] != "pooled":
             if own is None and images.blocks is None:
-                return f"{images.name}: holds statistics of other features and no images"
+                published = f" ({FDR6[extractor.name].file})" if extractor.name in FDR6 else ""
+                return f"{images.name}: holds no images and no statistics of {extractor.name}{published}"
+            if metric == "fdr6" and len(_lacking(images, is_ref=images is ref)) == len(OTHERS):
+                return f"{images.name}: holds no statistics of {', '.join(OTHERS)} (stats --networks fdr6 makes them)"
             if metric == "sfid" and own is not None and own.mu_s is None:
                 return f"{images.name}: holds mu and sigma but no mu_s and sigma_s"
         elif images is sample or metric != "inception_score":
-            rows = None if own is None or own.pooled is None else len(own.pooled)
-            if rows is None and images.blocks is None:
+            count = _rows(images, extractor)
+            if count is None:
                 return f"{images.name}: holds statistics and no images (arr_0) or feature rows"
-            count = images.count if rows is None else rows
             if metric in NEIGHBOUR_METRICS and count <= NEIGHBOURS:
                 return f"{images.name}: holds {count} images, {NEIGHBOURS} neighbours need {NEIGHBOURS + 1}"
     return None
 
 
-def warn_of_few(sets: list[tuple[int, str]], width: int, extractor: Extractor) -> None:
+def warn_of_few(sets: list[tuple[int | None, str]], width: int, extractor: Extractor) -> None:
     """Print a warning if one of the sets (count, what) is too small for a covariance of `width` features."""
-    few = [f"{count} {what}" for count, what in sets if count <= width]
+    few = [f"{count} {what}" for count, what in sets if count is not None and count <= width]
     if few:
         notice(f"warning: {' and '.join(few)} are fewer than {extractor.name}'s {width} features + 1: the covariance "
                "is singular, the distance is biased upward and comparable only at equal counts")
 
 
-def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics: Sequence[str], a: Measured,
-          from_file: dict[str, bool]) -> None:
+def _warn(ref: ImageSet, sample: ImageSet, extractor: Extractor, metrics: Sequence[str], a: Measured) -> None:
     """Print what makes these scores incomparable to others."""
     if sample.size and ref.size and sample.size != ref.size:
         notice(f"warning: the samples are {sample.size} and the reference {ref.size} (height, width): the scores "
                "compare with no others")
-    for images in (sample, ref):
-        if images.statistics is not None and file_statistics(images, extractor) is None:
+    sets = []
+    for images, what in ((sample, "samples"), (ref, "reference images")):
+        own = file_statistics(images, extractor)
+        sets.append((images.count if own is None else own.about.get("images"), what))     # ADM's files do not hold it
+        if own is None and images.statistics and images.blocks:
             notice(f"{images.name}: its statistics are of other features than {extractor.name}'s; its {images.count} "
                    "images are used")
     if a.gaussian is not None:
-        sets = []
-        for name, images, what in (("sample", sample, "samples"), ("reference", ref, "reference images")):
-            count = file_statistics(images, extractor).about.get("images") if from_file[name] else images.count
-            sets += [(count, what)] if count is not None else []  # ADM's files do not hold the count
         warn_of_few(sets, len(a.gaussian[0]), extractor)
     labels = sample.labels
     by_class = labels is not None and len(labels) > SPLIT and labels[0] != labels[-1] and (np.diff(labels) >= 0).all()

@@ -227,6 +227,8 @@ def test_the_kept_features_score_as_the_kept_images_do(folder, small):
     for ref in (path, alone):
         result = evaluate(ref, sample, small, metrics, batch_size=4)
         assert result["fid"] == pytest.approx(whole["fid"], rel=1e-4) and whole["fid"] != of_kept["fid"]
+        assert result["num_reference"] == 9 and "; 9 reference images and statistics" in lines(result, small)[-1]
+        assert [one["num_reference"] for one in evaluate([ref, kept], sample, small, ["mind"])["references"]] == [9, 9]
         for name in ("precision", "recall", "kid", "mind"):
             assert result[name] == pytest.approx(of_kept[name], rel=1e-4), name
         assert whole["mind"] != pytest.approx(of_kept["mind"], rel=1e-3)

@@ -3,6 +3,7 @@
 The architectures are timm's real ones, cut to one block (the trunk's width, patch, padding and pooling stay).
 """
 
+import copy
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evaluations.evaluator import lines, open_networks, write_reference
 from evaluations.features import Extractor, FdNetwork, load_extractor
@@ -84,6 +86,22 @@ def test_pooled_features_are_class_token_attention_pool_or_mean(network):
         expected = tokens.mean(dim=(2, 3)) if name == "convnext-224" else tokens[:, 0]
     assert pooled.shape == (2, width) and pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vision_transformers_compute_in_bfloat16_on_a_gpu(network, monkeypatch):
+    """On PyTorch's fake tensors, which have a device and a dtype but no numbers."""
+    (name, network), seen = network, set()
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, output: seen.add((output.dtype, output.device.type)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network, images = network.to_empty(device="cuda"), torch.zeros(2, 3, 256, 256, dtype=torch.uint8, device="cuda")
+        # Without a GPU autocast disables itself; and the mode above would open one if it were made after this.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        network(images)
+    assert seen == {(torch.float32 if name == "convnext-224" else torch.bfloat16, "cuda")}
 
 
 def test_constants_are_the_published_ones():
@@ -218,7 +236,8 @@ def published(folder, but=()):
         if name not in but:
             mu, sigma = colour_statistics(random_images(20), i + 1)
             np.savez(folder / row.file, mu=mu, sigma=sigma)
-    np.savez(folder / "guided_diffusion_stats.npz", mu=np.zeros(6), sigma=np.eye(6))
+    if "inception" not in but:
+        np.savez(folder / "guided_diffusion_stats.npz", mu=np.zeros(6), sigma=np.eye(6))
     return folder
 
 
@@ -240,8 +259,25 @@ def test_a_folder_of_the_published_files_is_a_reference(small, five, tmp_path):
         *gaussian_statistics(small(channels_first(sample))[0]), torch.zeros(6), torch.eye(6)), rel=1e-4)
 
 
+def test_without_one_published_file_it_is_named_and_there_is_no_mean(small, five, tmp_path, capsys):
+    """The sample's file may lack another one."""
+    whole, ref = published(tmp_path / "whole"), published(tmp_path / "ref", but=["mae-224"])
+    sample = published(tmp_path / "sample", but=["clip-256"])
+    full = evaluate(whole, random_images(15), small, ["fdr6"], open_networks=lambda: five)
+    capsys.readouterr()
+    several = evaluate([ref, whole], random_images(15), small, ["fdr6"], open_networks=lambda: five)
+    lacking, other = several["references"]
+    keys = {"fid", *(f"fd_{name}" for name in OTHERS)}
+    assert {key: lacking[key] for key in keys & lacking.keys()} == {key: full[key] for key in keys - {"fd_mae-224"}}
+    assert "fdr6" not in lacking and other["fdr6"] == full["fdr6"]
+    assert "mae-224 (vit_large_patch16_224_mae_in256_t224_stats.npz)" in capsys.readouterr().err
+    both = evaluate(ref, sample, small, ["fdr6"], open_networks=lambda: five)
+    assert keys & both.keys() == keys - {"fd_mae-224", "fd_clip-256"}
+
+
 @pytest.mark.parametrize("make, word", [
-    (lambda place: published(place / "fdr6", but=["mae-224"]), "fdr6: holds no statistics of mae-224 "),
+    (lambda place: published(place / "fdr6", but=["inception"]), "inception.*guided_diffusion_stats.npz.*out fdr6"),
+    (lambda place: published(place / "fdr6", but=OTHERS), "fdr6: holds no statistics of convnext-224, dinov2-256"),
     (lambda place: np.savez(place / "adm.npz", random_images(9), mu=np.zeros(6), sigma=np.eye(6)) or place / "adm.npz",
      "adm.npz: holds no statistics of convnext-224, dinov2-256"),
 ])
@@ -252,6 +288,44 @@ def test_a_reference_without_statistics_of_a_network_is_refused_before_the_netwo
 
     with pytest.raises(UserError, match=word):
         evaluate(make(tmp_path), random_images(15), small, ["fdr6"], open_networks=never)
+
+
+@pytest.mark.parametrize("change, word", [
+    *(({f"pooled{suffix}": bad}, f"pooled{suffix} is {kind}") for suffix in ("", "_mae-224") for bad, kind in (
+        (np.zeros(6, np.float32), "float32"), (np.zeros((9, 5), np.float32), "float32"),
+        (np.zeros((9, 6), int), "int64"), (np.full((9, 6), "a"), "<U1"), (np.zeros((1, 6), np.float32), "float32"),
+        (np.zeros((0, 6), np.float32), "float32"), (np.full((9, 6), np.nan), "float32"),
+        (np.zeros((9, 6, 1), np.float32), "float32"))),
+    *(({"about": json.dumps({"more": more})}, "about is not a JSON object of stats") for more in (
+        [{"features": "mae-224"}], [{"distance": "fd_mae-224"}], [{"features": "mae-224", "distance": ["fd_mae-224"]}],
+        [{"features": ["mae-224"], "distance": "fd_mae-224"}], [{"features": 1, "distance": 2}],
+        [{"features": "mae-224", "distance": "fd_mae-224", "images": "9"}], ["mae-224"], 7)),
+    *(({"about": json.dumps(about)}, "about is not a JSON object of stats") for about in (
+        {"distance": ["fid"]}, {"images": "many"})),
+    ({"about": json.dumps({"more": [{"features": "a\nb", "distance": "fd_a"}]})}, r"mu_a\\nb missing"),
+])
+def test_feature_rows_and_records_of_another_form_are_refused_in_one_line(tmp_path, change, word):
+    six = {"mu": np.zeros(6), "sigma": np.eye(6), "pooled": np.zeros((9, 6), np.float32)}
+    more = json.dumps({"more": [{"features": "mae-224", "distance": "fd_mae-224"}]})
+    arrays = six | {f"{name}_mae-224": array for name, array in six.items()} | {"about": more}
+    np.savez(tmp_path / "ref.npz", **arrays)
+    assert open_images(tmp_path / "ref.npz").more[0].pooled.shape == (9, 6)
+    np.savez(tmp_path / "ref.npz", **arrays | change)
+    with pytest.raises(UserError, match=f"ref.npz: {word}") as error:
+        open_images(tmp_path / "ref.npz")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", ">f4"])
+def test_feature_rows_of_any_float_are_read(small, tmp_path, dtype):
+    rows = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float16)
+    for name, kind in (("own", np.float32), ("other", dtype)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(6), sigma=np.eye(6), pooled=rows.astype(kind))
+    metrics = ["precision", "kid", "mind"]
+    own, other = (evaluate(tmp_path / f"{name}.npz", random_images(9), small, metrics) for name in ("own", "other"))
+    assert own == other and own["mind"] > 0
+    samples = evaluate(random_images(9), tmp_path / "other.npz", small, ["inception_score"])
+    assert samples["inception_score"] > 1 and samples["num_samples"] == 9
 
 
 def test_fdr6_is_a_score_of_inceptions_features(five):

@@ -190,7 +190,7 @@ def test_inceptions_statistics_are_not_used_for_other_features(colours, tmp_path
     assert result["fd_colours"] == pytest.approx(expected, rel=1e-5) and not result["reference_statistics_from_file"]
     printed = capsys.readouterr().err
     assert "its 5 images are used" in printed and "(8, 8)" in printed             # warns of two sizes too
-    with pytest.raises(UserError, match="alone.npz: holds statistics of other features and no images"):
+    with pytest.raises(UserError, match="alone.npz: holds no images and no statistics of colours"):
         evaluate(alone, images, colours)
 
 
@@ -218,8 +218,9 @@ def test_several_references_are_scored_in_one_reading_of_the_samples(small, tmp_
 
 
 def test_every_reference_is_warned_of(small, capsys):
-    evaluate([random_images(9), random_images(9, 8, 8)], random_images(9), small, ["fid"])
-    assert "the reference (8, 8)" in capsys.readouterr().err
+    evaluate([random_images(9, 12, 12), random_images(9), random_images(9, 8, 8)], random_images(9), small, ["fid"])
+    printed = capsys.readouterr().err
+    assert "the reference (12, 12)" in printed and "the reference (8, 8)" in printed and printed.count("warning") == 2
 
 
 def test_a_score_that_no_reference_allows_or_a_reference_that_allows_none_is_refused(small, tmp_path, capsys):
@@ -232,6 +233,22 @@ def test_a_score_that_no_reference_allows_or_a_reference_that_allows_none_is_ref
         evaluate([alone, other], sample, small, ["precision"])    # nothing is left of the first one
     with pytest.raises(UserError, match="no images"):
         evaluate([alone, alone], sample, small, ["fid", "precision"])
+
+
+@pytest.mark.parametrize("metrics", [["fid", "precision"], None])
+def test_a_reference_that_allows_nothing_for_two_reasons_is_refused(small, tmp_path, metrics, capsys):
+    """Statistics of another network without images: neither its distance nor feature rows. Wherever it stands."""
+    other = adm_file(tmp_path / "other.npz", 5, 2)
+    with np.load(other) as file:
+        np.savez(other, **file, about=json.dumps({"distance": "fd_other"}))
+    refs, sample = [other, random_images(9)], random_images(11)
+    if metrics is None:                                           # the Inception Score is the samples' alone
+        assert "references" in evaluate(refs, sample, small)
+        assert "None images" not in capsys.readouterr().err
+        return
+    for order in (refs, refs[::-1]):
+        with pytest.raises(UserError, match="other.npz: holds no images"):
+            evaluate(order, sample, small, metrics)
 
 
 # ---- refusals and warnings -------------------------------------------------------------------------------------------
