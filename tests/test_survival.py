@@ -380,16 +380,17 @@ def test_two_encoders_of_one_destination(data_dir, vae_folder, tmp_path, monkeyp
 
 # ---- weights that are not finite
 
-@pytest.mark.parametrize("rate", ["1e38", "1e20"])
-def test_a_rate_that_blows_up_keeps_the_last_good_checkpoint(train_flags, tmp_path, capsys, rate):
-    """1e38: weights that are not finite are not written; 1e20: updates are skipped, and nothing older is removed."""
+@pytest.mark.parametrize(("rate", "word"), [("1e38", "weights are not finite"), ("1e20", "updates in a row")])
+def test_a_rate_that_blows_up_keeps_the_last_good_checkpoint(train_flags, tmp_path, capsys, monkeypatch, rate, word):
+    """Weights that are not finite are not written; while updates are skipped, nothing older is removed."""
+    monkeypatch.setattr(train, "share", float)                    # the flag's type refuses such rates
     flags = [*train_flags, "--keep-last", "1", "--checkpointing-steps", "2"]
     train.main([*flags, "--max-train-steps", "2"])
     good = disk.checkpoint_path(tmp_path / "run", 2)
     before = good.read_bytes()
     code, last = ended(train.main, [*flags, "--max-train-steps", "9", "--learning-rate", rate,
                                     "--max-skipped-updates", "3"], capsys)
-    assert code == 2 and "--learning-rate" in last and good.read_bytes() == before
+    assert code == 2 and word in last and "--learning-rate" in last and good.read_bytes() == before
     for path in disk.saved(tmp_path / "run").values():
         state = checkpoint.read(path)
         assert all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values())
