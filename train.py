@@ -48,7 +48,7 @@ from models.mmdit import MMDiT_models
 from models.text import DEFAULT, states_shape
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
-from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, share
+from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, positive_share, share
 from runtime.catalogue import MAX_CLASSES
 from runtime.files import as_size, write_whole
 from runtime.launch import leave_processes, require_joined
@@ -262,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--learning-rate", type=share, default=1e-4, metavar="LR", help="constant")
     optim.add_argument("--adam-beta1", type=below_one, default=0.9, metavar="BETA1", help="AdamW")
     optim.add_argument("--adam-beta2", type=below_one, default=0.999, metavar="BETA2", help="AdamW")
-    optim.add_argument("--adam-epsilon", type=positive, default=1e-8, metavar="EPS", help="AdamW")
+    optim.add_argument("--adam-epsilon", type=positive_share, default=1e-8, metavar="EPS", help="AdamW")
     optim.add_argument("--adam-weight-decay", type=not_negative, default=0.0, metavar="WD", help="AdamW")
     optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM",
                        help="gradients are clipped to this norm")

@@ -68,6 +68,11 @@ def positive(text: str) -> float:
     return _number(text, "a number above 0", lambda value: value > 0)
 
 
+def positive_share(text: str) -> float:
+    """A type for numbers above 0, up to 1."""
+    return _number(text, "a number above 0, up to 1", lambda value: 0 < value <= 1)
+
+
 def share(text: str) -> float:
     """A type for numbers in [0, 1]."""
     return _number(text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
