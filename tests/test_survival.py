@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
@@ -30,7 +31,7 @@ from runtime import files
 from runtime import run as disk
 from runtime.files import lock, read_patiently, write_whole
 from runtime.log import Log, read_lines, start_tracker, write_line
-from runtime.messages import MayPass, UserError
+from runtime.messages import MayPass, UserError, without_traceback
 from runtime.stopping import STOPPED, StopRequest
 from tests import forks
 from tests.stress.kills import children, same
@@ -122,6 +123,20 @@ def test_programs_work_without_output(program, train_flags, data_dir, trained, v
         monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115  (for the test)
     main([*map(str, argv)])
     assert list(tmp_path.glob(made))
+
+
+def raise_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60),
+                                  raise_out_of_memory])
+def test_too_little_memory_is_a_sentence(capsys, fail):
+    """PyTorch's own errors are RuntimeErrors; others keep their traceback."""
+    code, last = ended(without_traceback(lambda argv: fail()), [], capsys)
+    assert code == 2 and last.startswith("error: not enough memory (")
+    with pytest.raises(RuntimeError, match="a defect"):
+        without_traceback(lambda: (_ for _ in ()).throw(RuntimeError("a defect")))()
 
 
 # ---- signals
