@@ -241,7 +241,7 @@ def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0) -
         source = args.captions_from or (state.get("args") or {}).get("data_dir")
         if source is None:
             raise UserError("the checkpoint does not tell its data set; give --prompt, --prompts or --captions-from")
-        prompts = find_captions(source)
+        prompts = find_captions(str(source))                      # an edited checkpoint may name anything
     source = state["text"]["sha256"] if "text" in state else args.text_encoder or DEFAULT
     return Captions(prompts, None, None, args.captions or "in-order", args.samples_per_prompt or 1, source)
 

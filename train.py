@@ -48,7 +48,17 @@ from models.mmdit import MMDiT_models
 from models.text import DEFAULT, states_shape
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
-from runtime.arguments import Parser, Released, at_least, below_one, not_negative, positive, share, time_shift
+from runtime.arguments import (
+    Parser,
+    Released,
+    at_least,
+    below_one,
+    not_negative,
+    positive,
+    positive_share,
+    share,
+    time_shift,
+)
 from runtime.catalogue import MAX_CLASSES
 from runtime.files import as_size, write_whole
 from runtime.launch import leave_processes, require_joined
@@ -262,7 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--learning-rate", type=share, default=1e-4, metavar="LR", help="constant")
     optim.add_argument("--adam-beta1", type=below_one, default=0.9, metavar="BETA1", help="AdamW")
     optim.add_argument("--adam-beta2", type=below_one, default=0.999, metavar="BETA2", help="AdamW")
-    optim.add_argument("--adam-epsilon", type=positive, default=1e-8, metavar="EPS", help="AdamW")
+    optim.add_argument("--adam-epsilon", type=positive_share, default=1e-8, metavar="EPS", help="AdamW")
     optim.add_argument("--adam-weight-decay", type=not_negative, default=0.0, metavar="WD", help="AdamW")
     optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM",
                        help="gradients are clipped to this norm")
@@ -676,8 +686,9 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 
     def score(step: int) -> None:
         scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored,
-                               conditions)
-        write_line(log, accelerator, {"step": step, **scores}, scores)
+                               conditions, step, accelerator)
+        if scores:
+            write_line(log, accelerator, {"step": step, **scores}, scores)
 
     def close(step: int) -> None:
         if step > done["logged"]:
@@ -695,7 +706,10 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 def draw_grid(path: Path, ema: Network, codec: Codec, how: Sampling, conditions: Conditions, step: int,
               accelerator: Accelerator) -> None:
     """Write a grid of EMA samples with fixed labels or captions and noise, as PNG and to the tracker."""
-    images, shown, _ = sample_images(ema, codec, range(GRID_IMAGES), how, conditions)
+    try:
+        images, shown, _ = sample_images(ema, codec, range(GRID_IMAGES), how, conditions)
+    except UserError as error:                                    # not finite: the run goes on
+        return notice(f"warning: no grid of step {step}: {error}")
     grid = grid_of(images, round(GRID_IMAGES**0.5), shown if isinstance(conditions, Captions) else None)
     try:
         write_whole(path, lambda partial: grid.save(partial, "png"))
@@ -708,16 +722,28 @@ def draw_grid(path: Path, ema: Network, codec: Codec, how: Sampling, conditions:
 
 
 def score_samples(ema: Network, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,
-                  resolution: int, how: Sampling, conditions: Conditions) -> dict[str, float]:
-    """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others."""
+                  resolution: int, how: Sampling, conditions: Conditions, step: int,
+                  accelerator: Accelerator) -> dict[str, float]:
+    """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others, and with a
+    notice if samples are not finite.
+    """
+    faults = []
 
     def blocks(ranges):
         for indices in ranges:
-            yield sample_images(ema, codec, indices, how, conditions)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
+            try:
+                images = sample_images(ema, codec, indices, how, conditions)[0]
+            except UserError as error:                            # on one rank: it stays in step with the others
+                faults.append(str(error))
+                images = torch.zeros(len(indices), 3, resolution, resolution, dtype=torch.uint8)
+            yield images.permute(0, 2, 3, 1).numpy()              # (n, R, R, 3)
 
     samples = ImageSet("EMA samples", count, (resolution, resolution), blocks)
     result = evaluate(reference, samples, extractor, [metric_of(extractor)], batch_size=SCORED_BLOCK,
                       measured_ref=measured)
+    if accelerator.reduce(torch.tensor(float(len(faults)), device=accelerator.device)) > 0:
+        notice(f"warning: no score of step {step}: {(*faults, 'samples of another process are not finite')[0]}")
+        return {}
     return {} if result is None else {score_name(extractor.key, count): result[extractor.key]}
 
 

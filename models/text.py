@@ -15,6 +15,7 @@ from runtime.messages import UserError, notice
 
 DEFAULT = "openai/clip-vit-large-patch14"
 T5_LENGTH = 128              # tokens; T5's positions are relative
+MAX_LAYERS = 256             # of an encoder; published ones have up to 48
 T5_FAMILY = ("t5", "mt5", "umt5")
 
 
@@ -52,6 +53,8 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
             kind = getattr(transformers, part)
             if part.startswith("Auto"):
                 loaded.append(kind.from_pretrained(name, trust_remote_code=False))
+                if part == "AutoConfig" and (layers := _most_layers(loaded[-1].to_dict())) > MAX_LAYERS:
+                    raise ValueError(f"config.json asks for {layers} layers")
                 continue
             network, found = kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32,
                                                   output_loading_info=True)
@@ -66,6 +69,12 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}); give a hub id, or a folder with config.json, "
                         "weights (safetensors) and tokenizer files") from error
     return loaded
+
+
+def _most_layers(config: dict) -> int:
+    """The largest number of layers in a config: transformers builds each before it looks at the weights."""
+    return max((_most_layers(value) if isinstance(value, dict) else value for name, value in config.items()
+                if isinstance(value, dict) or isinstance(value, int) and "layers" in name), default=0)
 
 
 class TextEncoder:

@@ -355,12 +355,20 @@ def ldm_name(name: str, levels: int) -> str:
     return name
 
 
+def read_stored(path: Path) -> dict:
+    """The state dict in a file of torch.save. Raises UserError for tensors that claim more numbers than it stores."""
+    weights = read_file(path)
+    weights = weights.get("state_dict", weights)
+    if sum(one.nbytes for one in weights.values() if isinstance(one, torch.Tensor)) > path.stat().st_size:
+        raise UserError(f"{path}: the weights claim more numbers than are stored; name another file")
+    return weights
+
+
 def read_ldm(path: Path) -> torch.nn.Module:
     """An AutoencoderKL from a .pt file with LDM's names; shapes tell its architecture. Raises for other files."""
     from diffusers import AutoencoderKL
 
-    weights = read_file(path)
-    weights = weights.get("state_dict", weights)
+    weights = read_stored(path)
     block = "encoder.down.{}.block.{}.conv1.weight".format
     widths = [len(weights[block(i, 0)]) for i in range(64) if block(i, 0) in weights]
     attends = [f"encoder.down.{i}.attn.0.q.weight" in weights for i in range(len(widths))]
@@ -386,7 +394,7 @@ def _require_whole(folder: Path) -> None:
             if file.read(100).startswith(b"version https://git-lfs"):
                 raise UserError(f"{path}: a pointer of git-lfs, no weights; run `git lfs pull` there, or download it")
         if path.suffix == ".bin":
-            read_file(path)                                       # refuses code before diffusers sees the file
+            read_stored(path)                                     # refuses code before diffusers sees the file
     config = json.loads((folder / "config.json").read_text())
     for name, value in config.items():
         limit = 64 if "layers" in name else MAX_WIDTH

@@ -82,9 +82,13 @@ def without_traceback(main):
         with closing(out), closing(err), redirect_stdout(out), redirect_stderr(err):
             try:
                 return main(*args, **kwargs)
-            except (UserError, OSError, MemoryError) as error:
-                if isinstance(error, MemoryError):
-                    error = UserError(f"not enough memory ({error}); ask for less at a time, or use a larger machine")
+            except (UserError, OSError, MemoryError, RuntimeError) as error:
+                torchs = "DefaultCPUAllocator" in str(error) or type(error).__name__ == "OutOfMemoryError"
+                if isinstance(error, RuntimeError) and not torchs:
+                    raise
+                if isinstance(error, MemoryError | RuntimeError):
+                    reason = str(error).partition("\n")[0][:200]
+                    error = UserError(f"not enough memory ({reason}); ask for less at a time, or use a larger machine")
                 if isinstance(error, OSError):
                     if error.errno != errno.ENAMETOOLONG:
                         raise

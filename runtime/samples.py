@@ -168,8 +168,10 @@ class SampleFolder:
         """
         for part in self.parts:
             shutil.rmtree(self.block_folder(part), ignore_errors=True)
-        if missing := set(self._missing_png()):
+        missing = set(self._missing_png())
+        if missing or geneval is not None:
             self._take()
+        if missing:
             self._export(missing)
         if geneval is not None:
             self._export_geneval(*geneval)

@@ -22,7 +22,7 @@ from evaluations.images import open_images
 from models import checkpoint
 from models.encoders import load_encoders
 from models.text import TextEncoder
-from models.vae import load_codec
+from models.vae import load_codec, read_ldm, read_statistics
 from runtime.catalogue import Catalogue
 from runtime.messages import UserError
 from runtime.npz import load_npz
@@ -60,7 +60,7 @@ def as_npy(path: Path) -> None:
 
 def as_npz(path: Path) -> None:
     values = np.array([Armed()] * 4, dtype=object)
-    names = "arr_0 mu sigma class_tokens labels keys files order metadata stamp extensions"
+    names = "arr_0 mean std mu sigma class_tokens labels keys files order metadata stamp extensions"
     np.savez(path, **dict.fromkeys(names.split(), values))
 
 
@@ -82,6 +82,9 @@ PLACES = {
     "--dinov2-weights": ("x.pth", WEIGHTS_FILES,
                          lambda place: load_extractor("dinov2", dinov2_weights=place / "x.pth")),
     "--vae": ("vae/diffusion_pytorch_model.bin", WEIGHTS_FILES, lambda place: load_codec(str(place / "vae"))),
+    "--vae, of latent diffusion": ("x.pt", WEIGHTS_FILES, lambda place: read_ldm(place / "x.pt")),
+    "--latent-stats": ("x.pt", WEIGHTS_FILES, lambda place: read_statistics(place / "x.pt")),
+    "--latent-stats, npz": ("x.npz", (as_npz, as_pickle), lambda place: read_statistics(place / "x.npz")),
     "--text-encoder": ("clip/pytorch_model.bin", WEIGHTS_FILES, lambda place: TextEncoder(str(place / "clip"))),
     "--clip": ("clip/pytorch_model.bin", WEIGHTS_FILES, lambda place: Clip(str(place / "clip"))),
     "moments and features": ("data/a.npy", (as_npy, as_pickle),
@@ -198,6 +201,28 @@ def test_a_vae_is_held_against_its_weights(tmp_path, vae_folder, change):
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match="vae"):
         load_codec(str(folder))
+
+
+@pytest.mark.parametrize("tower", ["text_config", "vision_config"])
+def test_a_clip_of_many_layers_is_refused_before_it_is_built(tmp_path, tiny_clip, tower):
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config[tower]["num_hidden_layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (TextEncoder, Clip):
+        with pytest.raises(UserError, match="1000000000 layers"):
+            load(str(folder))
+
+
+def test_weights_of_a_vae_that_repeat_one_number(tmp_path, vae_folder):
+    """Of a folder with config.json, and of the latent diffusion program."""
+    folder = shutil.copytree(vae_folder, tmp_path / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = {"encoder.down.0.block.0.conv1.weight": torch.zeros(1).expand(2**14, 2**14)}
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    torch.save({"state_dict": weights}, tmp_path / "x.pt")
+    for read in (lambda: load_codec(str(folder)), lambda: read_ldm(tmp_path / "x.pt")):
+        with pytest.raises(UserError, match="than are stored"):
+            read()
 
 
 def test_a_compressed_dataset_json_is_in_proportion(tmp_path):

@@ -78,7 +78,8 @@ def test_the_published_training_command_runs(small, tmp_path, launcher):
     ("--prediction x", "--prediction"), ("--prediction", "--prediction"),
     ("--learning-rate inf", "--learning-rate"), ("--learning-rate 1e9", "--learning-rate"),
     ("--cls inf", "float32"), ("--cls 1e39", "float32"), ("--proj-coeff inf", "float32"), ("--proj-coeff nan", "nan"),
-    ("--adam-epsilon 0", "above 0"), ("--adam-epsilon 1e-60", "float32"), ("--ema-decay 1", "below 1"),
+    ("--adam-epsilon 0", "above 0"), ("--adam-epsilon 1e-60", "float32"), ("--adam-epsilon 1e38", "up to 1"),
+    ("--ema-decay 1", "below 1"),
     ("--projector-dim 10000000000", "at most"), ("--num-classes 90000000", "at most"),
     ("--batch-size 1000000000000", "at most"), ("--eval-samples 1000000000000", "at most"),
     ("--num-workers 100000", "at most"), ("--resolution 1000000000", "at most")])

@@ -1,14 +1,18 @@
 """runtime/samples.py: a folder of blocks that can be interrupted at any moment and continued."""
 
 import shutil
+import time
 from collections import namedtuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from runtime import files
+from runtime.files import lock
 from runtime.messages import UserError
 from runtime.samples import PNG_EXTRA, SampleFolder, read_settings
+from tests import forks
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
 TOKENS, LABELS = np.arange(21, dtype=np.float32).reshape(7, 3), np.arange(7)
@@ -167,6 +171,22 @@ def test_a_png_file_that_cannot_be_written(folder, whole):
     assert not (folder.path / "images" / "000003.png").exists()
     (folder.path / "images" / ".000003.png.partial").rmdir()
     assert fill(folder) is None and contents(folder) == whole
+
+
+def test_genevals_folders_are_written_under_the_lock(folder, monkeypatch):
+    """Also where nothing else is left to write."""
+    fill(folder)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
+    held = folder.path / "held"
+    holder = forks.start(lambda: (lock(folder.path, ""), held.touch(), time.sleep(100)))
+    while not held.exists():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another process"):
+        folder.export((["{}"] * 7, 1))
+    holder.kill()
+    holder.wait()
+    folder.export((["{}"] * 7, 1))
+    assert (folder.path / "geneval/00006/samples/0000.png").exists() and not (folder.path / ".lock").exists()
 
 
 def test_a_second_process_does_not_make_again_what_the_first_has_finished(folder):

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
@@ -30,7 +31,7 @@ from runtime import files
 from runtime import run as disk
 from runtime.files import lock, read_patiently, write_whole
 from runtime.log import Log, read_lines, start_tracker, write_line
-from runtime.messages import MayPass, UserError
+from runtime.messages import MayPass, UserError, without_traceback
 from runtime.stopping import STOPPED, StopRequest
 from tests import forks
 from tests.stress.kills import children, same
@@ -122,6 +123,20 @@ def test_programs_work_without_output(program, train_flags, data_dir, trained, v
         monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115  (for the test)
     main([*map(str, argv)])
     assert list(tmp_path.glob(made))
+
+
+def raise_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60),
+                                  raise_out_of_memory])
+def test_too_little_memory_is_a_sentence(capsys, fail):
+    """PyTorch's own errors are RuntimeErrors; others keep their traceback."""
+    code, last = ended(without_traceback(lambda argv: fail()), [], capsys)
+    assert code == 2 and last.startswith("error: not enough memory (")
+    with pytest.raises(RuntimeError, match="a defect"):
+        without_traceback(lambda: (_ for _ in ()).throw(RuntimeError("a defect")))()
 
 
 # ---- signals
@@ -380,16 +395,17 @@ def test_two_encoders_of_one_destination(data_dir, vae_folder, tmp_path, monkeyp
 
 # ---- weights that are not finite
 
-@pytest.mark.parametrize("rate", ["1e38", "1e20"])
-def test_a_rate_that_blows_up_keeps_the_last_good_checkpoint(train_flags, tmp_path, capsys, rate):
-    """1e38: weights that are not finite are not written; 1e20: updates are skipped, and nothing older is removed."""
+@pytest.mark.parametrize(("rate", "word"), [("1e38", "weights are not finite"), ("1e20", "updates in a row")])
+def test_a_rate_that_blows_up_keeps_the_last_good_checkpoint(train_flags, tmp_path, capsys, monkeypatch, rate, word):
+    """Weights that are not finite are not written; while updates are skipped, nothing older is removed."""
+    monkeypatch.setattr(train, "share", float)                    # the flag's type refuses such rates
     flags = [*train_flags, "--keep-last", "1", "--checkpointing-steps", "2"]
     train.main([*flags, "--max-train-steps", "2"])
     good = disk.checkpoint_path(tmp_path / "run", 2)
     before = good.read_bytes()
     code, last = ended(train.main, [*flags, "--max-train-steps", "9", "--learning-rate", rate,
                                     "--max-skipped-updates", "3"], capsys)
-    assert code == 2 and "--learning-rate" in last and good.read_bytes() == before
+    assert code == 2 and word in last and "--learning-rate" in last and good.read_bytes() == before
     for path in disk.saved(tmp_path / "run").values():
         state = checkpoint.read(path)
         assert all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values())
@@ -434,6 +450,22 @@ def test_a_grid_that_cannot_be_written_does_not_end_the_run(train_flags, tmp_pat
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main([*train_flags, "--max-train-steps", "2", "--sampling-steps", "1"])
     assert capsys.readouterr().err.count("0000001.png") == 1 and list(disk.saved(tmp_path / "run")) == [2]
+
+
+def test_samples_that_are_not_finite_do_not_end_the_run(train_flags, trained, data_dir, encoder_folder, tmp_path,
+                                                        capsys):
+    """With weights that are finite: the grid or the score is left out, and the run goes on and saves."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    state = checkpoint.read(folder, mmap=False)
+    state["ema"]["final_layer.linear.bias"][0] = 3e38
+    disk.save(folder, state)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main([*train_flags, "--max-train-steps", "4", "--sampling-steps", "4", "--eval-steps", "3", "--eval-samples",
+                "4", "--ref-batch", str(data_dir / "images"), "--features", f"local-dir:{encoder_folder}"])
+    said = capsys.readouterr().err
+    assert said.count("warning: no grid of step 4: the samples are not finite") == 1
+    assert said.count("warning: no score of step 3: the samples are not finite") == 1
+    assert list(disk.saved(folder)) == [2, 4] and not any("fd_encoder_4" in line for line in log(tmp_path))
 
 
 def test_a_copied_experiment_is_another_run_of_wandb(tmp_path):

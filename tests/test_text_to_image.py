@@ -285,6 +285,15 @@ def test_edited_checkpoints_of_captions_are_refused(edit, run, tmp_path, capsys)
     assert refused.value.code and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "s").exists()
 
 
+def test_an_edited_data_set_is_refused_where_its_captions_are_needed(run, tmp_path, capsys):
+    state = torch.load(find(run), weights_only=True)
+    state["args"]["data_dir"] = 5
+    torch.save(state, tmp_path / "edited.pt")
+    with pytest.raises(SystemExit) as refused:
+        generate.main(["--ckpt", str(tmp_path / "edited.pt"), *FEW, "--sample-dir", str(tmp_path / "s")])
+    assert refused.value.code == 2 and "5: no captions" in capsys.readouterr().err
+
+
 def test_a_released_file_takes_an_encoder_of_its_width(run, tiny_clip, tmp_path, capsys, sample):
     """Weights alone tell the width of the states, and not the encoder."""
     state = torch.load(find(run), weights_only=True)
