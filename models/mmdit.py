@@ -109,46 +109,34 @@ MMDiT_models = {
 
 # ------------------------------------------------------------------------------------------- names in released files
 
-# Names in REPA's and HASTE's files -> names in diffusers' block. "x" is the image, "context" the text.
-_RELEASED = (
-    (r"x_block\.adaLN_modulation\.1", "norm1.linear"),
-    (r"context_block\.adaLN_modulation\.1", "norm1_context.linear"),
-    (r"x_block\.attn\.proj", "attn.to_out.0"),
-    (r"context_block\.attn\.proj", "attn.to_add_out"),
-    (r"x_block\.attn\.ln_([qk])", r"attn.norm_\1"),
-    (r"context_block\.attn\.ln_([qk])", r"attn.norm_added_\1"),
-    (r"x_block\.mlp\.fc1", "ff.net.0.proj"),
-    (r"x_block\.mlp\.fc2", "ff.net.2"),
-    (r"context_block\.mlp\.fc1", "ff_context.net.0.proj"),
-    (r"context_block\.mlp\.fc2", "ff_context.net.2"),
-)
-_QKV = {"x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
+# Names in a block of REPA's and HASTE's files -> diffusers' names: of the image ("x_block"), of the text.
+_RELEASED = {
+    "adaLN_modulation.1": ("norm1.linear", "norm1_context.linear"),
+    "attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+    "attn.proj": ("attn.to_out.0", "attn.to_add_out"),
+    "attn.ln_q": ("attn.norm_q", "attn.norm_added_q"),
+    "attn.ln_k": ("attn.norm_k", "attn.norm_added_k"),
+    "mlp.fc1": ("ff.net.0.proj", "ff_context.net.0.proj"),
+    "mlp.fc2": ("ff.net.2", "ff_context.net.2"),
+}
 
 
 def rename_released(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a released MMDiT (`joint_blocks.*`) under our names; other names are kept.
 
-    Queries, keys and values are split. In the last block the text's modulation is (shift, scale); diffusers' is (scale,
-    shift).
+    Queries, keys and values are split. In the last block, whose text stream has no output, the text's modulation is
+    (shift, scale); diffusers' is (scale, shift).
     """
     found = {}
-    matches = {name: re.fullmatch(r"joint_blocks\.(\d{1,4})\.((x_block|context_block)\..+)\.(weight|bias)", name)
-               for name in weights}
-    last = max((int(match[1]) for match in matches.values() if match), default=None)
     for name, weight in weights.items():
-        match = matches[name]
-        if match is None or not weight.ndim:
+        match = re.fullmatch(r"joint_blocks\.(\d+)\.(x|context)_block\.(.+)\.(weight|bias)", name)
+        if match is None or match[3] not in _RELEASED or not weight.ndim:
             found[name] = weight
             continue
-        number, inside, stream, kind = match.groups()
-        if inside.endswith("attn.qkv") and len(weight) % 3 == 0:
-            for part, third in zip(_QKV[stream], weight.chunk(3), strict=True):           # (D, D) or (D,) each
-                found[f"blocks.{number}.{part}.{kind}"] = third
-            continue
-        if int(number) == last and inside == "context_block.adaLN_modulation.1":
+        number, stream, inside, kind = match.groups()
+        ours = _RELEASED[inside][stream == "context"].split()
+        if ours == ["norm1_context.linear"] and f"joint_blocks.{number}.context_block.mlp.fc1.weight" not in weights:
             weight = weight.roll(len(weight) // 2, 0)
-        for pattern, ours in _RELEASED:
-            inside = re.sub(pattern, ours, inside)
-        found[f"blocks.{number}.{inside}.{kind}"] = weight
+        for part, rows in zip(ours, weight.chunk(len(ours)), strict=False):   # too few: load_weights names the absent
+            found[f"blocks.{number}.{part}.{kind}"] = rows
     return found

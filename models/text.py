@@ -7,7 +7,6 @@ Padding is attended by MMDiT: the states always have the encoder's length.
 import hashlib
 import json
 
-import numpy as np
 import torch
 
 from models.encoders import sha256_of_parameters
@@ -68,6 +67,15 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
     return loaded
 
 
+def tokenize(tokenizer, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Captions (n) -> token ids (n, L), their mask (n, L), and how many captions are cut to the length L."""
+    found = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    cut = 0
+    if found.attention_mask.all(dim=1).any():                     # only a caption without padding can have been longer
+        cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
+    return found.input_ids, found.attention_mask, cut
+
+
 class TextEncoder:
     """A frozen text encoder on its device.
 
@@ -92,21 +100,14 @@ class TextEncoder:
     @torch.no_grad()
     def states(self, captions: list[str]) -> torch.Tensor:
         """Captions (n) -> states (n, L, W), float32 on the device. Says once that captions are cut to L tokens."""
-        ids = self.tokenizer(captions).input_ids                  # with the end token
-        if not self.truncated and max(map(len, ids)) > self.length:
+        tokens, mask, cut = tokenize(self.tokenizer, captions, self.length)                   # (n, L), (n, L)
+        if cut and not self.truncated:
             self.truncated = True
             notice(f"captions of more than {self.length} tokens are cut to what {self.name} reads")
-        tokens = np.full((len(ids), self.length), self.tokenizer.pad_token_id)                # (n, L)
-        for row, one in zip(tokens, ids, strict=True):
-            kept = one if len(one) <= self.length else [*one[:self.length - 1], one[-1]]
-            row[:len(kept)] = kept
-        mask = np.arange(self.length) < np.array([[len(one)] for one in ids])                # (n, L)
+        inputs = {"input_ids": tokens, "attention_mask": mask} if self.masked else {"input_ids": tokens}
         device = self.network.device
-        tokens, mask = (torch.from_numpy(one) for one in (tokens, mask))
         if device.type == "cuda":                                 # from other memory a copy would wait for the device
-            tokens, mask = tokens.pin_memory(), mask.pin_memory()
-        inputs = {"input_ids": tokens.to(device, non_blocking=True)}
-        if self.masked:
-            inputs["attention_mask"] = mask.to(device, non_blocking=True)
+            inputs = {name: one.pin_memory() for name, one in inputs.items()}
+        inputs = {name: one.to(device, non_blocking=True) for name, one in inputs.items()}
         with torch.autocast(device.type, enabled=False):          # the same states in training and sampling
             return self.network(**inputs).last_hidden_state.float()                           # (n, L, W)
