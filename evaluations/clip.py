@@ -14,9 +14,10 @@ from evaluations.images import ImageSet
 from evaluations.metrics import side_by_side
 from models.encoders import sha256_of_parameters
 from models.text import load_pretrained, states_shape, tokenize
+from runtime.files import read_patiently
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
-from runtime.stores import FolderStore, parse_json
+from runtime.stores import parse_json
 
 METRIC = "clip_score"
 
@@ -54,7 +55,7 @@ def read_captions(sample: Path, file: Path | None, count: int | None) -> list[st
     path, captions = file or next(filter(Path.is_file, places), places[0]), []
     if not path.is_file():
         raise UserError(f"{path}: not found, and --clip needs captions; name their file with --captions")
-    for i, line in enumerate(FolderStore("").read(path).rstrip().split(b"\n")):
+    for i, line in enumerate(read_patiently(path.read_bytes, str(path)).rstrip().split(b"\n")):
         entry = parse_json(line, f"{path}: line {i + 1}")
         text = entry.get("caption") if isinstance(entry, dict) and entry.get("index", i) == i else None
         if not isinstance(text, str):
