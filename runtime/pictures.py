@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -12,7 +11,6 @@ from torchvision.utils import make_grid
 from runtime.stores import shown
 
 SIDE, SIZE = 128, 11      # px: the least width of a captioned image, and the height of its letters
-LINE_HEIGHT = SIZE + 2
 LINES, MARGIN = 10, 4     # of a caption, the rest is cut off; px around images and captions
 
 
@@ -25,18 +23,19 @@ def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None =
         return to_pil_image(make_grid(images, nrow=columns))
     from matplotlib import get_data_path  # slow to import
 
+    count, _, height, width = images.shape
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", SIZE)  # Pillow's own has no accents
-    scale = -(-SIDE // images.shape[-1])
-    images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)       # (N, 3, H, W)
-    height, width = images.shape[2:]
+    scale = -(-SIDE // width)
+    height, width = scale * height, scale * width
     fitting = {"width": int(width / font.getlength("x")), "max_lines": LINES, "placeholder": "..."}
     texts = [textwrap.wrap(shown(caption), **fitting) for caption in captions]
-    below = max(map(len, texts)) * LINE_HEIGHT + MARGIN
-    tiles = F.pad(images, (MARGIN, 0, MARGIN, below), value=255)                          # (N, 3, H + ., W + .)
-    grid = to_pil_image(F.pad(make_grid(tiles, nrow=columns, padding=0, pad_value=255), (0, MARGIN), value=255))
+    row = height + max(map(len, texts)) * (SIZE + 2) + 2 * MARGIN
+    size = MARGIN + min(columns, count) * (width + MARGIN), MARGIN + -(-count // columns) * row
+    grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
-    for i, text in enumerate(texts):
-        left, top = MARGIN + i % columns * tiles.shape[3], MARGIN + i // columns * tiles.shape[2] + height
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        left, top = MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * row
+        grid.paste(to_pil_image(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
         for line, words in enumerate(text):
-            draw.text((left, top + line * LINE_HEIGHT), words, "black", font)
+            draw.text((left, top + height + line * (SIZE + 2)), words, "black", font)
     return grid
