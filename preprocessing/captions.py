@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, find_store
+from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, find_store, first_store
 from runtime import stores
-from runtime.catalogue import Catalogue, key_of, read_captions, tidy, write_catalogue
-from runtime.files import write_whole
+from runtime.catalogue import Catalogue, key_of, read_captions, require_captions, tidy, write_catalogue
+from runtime.files import read_patiently, write_whole
 from runtime.messages import UserError, say
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, FolderStore, Store, few, parse_json, shown
 
@@ -35,11 +35,16 @@ def index_of(names: np.ndarray, by_id: bool = True) -> dict[str | int, bytes | N
     return index | {os.fsdecode(name): name for name in names.tolist()}
 
 
+def _first(record: object, names: tuple[str, ...]) -> object:
+    """The first of a record's fields `names` that it has, or None."""
+    return next((record[name] for name in names if name in record), None) if isinstance(record, dict) else None
+
+
 def _entries(record: object, where: str) -> Iterator[tuple[tuple, object]]:
     """What a record calls each of its pictures, one or more names or numbers, and captions of it."""
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected {{name: caption, ...}} or lines of {{"file_name": ..., "caption": ...}}')
-    key, text = (next((record[one] for one in some if one in record), None) for some in (KEYS, FIELDS))
+    key, text = _first(record, KEYS), _first(record, FIELDS)
     if isinstance(record.get("annotations"), list):
         try:
             called = {image["id"]: image["file_name"] for image in record.get("images", ())}
@@ -55,10 +60,11 @@ def _entries(record: object, where: str) -> Iterator[tuple[tuple, object]]:
 
 def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, list[str]]:
     """The captions in a file by name, see `index_of`. Raises UserError naming keys of no picture, or of several."""
-    data, where = FolderStore("").read(file), shown(file)
-    lines = [data] if file.endswith(".json") else [line for line in data.splitlines() if line.strip()]
-    records = [parse_json(line, where) for line in lines]
-    records = records[0] if file.endswith(".json") and isinstance(records[0], list) else records
+    where = shown(file)
+    data = read_patiently(Path(file).read_bytes, where)
+    content = [parse_json(line, where) for line in ([data] if file.endswith(".json") else data.splitlines())
+               if line.strip()]
+    records = content[0] if file.endswith(".json") and isinstance(content[0], list) else content
     found, unknown = {}, {}
     for keys, text in (entry for record in records for entry in _entries(record, where)):
         name = next((index[key] for key in keys if isinstance(key, str | int) and index.get(key)), None)
@@ -82,8 +88,7 @@ def read_beside(store: Store, names: np.ndarray, files: set[bytes]) -> dict[byte
                 if file.endswith(b".txt"):
                     texts = [line for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()]
                 else:
-                    content = parse_json(data, where)
-                    texts = next((content[one] for one in FIELDS if isinstance(content, dict) and one in content), None)
+                    texts = _first(parse_json(data, where), FIELDS)
                 if texts is not None:                             # else it holds something else
                     found[name] = tidy(texts, where)
                     files.discard(file)
@@ -97,10 +102,10 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
     From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`; else from
     those of the files `others` that lie beside pictures; in class folders only if most pictures have one.
     """
-    left, listed = set(others.tolist()), None if file else read_captions(store, names, bytes, metadata)
+    left = set(others.tolist())
     if file:
         found = read_file(file, index_of(begun))
-    elif listed:
+    elif listed := read_captions(store, names, bytes, metadata):
         found = {name: listed[i].split("\n") for i, name in enumerate(names.tolist())}
     else:
         found = read_beside(store, names, left)
@@ -109,15 +114,8 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
             found, left = {}, set(others.tolist())
     stores.pass_over(store, others[[name in left for name in others.tolist()]])
     if found or file:
-        require_all(found, names, shown(file or store.path))
+        require_captions(found, names, shown(file or store.path))
     return found or None
-
-
-def require_all(found: dict[bytes, list[str]], names: np.ndarray, where: str) -> None:
-    """Raise UserError naming those of `names` (n,) that have no captions."""
-    lacking = names[[name not in found for name in names.tolist()]]
-    if len(lacking):
-        raise UserError(f"{where}: no caption for {len(lacking)} of {len(names)} pictures ({few(lacking)}); add them")
 
 
 def captions(source: str, captions: str) -> None:
@@ -126,25 +124,23 @@ def captions(source: str, captions: str) -> None:
     The file names images as they are in the data set. Raises UserError before anything is written if it does not name
     all of them, or others.
     """
-    found = {}
-    for kind, extensions in ((IMAGES, IMAGE_EXTENSIONS), (MOMENTS, MOMENTS_EXTENSIONS)):
-        for path in [Path(source, name) for name in kind if Path(source, name).exists()][:1]:
-            found[extensions] = Catalogue(stores.open_store(path), extensions, recall=False)
+    kinds = ((IMAGES, IMAGE_EXTENSIONS), (MOMENTS, MOMENTS_EXTENSIONS))
+    found = [(Catalogue(store, extensions, recall=False), extensions) for candidates, extensions in kinds
+             if (store := first_store(Path(source), candidates))]
     if not found:
         find_store(Path(source), IMAGES, "images")                # names what is missing
-    index = index_of([*found.values()][0].names, by_id=False)
+    index = index_of(found[0][0].names, by_id=False)
     given = {key_of(name): texts for name, texts in read_file(captions, index).items()}
-    changed = []
-    for one in found.values():
-        require_all(given, one.keys, shown(captions))
-        texts = {os.fsdecode(name): given[key_of(name)] for name in one.names.tolist()}
-        changed.append(json.dumps({**stores.read_metadata(one.store), "captions": texts}).encode())
-    for (extensions, one), content in zip(found.items(), changed, strict=True):
+    for one, _ in found:
+        require_captions(given, one.keys, shown(captions))
+    for one, extensions in found:
         path, store = Path(one.store.path), one.store
+        texts = {os.fsdecode(name): given[key] for name, key in zip(one.names.tolist(), one.keys.tolist(), strict=True)}
+        content = json.dumps({**one.metadata, "captions": texts}).encode()
         if isinstance(store, FolderStore):
             write_whole(path / METADATA, lambda partial, content=content: partial.write_bytes(content))
         else:
-            names = [name for name in map(os.fsdecode, store.directory[0].tolist()) if name != METADATA]
-            stores.write_zip(path, chain(((name, store.read(name)) for name in names), [(METADATA, content)]))
+            kept = [name for name in map(os.fsdecode, store.directory[0].tolist()) if name != METADATA]
+            stores.write_zip(path, chain(((name, store.read(name)) for name in kept), [(METADATA, content)]))
         write_catalogue(path, extensions)
     say(f"{shown(source)}: captions of {len(given)} images")

@@ -20,7 +20,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +76,7 @@ def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes],
         return None
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
-    try:
-        listed = [os.fsencode(name) for name, _ in entries]
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
+    listed = _file_names((name for name, _ in entries), where)
     named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
     fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
     listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # as wide as the longest
@@ -100,6 +97,14 @@ def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes],
         i = differing[0]
         raise UserError(f"{where}: {few(listed[[i]])} has label {values[i]} and label {values[i + 1]}; remove one")
     return values[found]
+
+
+def _file_names(names: Iterable[str], where: str) -> list[bytes]:
+    """The names in a dataset.json as bytes. Raises UserError if no file can have one of them."""
+    try:
+        return list(map(os.fsencode, names))
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
 
 
 def _is_labelled(entry: object) -> bool:
@@ -146,6 +151,14 @@ def tidy(captions: object, where: str) -> list[str]:
     return found
 
 
+def require_captions(given: dict[bytes, object], keys: np.ndarray, where: str) -> None:
+    """Raise UserError naming those of `keys` (n,) that have no captions."""
+    lacking = keys[[one not in given for one in keys.tolist()]]
+    if len(lacking):
+        raise UserError(f"{where}: no caption for {len(lacking)} of {len(keys)} files ({few(lacking)}); add them, to a "
+                        "prepared data set with `preprocessing.dataset_tools captions`")
+
+
 def read_captions(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of, metadata: dict | None = None
                   ) -> Captions | None:
     """The captions of `keys` (n,) from dataset.json, None if it has none; arguments are those of read_labels.
@@ -158,14 +171,8 @@ def read_captions(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] 
         return None
     if not isinstance(entries, dict):
         raise UserError(f'{where}: expected "captions" to be {{name: [caption, ...], ...}} or null')
-    try:
-        given = {key(os.fsencode(name)): captions for name, captions in entries.items()}
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
-    lacking = keys[[one not in given for one in keys.tolist()]]
-    if len(lacking):
-        raise UserError(f"{where}: no caption for {len(lacking)} of {len(keys)} files ({few(lacking)}); add them with "
-                        "`preprocessing.dataset_tools captions`")
+    given = dict(zip(map(key, _file_names(entries, where)), entries.values(), strict=True))
+    require_captions(given, keys, where)
     return pack_captions(["\n".join(tidy(given[one], f"{where}: {shown(one)}")) for one in keys.tolist()])
 
 
