@@ -311,10 +311,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     args.align = (args.align or aligned) if args.proj_coeff > 0 else None
     if args.model in MMDiT_models:
         args.text_encoder = args.text_encoder or DEFAULT
-        _, args.text_length, _ = states_shape(args.text_encoder, args.text_length)
         if args.num_classes is not None or not args.fused_attn:
             flag = "--no-fused-attn" if args.num_classes is None else f"--num-classes {args.num_classes}"
             raise UserError(f"{flag}: --model {args.model} has captions and no such choice; leave it out")
+        _, args.text_length, _ = states_shape(args.text_encoder, args.text_length)
     elif args.text_encoder is not None or args.text_length is not None:
         flag = "--text-length" if args.text_encoder is None else f"--text-encoder {args.text_encoder}"
         raise UserError(f"{flag}: --model {args.model} has class labels; give --model MMDiT/2, or leave it out")

@@ -73,9 +73,10 @@ def clip_score(images: ImageSet, captions: list[str], clip: Clip, device: torch.
     if seen is None:
         return None
     tokens, _, cut = tokenize(clip.tokenizer, captions, clip.length)              # (N, L)
+    pieces = tokens.to(device).split(PIECE if device.type == "cpu" else 256)
     if cut:
         notice(f"{cut} of {len(captions)} captions are cut to the {clip.length} tokens that {clip.name} reads")
     with full_precision(device), all_threads():
-        read = torch.cat(side_by_side(clip.of_text, tokens.to(device).split(PIECE if device.type == "cpu" else 256), device))
+        read = torch.cat(side_by_side(clip.of_text, pieces, device))
     cosines = F.cosine_similarity(seen.double(), read.double()).clamp(min=0).cpu()       # (N,)
     return {f"{METRIC}_{clip.name}": float(100 * cosines.numpy().mean()), "clip_weights_sha256": network.weights_sha256}

@@ -13,16 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from models.sit import (
-    FinalLayer,
-    PatchEmbedder,
-    TimestepEmbedder,
-    build_projector,
-    embed_pair,
-    position_table,
-    run_block,
-    unpatchify,
-)
+from models import sit
 from runtime.messages import UserError
 
 
@@ -61,22 +52,22 @@ class MMDiT(nn.Module):
         self.context_dim, self.cls_token_dim, self.encoder_depth = context_dim, cls_token_dim, encoder_depth
         self.checkpointing = False                                # activation checkpointing, set for training
 
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.x_embedder = sit.PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = sit.TimestepEmbedder(hidden_size)
         self.context_embedder = nn.Linear(context_dim, hidden_size)
         if cls_token_dim is not None:
             self.cls_embedder = nn.Linear(cls_token_dim, hidden_size)
             self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         slot = torch.zeros(int(cls_token_dim is not None), hidden_size)                   # (1, D) or (0, D)
-        table = position_table(hidden_size, input_size // patch_size).to(slot.device)     # (N, D)
+        table = sit.position_table(hidden_size, input_size // patch_size).to(slot.device)     # (N, D)
         self.pos_embed = nn.Parameter(torch.cat([slot, table])[None], requires_grad=False)                # (1, T, D)
         # The last block's text stream gives only keys, queries and values: nothing reads its output.
         self.blocks = nn.ModuleList(JointTransformerBlock(hidden_size, num_heads, hidden_size // num_heads,
                                                           context_pre_only=number == depth,
                                                           qk_norm="layer_norm" if qk_norm else None)
                                     for number in range(1, depth + 1))
-        self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
+        self.projectors = nn.ModuleList(sit.build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.final_layer = sit.FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
 
     def forward(self, x, t, context, cls_token=None):
         """The velocity of the pair (latents, class token) at time t.
@@ -88,17 +79,17 @@ class MMDiT(nn.Module):
         Returns:
             velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
         """
-        tokens = embed_pair(self, x, cls_token)                                           # (B, T, D)
+        tokens = sit.embed_pair(self, x, cls_token)                                           # (B, T, D)
         text = self.context_embedder(context.to(self.context_embedder.weight.dtype))      # (B, L, D)
         time = self.t_embedder(t)                                                         # (B, D)
 
         projected = []
         for depth, block in enumerate(self.blocks, start=1):
-            text, tokens = run_block(block, tokens, text, time, keep=not self.checkpointing)  # (B, L, D), (B, T, D)
+            text, tokens = sit.run_block(block, tokens, text, time, keep=not self.checkpointing)  # (B, L, D), (B, T, D)
             if depth == self.encoder_depth:
                 projected = [projector(tokens) for projector in self.projectors]          # (B, T, E) each
         velocity, cls_velocity = self.final_layer(tokens, time)                           # (B, N, P*P*C), (B, E)
-        return unpatchify(velocity, self.patch_size, self.in_channels), projected, cls_velocity
+        return sit.unpatchify(velocity, self.patch_size, self.in_channels), projected, cls_velocity
 
 
 # "/2" is REPA's for COCO, 24 blocks of 24 heads; T is ours, for laptops.

@@ -40,33 +40,34 @@ def _first(record: object, names: tuple[str, ...]) -> object:
     return next((record[name] for name in names if name in record), None) if isinstance(record, dict) else None
 
 
-def _entries(record: object, where: str) -> Iterator[tuple[tuple, object]]:
-    """What a record calls each of its pictures, one or more names or numbers, and captions of it."""
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: expected {{name: caption, ...}} or lines of {{"file_name": ..., "caption": ...}}')
-    key, text = _first(record, KEYS), _first(record, FIELDS)
-    if isinstance(record.get("annotations"), list):
-        try:
-            called = {image["id"]: image["file_name"] for image in record.get("images", ())}
-            yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"])
-                        for one in record["annotations"] if one["caption"].strip())           # some have no words
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: not COCO's captions ({shown(repr(error))}); give captions_*.json") from error
-    elif key is not None and text is not None:
-        yield (key,), text
+def _entries(record: dict) -> Iterator[tuple[tuple, object]]:
+    """What a record calls each of its pictures, one or more names or numbers, and captions of it.
+
+    Raises AttributeError, KeyError or TypeError if it is none.
+    """
+    if isinstance(annotations := record.get("annotations"), list):                            # COCO's
+        called = {image["id"]: image["file_name"] for image in record.get("images", ())}
+        yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"]) for one in annotations
+                    if one["caption"].strip())                    # some have no words
+    elif None not in (entry := (_first(record, KEYS), _first(record, FIELDS))):
+        yield entry[:1], entry[1]
     else:
         yield from (((key,), text) for key, text in record.items())
 
 
 def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, list[str]]:
     """The captions in a file by name, see `index_of`. Raises UserError naming keys of no picture, or of several."""
-    where = shown(file)
+    where, whole = shown(file), file.endswith(".json")
     data = read_patiently(Path(file).read_bytes, where)
-    content = [parse_json(line, where) for line in ([data] if file.endswith(".json") else data.splitlines())
-               if line.strip()]
-    records = content[0] if file.endswith(".json") and isinstance(content[0], list) else content
+    records = [parse_json(line, where) for line in ([data] if whole else data.splitlines()) if line.strip()]
+    try:
+        records = records[0] if whole and isinstance(records[0], list) else records
+        entries = [entry for record in records for entry in _entries(record)]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f'{where}: no captions ({shown(repr(error))}); expected {{name: caption, ...}}, lines of '
+                        '{"file_name": ..., "caption": ...} or COCO\'s captions_*.json') from error
     found, unknown = {}, {}
-    for keys, text in (entry for record in records for entry in _entries(record, where)):
+    for keys, text in entries:
         name = next((index[key] for key in keys if isinstance(key, str | int) and index.get(key)), None)
         if name is None:
             unknown[str(keys[0] or keys[-1])] = None
@@ -78,21 +79,21 @@ def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, li
     return found
 
 
-def read_beside(store: Store, names: np.ndarray, files: set[bytes]) -> dict[bytes, list[str]]:
-    """Captions of `names` (n,) from those of `files` that have a picture's stem, which are taken out of it."""
-    found = {}
-    for name in names.tolist() if files else ():
-        for file in (os.path.splitext(name)[0] + extension for extension in (b".txt", b".json")):
-            if file in files and name not in found:
-                data, where = store.read(file), store.where(file)
-                if file.endswith(b".txt"):
-                    texts = [line for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()]
-                else:
-                    texts = _first(parse_json(data, where), FIELDS)
-                if texts is not None:                             # else it holds something else
-                    found[name] = tidy(texts, where)
-                    files.discard(file)
-    return found
+def read_beside(store: Store, names: np.ndarray, others: np.ndarray) -> tuple[dict[bytes, list[str]], list[bytes]]:
+    """Captions of `names` (n,) from those of the files `others` (m,) that have a picture's stem; and these files."""
+    found, used = {}, []
+    stems = {os.path.splitext(name)[0]: name for name in names.tolist()} if len(others) else {}
+    for file in others[::-1].tolist():                            # .txt comes before .json
+        (stem, extension), where = os.path.splitext(file), store.where(file)
+        texts = None
+        if stem in stems and extension == b".txt":
+            texts = [line for line in store.read(file).decode("utf-8-sig", "replace").splitlines() if line.strip()]
+        elif stem in stems and extension == b".json":
+            texts = _first(parse_json(store.read(file), where), FIELDS)
+        if texts is not None:                                     # else it holds something else
+            found[stems.pop(stem)] = tidy(texts, where)
+            used.append(file)
+    return found, used
 
 
 def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadata: dict, file: str | None,
@@ -102,17 +103,17 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
     From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`; else from
     those of the files `others` that lie beside pictures; in class folders only if most pictures have one.
     """
-    left = set(others.tolist())
+    used = []
     if file:
         found = read_file(file, index_of(begun))
     elif listed := read_captions(store, names, bytes, metadata):
         found = {name: listed[i].split("\n") for i, name in enumerate(names.tolist())}
     else:
-        found = read_beside(store, names, left)
+        found, used = read_beside(store, names, others)
         classes = not isinstance(store, stores.TarStore) and all(b"/" in name for name in names.tolist())
         if classes and len(found) < len(names) / 2:               # class folders with stray text files
-            found, left = {}, set(others.tolist())
-    stores.pass_over(store, others[[name in left for name in others.tolist()]])
+            found, used = {}, []
+    stores.pass_over(store, others[~np.isin(others, used)])
     if found or file:
         require_captions(found, names, shown(file or store.path))
     return found or None
