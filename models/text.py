@@ -104,10 +104,9 @@ class TextEncoder:
         if cut and not self.truncated:
             self.truncated = True
             notice(f"captions of more than {self.length} tokens are cut to what {self.name} reads")
-        inputs = {"input_ids": tokens, "attention_mask": mask} if self.masked else {"input_ids": tokens}
         device = self.network.device
         if device.type == "cuda":                                 # from other memory a copy would wait for the device
-            inputs = {name: one.pin_memory() for name, one in inputs.items()}
-        inputs = {name: one.to(device, non_blocking=True) for name, one in inputs.items()}
+            tokens, mask = tokens.pin_memory(), mask.pin_memory()
+        tokens, mask = (one.to(device, non_blocking=True) for one in (tokens, mask))
         with torch.autocast(device.type, enabled=False):          # the same states in training and sampling
-            return self.network(**inputs).last_hidden_state.float()                           # (n, L, W)
+            return self.network(input_ids=tokens, attention_mask=mask if self.masked else None).last_hidden_state.float()                           # (n, L, W)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, find_store, first_store
 from runtime import stores
-from runtime.catalogue import Catalogue, key_of, read_captions, require_captions, tidy, write_catalogue
+from runtime.catalogue import Catalogue, key_of, read_captions, require_all, tidy, write_catalogue
 from runtime.files import read_patiently, write_whole
 from runtime.messages import UserError, say
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, FolderStore, Store, few, parse_json, shown
@@ -45,12 +45,13 @@ def _entries(record: dict) -> Iterator[tuple[tuple, object]]:
 
     Raises AttributeError, KeyError or TypeError if it is none.
     """
-    if isinstance(annotations := record.get("annotations"), list):                            # COCO's
+    key, text, annotations = _first(record, KEYS), _first(record, FIELDS), record.get("annotations")
+    if isinstance(annotations, list):                             # COCO's, of which some have no words
         called = {image["id"]: image["file_name"] for image in record.get("images", ())}
-        yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"]) for one in annotations
-                    if one["caption"].strip())                    # some have no words
-    elif None not in (entry := (_first(record, KEYS), _first(record, FIELDS))):
-        yield entry[:1], entry[1]
+        yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"])
+                    for one in annotations if one["caption"].strip())
+    elif key is not None and text is not None:
+        yield (key,), text
     else:
         yield from (((key,), text) for key, text in record.items())
 
@@ -115,7 +116,7 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
             found, used = {}, []
     stores.pass_over(store, others[~np.isin(others, used)])
     if found or file:
-        require_captions(found, names, shown(file or store.path))
+        require_all(found, "caption", shown(file or store.path), names)
     return found or None
 
 
@@ -133,7 +134,7 @@ def captions(source: str, captions: str) -> None:
     index = index_of(found[0][0].names, by_id=False)
     given = {key_of(name): texts for name, texts in read_file(captions, index).items()}
     for one, _ in found:
-        require_captions(given, one.keys, shown(captions))
+        require_all(given, "caption", shown(captions), one.keys)
     for one, extensions in found:
         path, store = Path(one.store.path), one.store
         texts = {os.fsdecode(name): given[key] for name, key in zip(one.names.tolist(), one.keys.tolist(), strict=True)}

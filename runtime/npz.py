@@ -74,7 +74,8 @@ def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[
               **arrays: np.ndarray | None) -> None:
     """Write `arr_0` uint8 (count, H, W, 3) from a stream of images or blocks, and `arrays`, as one file, atomically.
 
-    With a count of 0 there is no `arr_0`, and none of `arrays` that are None. Raises UserError if the file cannot be written.
+    With a count of 0 there is no `arr_0`, and arrays that are None are left out. Raises UserError if the file cannot be
+    written.
     """
 
     def write(partial: Path) -> None:
