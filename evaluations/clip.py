@@ -50,9 +50,8 @@ def read_captions(sample: Path, file: Path | None, count: int | None) -> list[st
 
     Raises UserError unless it has `count` lines {"index": i, "caption": "..."} in order; the index may be left out.
     """
-    folders = [sample, sample.parent] if sample.is_dir() else [sample.parent]
-    places = [folder / "captions.jsonl" for folder in folders]
-    path, captions = file or next(filter(Path.is_file, places), places[0]), []
+    places = [folder / "captions.jsonl" for folder in (sample, sample.parent)]
+    path, captions = file or next(filter(Path.is_file, places), places[1]), []
     if not path.is_file():
         raise UserError(f"{path}: not found, and --clip needs captions; name their file with --captions")
     for i, line in enumerate(read_patiently(path.read_bytes, str(path)).rstrip().split(b"\n")):

@@ -61,11 +61,10 @@ class MMDiT(nn.Module):
         slot = torch.zeros(int(cls_token_dim is not None), hidden_size)                   # (1, D) or (0, D)
         table = sit.position_table(hidden_size, input_size // patch_size).to(slot.device)     # (N, D)
         self.pos_embed = nn.Parameter(torch.cat([slot, table])[None], requires_grad=False)                # (1, T, D)
+        block = partial(JointTransformerBlock, hidden_size, num_heads, hidden_size // num_heads,
+                        qk_norm="layer_norm" if qk_norm else None)
         # The last block's text stream gives only keys, queries and values: nothing reads its output.
-        self.blocks = nn.ModuleList(JointTransformerBlock(hidden_size, num_heads, hidden_size // num_heads,
-                                                          context_pre_only=number == depth,
-                                                          qk_norm="layer_norm" if qk_norm else None)
-                                    for number in range(1, depth + 1))
+        self.blocks = nn.ModuleList(block(context_pre_only=number == depth) for number in range(1, depth + 1))
         self.projectors = nn.ModuleList(sit.build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
         self.final_layer = sit.FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
 

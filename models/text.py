@@ -109,4 +109,5 @@ class TextEncoder:
             tokens, mask = tokens.pin_memory(), mask.pin_memory()
         tokens, mask = (one.to(device, non_blocking=True) for one in (tokens, mask))
         with torch.autocast(device.type, enabled=False):          # the same states in training and sampling
-            return self.network(input_ids=tokens, attention_mask=mask if self.masked else None).last_hidden_state.float()                           # (n, L, W)
+            found = self.network(input_ids=tokens, attention_mask=mask if self.masked else None)
+        return found.last_hidden_state.float()                                                # (n, L, W)

@@ -73,7 +73,7 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
     largest = max((label for _, label in entries), default=0)
     if largest >= MAX_CLASSES:
-        raise UserError(f"{where}: label {largest}; labels must be below {MAX_CLASSES}, as every class has an embedding")
+        raise UserError(f"{where}: label {largest}; labels must be below {MAX_CLASSES}: every class has an embedding")
     return np.array(_match(entries, "label", where, keys, key), dtype=np.int64)
 
 
@@ -90,7 +90,8 @@ def _match(entries: Iterable, what: str, where: str, keys: np.ndarray, key: Call
         for name, value in entries:
             one = key(os.fsencode(name))
             if given.setdefault(one, value) != value and one in wanted:
-                raise UserError(f"{where}: {shown(one)} has {what} {given[one]} and {what} {value}; remove one")
+                both = " and ".join(f"{what} {shown(str(each))[:80]}" for each in (given[one], value))
+                raise UserError(f"{where}: {shown(one)} has {both}; remove one")
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
     require_all(given, what, where, keys)
