@@ -84,8 +84,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="image i depends on (SEED, i) alone")
 
     labels = parser.add_argument_group("class labels")
-    labels.add_argument("--labels", choices=("random", "balanced"),
-                        help="None: uniformly random; balanced: every class in turn")
+    labels.add_argument("--labels", choices=("random", "balanced"), help="None: random; balanced: every class in turn")
     labels.add_argument("--classes", type=class_list, metavar="LIST", help="classes to take in turn, e.g. 207,360")
 
     text = parser.add_argument_group("captions")
