@@ -6,7 +6,7 @@ Shape letters: B batch, C latent channels, H W latent size, R image size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self.images = find_store(data_dir, IMAGES, "images") if with_images else None
         moments = Catalogue(self.moments, MOMENTS_EXTENSIONS)
         images = Catalogue(self.images, IMAGE_EXTENSIONS) if with_images else None
-        catalogues = [moments] if images is None else [moments, images]
-        for catalogue in catalogues if only is not None else ():
+        for catalogue in filter(None, (moments, images) if only is not None else ()):
             catalogue.keep(only)
         self.keys, self._moments_names = moments.keys, moments.names
         if images is not None:
@@ -94,8 +93,8 @@ class LatentDataset(torch.utils.data.Dataset):
         if not len(self.keys):
             raise UserError(f"{shown(self.moments.path)}: holds no .npy file; encode the images with "
                             "`preprocessing.dataset_tools encode`")
-        self.captions = self._join_captions(data_dir, catalogues) if captions else None
-        self.labels = self._join_labels(data_dir, catalogues)
+        self.captions = self._find_captions(data_dir, moments, images) if captions else None
+        self.labels = self._join_labels(data_dir, moments, images)
         self.num_classes = self._count_classes(num_classes)
         self.classes_seen = (np.unique(self.labels) if captions else
                              classes_with_images(self.labels, self.num_classes, shown(data_dir)))
@@ -125,34 +124,31 @@ class LatentDataset(torch.utils.data.Dataset):
                               f"({few(alone)})")
         raise UserError(f"{' and '.join(faults)}; encode again, or remove what has no partner")
 
-    def _told(self, what: str, read: Callable, data_dir: Path, catalogues: list[Catalogue]) -> list:
-        """The `labels` or `captions` of moments and images, where they have some; also of images that are not read."""
-        found = [getattr(one, what) for one in catalogues]
-        if found[0] is None and self.images is None and (store := first_store(data_dir, IMAGES)):
-            found = [read(store, self.keys)]
-        return [one for one in found if one is not None]
-
-    def _join_captions(self, data_dir: Path, catalogues: list[Catalogue]) -> Captions:
-        found = self._told("captions", read_captions, data_dir, catalogues)
-        if not found:
+    def _find_captions(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> Captions:
+        found = [one.captions for one in (moments, images) if one is not None and one.captions is not None]
+        if not found and images is None and (store := first_store(data_dir, IMAGES)):     # not read, but they may tell
+            found = [read_captions(store, self.keys)]
+        if not found or found[0] is None:
             raise UserError(f"{shown(data_dir)}: no captions; add them with `preprocessing.dataset_tools captions`")
         if not found[0].equal(found[-1]):
             raise UserError(f"{self.images.where(METADATA)}: other captions than {self.moments.where(METADATA)}; add "
                             "them again with `preprocessing.dataset_tools captions`")
         return found[0]
 
-    def _join_labels(self, data_dir: Path, catalogues: list[Catalogue]) -> np.ndarray:
-        found = self._told("labels", read_labels, data_dir, catalogues)
-        if not found:
-            if self.captions is None:
-                notice(f"{shown(data_dir)}: no labels, every image has class 0")
-            return np.zeros(len(self.keys), dtype=np.int64)
-        labels, other = found[0], found[-1]
-        if (labels != other).any():
-            i = int((labels != other).argmax())
-            raise UserError(f"{self.key(i)}: label {other[i]} in {self.images.where(METADATA)} and {labels[i]} in "
-                            f"{self.moments.where(METADATA)}; encode again, or correct one of them")
-        return labels
+    def _join_labels(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> np.ndarray:
+        labels = moments.labels
+        if images is not None:
+            other = images.labels
+            if labels is not None and other is not None and (labels != other).any():
+                i = int((labels != other).argmax())
+                raise UserError(f"{self.key(i)}: label {other[i]} in {self.images.where(METADATA)} and {labels[i]} in "
+                                f"{self.moments.where(METADATA)}; encode again, or correct one of them")
+            labels = other if labels is None else labels
+        elif labels is None and (store := first_store(data_dir, IMAGES)):
+            labels = read_labels(store, self.keys)
+        if labels is None and self.captions is None:
+            notice(f"{shown(data_dir)}: no labels, every image has class 0")
+        return np.zeros(len(self.keys), dtype=np.int64) if labels is None else labels
 
     def _count_classes(self, given: int | None) -> int:
         top = int(self.labels.argmax())

@@ -23,7 +23,6 @@ from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
 from models.interpolant import PATHS
-from models.mmdit import MMDiT
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, positive, share
@@ -155,7 +154,7 @@ def require_suitable(args: argparse.Namespace, state: dict, model: Network) -> N
         raise UserError(f"{flag}: the checkpoint has no class token; leave it out")
     if args.cfg_scale == 1 and args.cls_cfg_scale is not None:
         notice(f"--cls-cfg-scale {args.cls_cfg_scale:g}: has no effect, as --cfg-scale 1 guides nothing")
-    captions = isinstance(model, MMDiT)
+    captions = checkpoint.has_captions(state, args.model)
     for name in LABEL_FLAGS if captions else CAPTION_FLAGS:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
@@ -163,11 +162,9 @@ def require_suitable(args: argparse.Namespace, state: dict, model: Network) -> N
     if args.cfg_scale != 1 and (trained.get("cfg_prob") if captions else model.y_embedder.dropout_prob) == 0:
         given = "" if args.cfg_scale is None else f" {args.cfg_scale:g}"
         raise UserError(f"--cfg-scale{given}: trained with --cfg-prob 0, so without guidance; give 1")
-    if captions:
-        return
     if args.classes is not None and max(args.classes) >= model.num_classes:
         raise UserError(f"--classes {max(args.classes)}: the checkpoint has classes 0 to {model.num_classes - 1}")
-    require_seen(args.classes, state.get("classes"), model.num_classes)
+    require_seen(args.classes, state.get("classes"), told["num_classes"])
 
 
 def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes: int) -> None:

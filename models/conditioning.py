@@ -98,7 +98,6 @@ class Captions:
 
         Those of the training data are drawn so at each access, from the run's own randomness.
         """
-        assert self.encoder is not None
         choices = [entry.split("\n") for entry in shown]
         captions = [among[int(torch.randint(len(among), ())) if len(among) > 1 else 0] for among in choices]
         return self.encoder.states(captions)                                              # (B, L, W)
@@ -117,9 +116,8 @@ class Captions:
                 "samples_per_prompt": self.per_prompt, "text_encoder": self.source}
 
     def record(self) -> dict:
-        length, width = self.null_states.shape
-        return {"text": {"encoder": self.encoder.name, "sha256": self.encoder.sha256, "length": length, "width": width,
-                         "null": self.null_states.cpu()}}
+        return {"text": {"encoder": self.encoder.name, "sha256": self.encoder.sha256, "length": self.encoder.length,
+                         "width": self.encoder.width, "null": self.null_states.cpu()}}
 
     def __str__(self) -> str:
         return f"captions through {self.encoder.name}"

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from models import sit
-from runtime.messages import UserError
 
 
 class MMDiT(nn.Module):
@@ -37,12 +36,8 @@ class MMDiT(nn.Module):
         from diffusers.models.attention import JointTransformerBlock  # slow to import, and needed for captions only
 
         super().__init__()
-        if input_size % patch_size:
-            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
-                            f"{patch_size}: use a smaller patch")
+        sit.require_possible(input_size, patch_size, z_dims, encoder_depth, depth)
         assert hidden_size % num_heads == 0, "the width must be a multiple of the number of heads"
-        if z_dims and not 1 <= encoder_depth <= depth:
-            raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
         # What rebuilds this model; it travels in the checkpoint.
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                            hidden_size=hidden_size, depth=depth, num_heads=num_heads, context_dim=context_dim,

@@ -45,15 +45,12 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
 
     transformers.utils.logging.set_verbosity_error()              # CLIP's image tower is "unexpected" in a long table
     transformers.utils.logging.disable_progress_bar()
-    loaded = []
     try:
-        for part in parts:
-            kind = getattr(transformers, part)
-            if part.startswith("Auto"):
-                loaded.append(kind.from_pretrained(name, trust_remote_code=False))
-                continue
-            network, found = kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32,
-                                                  output_loading_info=True)
+        loaded = [getattr(transformers, part).from_pretrained(name, trust_remote_code=False)
+                  for part in parts if part.startswith("Auto")]
+        for part in parts[len(loaded):]:                          # networks, behind their tokenizer
+            network, found = getattr(transformers, part).from_pretrained(name, use_safetensors=True,
+                                                                         dtype=torch.float32, output_loading_info=True)
             if found["missing_keys"]:
                 raise ValueError(f"no weight {min(found['missing_keys'])}")
             loaded.append(network.eval().requires_grad_(False))
@@ -70,9 +67,8 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
 def tokenize(tokenizer, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Captions (n) -> token ids (n, L), their mask (n, L), and how many captions are cut to the length L."""
     found = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    cut = 0
-    if found.attention_mask.all(dim=1).any():                     # only a caption without padding can have been longer
-        cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids)
+    full = found.attention_mask.all(dim=1).any()                  # only a caption without padding can have been longer
+    cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids) if full else 0
     return found.input_ids, found.attention_mask, cut
 
 

@@ -60,7 +60,7 @@ def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, li
     """The captions in a file by name, see `index_of`. Raises UserError naming keys of no picture, or of several."""
     where, whole = shown(file), file.endswith(".json")
     data = read_patiently(Path(file).read_bytes, where)
-    records = [parse_json(line, where) for line in ([data] if whole else data.splitlines()) if line.strip()]
+    records = [parse_json(part, where) for part in ([data] if whole else filter(bytes.strip, data.splitlines()))]
     try:
         records = records[0] if whole and isinstance(records[0], list) else records
         entries = [entry for record in records for entry in _entries(record)]

@@ -150,8 +150,7 @@ class SampleFolder:
         labels = None if captions else np.array(shown)                                            # (N,)
         if captions:
             lines = [json.dumps({"index": i, "caption": text}, ensure_ascii=False) for i, text in enumerate(captions)]
-            text = "\n".join(lines) + "\n"
-            write_whole(self.path / CAPTIONS, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_whole(self.path / CAPTIONS, lambda partial: partial.write_text("\n".join([*lines, ""]), "utf-8"))
         for part in [part for part in self.parts if part != "images"]:
             write_npz(self.npz(part)[0], (), 0, (0, 0), **{part: np.concatenate(list(load(part))), "labels": labels})
         first = torch.from_numpy(np.concatenate(list(load("images", GRID_IMAGES)))[:GRID_IMAGES])   # (64, R, R, 3)
@@ -177,14 +176,13 @@ class SampleFolder:
             self._lock.lock.release(force=True)
 
     def _export_geneval(self, prompts: list[str], per_prompt: int) -> None:
-        every = blocks(self.count, per_prompt)
-        for number, images in enumerate(read_npz_rows(self.npz()[0], every)):             # (per_prompt, R, R, 3)
+        rows = read_npz_rows(self.npz()[0], blocks(self.count, per_prompt))               # (per_prompt, R, R, 3) each
+        for number, (line, images) in enumerate(zip(prompts, rows, strict=True)):
             folder = self.path / GENEVAL / f"{number:05d}"
             make_folder(folder / "samples")
             for i, image in enumerate(images):
                 _write_png(folder / "samples" / f"{i:04d}.png", image)
-            line = prompts[number].encode()
-            write_whole(folder / "metadata.jsonl", lambda partial, line=line: partial.write_bytes(line))
+            write_whole(folder / "metadata.jsonl", lambda partial, line=line: partial.write_bytes(line.encode()))
 
     def _export(self, missing: set[int]) -> None:
         make_folder(self.path / "images")
