@@ -243,7 +243,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model", choices=tuple(MODELS), default="SiT-XL/2", metavar="NAME",
                        help="SiT-{T,S,B,L,XL}/{1,2,4,8}; for captions MMDiT/2 or MMDiT-T/2")
     model.add_argument("--text-encoder", metavar="NAME|FOLDER", help=f"CLIP or T5, for captions; None: {DEFAULT}")
-    model.add_argument("--text-length", type=at_least(2, 4096), metavar="N", help="its tokens; None: all, of T5 128")
+    model.add_argument("--text-length", type=at_least(2, 4096), metavar="N",
+                       help="tokens of a caption; None: the encoder's positions, or 128 for T5")
     model.add_argument("--qk-norm", action=flag, default=False, help="LayerNorm on queries and keys")
     model.add_argument("--fused-attn", action=flag, default=True, help="the backend's attention kernels")
     model.add_argument("--activation-checkpointing", action=flag, default=False,
