@@ -54,7 +54,7 @@ class MMDiT(nn.Module):
             self.cls_embedder = nn.Linear(cls_token_dim, hidden_size)
             self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         slot = torch.zeros(int(cls_token_dim is not None), hidden_size)                   # (1, D) or (0, D)
-        table = sit.position_table(hidden_size, input_size // patch_size).to(slot.device)     # (N, D)
+        table = sit.position_table(hidden_size, input_size // patch_size).to(slot.device)  # (N, D)
         self.pos_embed = nn.Parameter(torch.cat([slot, table])[None], requires_grad=False)                # (1, T, D)
         block = partial(JointTransformerBlock, hidden_size, num_heads, hidden_size // num_heads,
                         qk_norm="layer_norm" if qk_norm else None)
@@ -73,7 +73,7 @@ class MMDiT(nn.Module):
         Returns:
             velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
         """
-        tokens = sit.embed_pair(self, x, cls_token)                                           # (B, T, D)
+        tokens = sit.embed_pair(self, x, cls_token)                                       # (B, T, D)
         text = self.context_embedder(context.to(self.context_embedder.weight.dtype))      # (B, L, D)
         time = self.t_embedder(t)                                                         # (B, D)
 
@@ -94,7 +94,8 @@ MMDiT_models = {
 
 # ------------------------------------------------------------------------------------------- names in released files
 
-# Names in a block of REPA's and HASTE's files -> diffusers' names: of the image ("x_block"), of the text.
+# Names in a block of REPA's and HASTE's files -> diffusers', of the image stream ("x_block") and of the text's; of the
+# rows of qkv, three.
 _RELEASED = {
     "adaLN_modulation.1": ("norm1.linear", "norm1_context.linear"),
     "attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),

@@ -85,15 +85,15 @@ def _is_labelled(entry: object) -> bool:
 
 def _match(entries: Iterable, what: str, where: str, keys: np.ndarray, key: Callable[[bytes], bytes]) -> list:
     """The values (n) of `keys` in [name, value] pairs from `where`, a dataset.json."""
-    given, wanted = {}, set(keys.tolist())
     try:
-        for name, value in entries:
-            one = key(os.fsencode(name))
-            if given.setdefault(one, value) != value and one in wanted:
-                both = " and ".join(f"{what} {shown(str(each))[:80]}" for each in (given[one], value))
-                raise UserError(f"{where}: {shown(one)} has {both}; remove one")
+        pairs = [(key(os.fsencode(name)), value) for name, value in entries]
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
+    given = dict(pairs)
+    for one, value in pairs if len(given) < len(pairs) else ():
+        if given[one] != value and one in keys:
+            both = " and ".join(f"{what} {shown(str(each))[:80]}" for each in (value, given[one]))
+            raise UserError(f"{where}: {shown(one)} has {both}; remove one")
     require_all(given, what, where, keys)
     return [given[one] for one in keys.tolist()]
 
