@@ -124,23 +124,16 @@ class LatentDataset(torch.utils.data.Dataset):
                               f"({few(alone)})")
         raise UserError(f"{' and '.join(faults)}; encode again, or remove what has no partner")
 
-    @staticmethod
-    def _unread_images(data_dir: Path) -> Store | None:
-        """Images that are not read may still have labels and captions."""
-        found = next((data_dir / name for name in IMAGES if (data_dir / name).exists()), None)
-        return None if found is None else open_store(found)
-
     def _find_captions(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> Captions:
-        found, other = moments.captions, images and images.captions
-        if found is not None and other is not None and not found.equal(other):
+        found = [one.captions for one in (moments, images) if one is not None and one.captions is not None]
+        if not found and images is None and (store := first_store(data_dir, IMAGES)):     # not read, but they may tell
+            found = [read_captions(store, self.keys)]
+        if not found or found[0] is None:
+            raise UserError(f"{shown(data_dir)}: no captions; add them with `preprocessing.dataset_tools captions`")
+        if not found[0].equal(found[-1]):
             raise UserError(f"{self.images.where(METADATA)}: other captions than {self.moments.where(METADATA)}; add "
                             "them again with `preprocessing.dataset_tools captions`")
-        found = found if found is not None else other
-        if found is None and images is None and (store := self._unread_images(data_dir)) is not None:
-            found = read_captions(store, self.keys)
-        if found is None:
-            raise UserError(f"{shown(data_dir)}: no captions; add them with `preprocessing.dataset_tools captions`")
-        return found
+        return found[0]
 
     def _join_labels(self, data_dir: Path, moments: Catalogue, images: Catalogue | None) -> np.ndarray:
         labels = moments.labels
@@ -151,7 +144,7 @@ class LatentDataset(torch.utils.data.Dataset):
                 raise UserError(f"{self.key(i)}: label {other[i]} in {self.images.where(METADATA)} and {labels[i]} in "
                                 f"{self.moments.where(METADATA)}; encode again, or correct one of them")
             labels = other if labels is None else labels
-        elif labels is None and (store := self._unread_images(data_dir)) is not None:
+        elif labels is None and (store := first_store(data_dir, IMAGES)):
             labels = read_labels(store, self.keys)
         if labels is None and self.captions is None:
             notice(f"{shown(data_dir)}: no labels, every image has class 0")
@@ -199,11 +192,16 @@ class LatentDataset(torch.utils.data.Dataset):
         return image, moments, int(self.labels[i]) if self.captions is None else self.captions[i], *features
 
 
+def first_store(data_dir: Path, candidates: tuple[str, ...]) -> Store | None:
+    """The first of the candidates that exists."""
+    path = next((data_dir / name for name in candidates if (data_dir / name).exists()), None)
+    return path and open_store(path)
+
+
 def find_store(data_dir: Path, candidates: tuple[str, ...], what: str) -> Store:
     """The first of the candidates that exists. Raises UserError if none does."""
-    for name in candidates:
-        if (data_dir / name).exists():
-            return open_store(data_dir / name)
+    if found := first_store(data_dir, candidates):
+        return found
     if data_dir.resolve().name in IMAGES + MOMENTS:
         raise UserError(f"{shown(data_dir)}: holds no {what}; give the folder above it, "
                         f"{shown(data_dir.resolve().parent)}")
@@ -218,11 +216,9 @@ def find_captions(data_dir: str | Path) -> Captions:
 
     Raises UserError if it has none.
     """
-    data_dir = Path(data_dir)
     for candidates, extensions in ((MOMENTS, MOMENTS_EXTENSIONS), (IMAGES, IMAGE_EXTENSIONS)):
-        path = next((data_dir / name for name in candidates if (data_dir / name).exists()), None)
-        found = None if path is None else Catalogue(open_store(path), extensions).captions
-        if found is not None:
+        store = first_store(Path(data_dir), candidates)
+        if store and (found := Catalogue(store, extensions).captions):
             return found
     raise UserError(f"{shown(data_dir)}: no captions; give a data set with captions, or add them with "
                     "`preprocessing.dataset_tools captions`")

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
 from models.interpolant import PATHS, auto_shift
-from models.mmdit import MMDiT
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share, time_shift
@@ -34,6 +33,7 @@ from runtime.messages import UserError, notice, say, without_traceback
 from runtime.run import CHECKPOINTS, find
 from runtime.samples import SampleFolder, read_settings
 from runtime.speed import allow_tf32, choose_same_kernels, compile_parts, require_same_everywhere
+from runtime.stores import parse_json
 from samplers import Sampling, image_rng, sample_images
 
 # Flags of the released programs that set nothing here, and what to use instead; None: the flag is taken.
@@ -45,9 +45,8 @@ RELEASED_FLAGS = {
     "no-tf32": "the network computes in fp32 unless --precision says otherwise; leave it out",
     "tf32": "give --precision tf32",
 }
-PROMPTS = ("prompt", "prompts", "captions_from")              # where captions are from: one of them
 LABEL_FLAGS = ("labels", "classes")
-CAPTION_FLAGS = (*PROMPTS, "captions", "samples_per_prompt", "layout", "text_encoder")
+CAPTION_FLAGS = ("prompt", "prompts", "captions_from", "captions", "samples_per_prompt", "layout", "text_encoder")
 LONGEST_NAME = 200           # bytes of a folder's name
 DECIDING = ("checkpoint_sha256", "weights", "vae", "vae_precision", "sampling", "compiled", "num_images",
             "per_proc_batch_size")        # the settings that decide an image
@@ -85,20 +84,17 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="image i depends on (SEED, i) alone")
 
     labels = parser.add_argument_group("class labels")
-    labels.add_argument("--labels", choices=("random", "balanced"),
-                        help="None: uniformly random; balanced: every class in turn")
+    labels.add_argument("--labels", choices=("random", "balanced"), help="None: random; balanced: every class in turn")
     labels.add_argument("--classes", type=class_list, metavar="LIST", help="classes to take in turn, e.g. 207,360")
 
     text = parser.add_argument_group("captions")
-    text.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given several times")
-    text.add_argument("--prompts", metavar="FILE", help="captions, one per line, or JSONL with `prompt`")
-    text.add_argument("--captions-from", metavar="DATA",
-                      help="prepared data set whose captions are taken; None: that of training")
-    text.add_argument("--captions", choices=("in-order", "random"),
-                      help="None: in their order; or drawn from (SEED, i)")
+    of = text.add_mutually_exclusive_group()
+    of.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given several times")
+    of.add_argument("--prompts", metavar="FILE", help="captions, one per line, or JSONL with `prompt`")
+    of.add_argument("--captions-from", metavar="DATA", help="prepared data set with captions; None: that of training")
+    text.add_argument("--captions", choices=("in-order", "random"), help="None: in-order; random: from (SEED, i)")
     text.add_argument("--samples-per-prompt", type=at_least(1), metavar="N", help="images of one prompt; None: 1")
-    text.add_argument("--layout", choices=("geneval",),
-                      help="also write GenEval's folders; --prompts is its file of prompts")
+    text.add_argument("--layout", choices=("geneval",), help="also write GenEval's folders; --prompts is its file")
     text.add_argument("--text-encoder", metavar="NAME|FOLDER", help="None: the checkpoint's")
 
     run = parser.add_argument_group("machine")
@@ -131,9 +127,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--precision tf32: there is no CUDA device; use fp32 or bf16")
     if args.classes is not None and args.labels == "balanced":
         parser.error(f"--labels {args.labels}: --classes are taken in turn; leave --labels out")
-    sources = [f"--{name.replace('_', '-')}" for name in PROMPTS if getattr(args, name) is not None]
-    if len(sources) > 1:
-        parser.error(f"{sources[0]}: contradicts {sources[1]}; give one of them")
     if args.layout and (args.prompts is None or args.num_fid_samples is not None or args.captions == "random"):
         parser.error(f"--layout {args.layout}: needs --prompts, GenEval's file, in order and without --num-fid-samples")
     return args
@@ -162,7 +155,7 @@ def require_suitable(args: argparse.Namespace, state: dict, model: Network) -> N
         raise UserError(f"{flag}: the checkpoint has no class token; leave it out")
     if args.cfg_scale == 1 and args.cls_cfg_scale is not None:
         notice(f"--cls-cfg-scale {args.cls_cfg_scale:g}: has no effect, as --cfg-scale 1 guides nothing")
-    captions = isinstance(model, MMDiT)
+    captions = checkpoint.has_captions(state, args.model)
     for name in LABEL_FLAGS if captions else CAPTION_FLAGS:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
@@ -170,11 +163,9 @@ def require_suitable(args: argparse.Namespace, state: dict, model: Network) -> N
     if args.cfg_scale != 1 and (trained.get("cfg_prob") if captions else model.y_embedder.dropout_prob) == 0:
         given = "" if args.cfg_scale is None else f" {args.cfg_scale:g}"
         raise UserError(f"--cfg-scale{given}: trained with --cfg-prob 0, so without guidance; give 1")
-    if captions:
-        return
     if args.classes is not None and max(args.classes) >= model.num_classes:
         raise UserError(f"--classes {max(args.classes)}: the checkpoint has classes 0 to {model.num_classes - 1}")
-    require_seen(args.classes, state.get("classes"), model.num_classes)
+    require_seen(args.classes, state.get("classes"), told["num_classes"])
 
 
 def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes: int) -> None:
@@ -213,24 +204,23 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
                         ) from error
     if not lines:
         raise UserError(f"--prompts {path}: is empty; give a file with a prompt on each line")
-    prompts, as_json = [], lines[0].startswith("{")
+    prompts = []
     for number, line in enumerate(lines, 1):
-        try:
-            text = json.loads(line)["prompt"] if as_json else line
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'--prompts {path}: line {number} is no JSON object with "prompt"; correct it') from error
-        prompts += tidy([text], f"--prompts {path}: line {number}")
+        where = f'--prompts {path}: line {number}, "prompt"'
+        entry = parse_json(line, where) if lines[0].startswith("{") else {"prompt": line}
+        prompts += tidy([entry.get("prompt") if isinstance(entry, dict) else None], where)
     return prompts, lines
 
 
-def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0) -> Conditions:
-    """What the images show; settings.json does not need `num_classes`. The text encoder is not loaded yet.
+def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0,
+                  device: torch.device | str = "cpu") -> Conditions:
+    """What the images show, but for the text encoder. Neither `num_classes` nor the device matter to settings.json.
 
     Raises UserError if the prompts or captions cannot be read.
     """
     if not checkpoint.has_captions(state, args.model):
         seen = state.get("classes")
-        return ClassLabels(num_classes, args.labels or "random", args.classes, seen and tuple(seen))
+        return ClassLabels(num_classes, args.labels or "random", args.classes, seen and tuple(seen), device)
     if args.prompts is not None:
         prompts, lines = read_prompts(args.prompts)
         if args.layout and not lines[0].startswith("{"):
@@ -353,16 +343,6 @@ def open_decoder(vae: str, device: torch.device, precision: str, compiled: bool)
     return codec
 
 
-def make_conditions_ready(conditions: Conditions, name: str | None, recorded: dict | None, path: Path,
-                          model: Network, device: torch.device) -> Conditions:
-    """Conditions on the device; captions with the text encoder `name` or that which the checkpoint `path` recorded."""
-    if isinstance(conditions, ClassLabels):
-        return replace(conditions, device=device)
-    name = name or (recorded or {}).get("encoder", DEFAULT)       # a released file tells none
-    return open_captions(conditions.prompts, name, None, device, recorded, path, model.context_dim,
-                         order=conditions.order, per_prompt=conditions.per_prompt)
-
-
 def make_blocks(folder: SampleFolder, blocks: list[range], model: Network, codec: Codec, how: Sampling,
                 conditions: Conditions, compiled: bool, show: bool) -> None:
     """Sample and write one process's blocks."""
@@ -391,7 +371,7 @@ def main(argv=None) -> None:
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     compiled = make_ready(model, device, args.precision, compiled)
     require_same_everywhere(compiled)
-    conditions = conditions_of(args, state, getattr(model, "num_classes", 0))
+    conditions = conditions_of(args, state, getattr(model, "num_classes", 0), device)
     settings = settings_of(args, path, state, digest, compiled, conditions)
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread"
     how = sampling_of(settings)
@@ -410,7 +390,9 @@ def main(argv=None) -> None:
     else:
         with world.local_main_process_first():                    # one process downloads, the others find the cache
             codec = open_decoder(settings["vae"], device, args.vae_precision, compiled)
-            ready = make_conditions_ready(conditions, args.text_encoder, state.get("text"), path, model, device)
+            if isinstance(conditions, Captions):
+                conditions = open_captions(conditions.prompts, args.text_encoder, None, device, state.get("text"), path,
+                                           model.context_dim, order=conditions.order, per_prompt=conditions.per_prompt)
         silent = "" if "latent_space" in state else ", which names no VAE and so counts as Stable Diffusion's,"
         codec.use_space(space, f"the checkpoint{silent}")
         done = len(folder.blocks) - len(missing)
@@ -421,8 +403,8 @@ def main(argv=None) -> None:
                 notice(f"{folder.path}: its samples are of another checkpoint file; they are made again")
             folder.begin(settings, keep=done > 0)
         world.wait_for_everyone()
-        make_blocks(folder, missing[world.process_index::world.num_processes], model, codec, how, ready, compiled,
-                    show=first)
+        make_blocks(folder, missing[world.process_index::world.num_processes], model, codec, how, conditions,
+                    compiled, show=first)
         world.wait_for_everyone()
         if first:
             folder.finish([conditions.draw(i, image_rng(how.seed, i)) for i in range(folder.count)])

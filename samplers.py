@@ -43,6 +43,7 @@ def guided_field(model, condition: torch.Tensor, null: torch.Tensor | None, shap
     low, high = interval
     unconditional = null                                          # (B, ...), like the condition
     if scale > 1:
+        assert null is not None or hasattr(model, "num_classes"), "guidance of captions needs their null states"
         unconditional = torch.full_like(condition, model.num_classes) if null is None else null.expand_as(condition)
 
     def velocity(latents, cls_token, t, given):

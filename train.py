@@ -252,8 +252,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=tuple(MODELS), default="SiT-XL/2", metavar="NAME",
                        help="SiT-{T,S,B,L,XL}/{1,2,4,8}; for captions MMDiT/2 or MMDiT-T/2")
-    model.add_argument("--text-encoder", metavar="NAME|FOLDER",
-                       help=f"CLIP or T5 that reads the captions, for MMDiT; None: {DEFAULT}")
+    model.add_argument("--text-encoder", metavar="NAME|FOLDER", help=f"CLIP or T5, for captions; None: {DEFAULT}")
     model.add_argument("--text-length", type=at_least(2, 4096), metavar="N",
                        help="tokens of a caption; None: the encoder's positions, or 128 for T5")
     model.add_argument("--qk-norm", action=flag, default=False, help="LayerNorm on queries and keys")
@@ -319,6 +318,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         if args.num_classes is not None or not args.fused_attn:
             flag = "--no-fused-attn" if args.num_classes is None else f"--num-classes {args.num_classes}"
             raise UserError(f"{flag}: --model {args.model} has captions and no such choice; leave it out")
+        _, args.text_length, _ = states_shape(args.text_encoder, args.text_length)
     elif args.text_encoder is not None or args.text_length is not None:
         flag = "--text-length" if args.text_encoder is None else f"--text-encoder {args.text_encoder}"
         raise UserError(f"{flag}: --model {args.model} has class labels; give --model MMDiT/2, or leave it out")
@@ -372,12 +372,9 @@ def main(argv: list[str] | None = None) -> None:
                                      rank=accelerator.process_index, world_size=accelerator.num_processes)
         shift = shift_of(args, space, resolution)
         settings = {**vars(args), "resolution": resolution, "time_shift": shift,
+                    "num_classes": None if data.captions else data.num_classes,
                     "cached_features": "require" if data.features else "off", "images": len(data),
                     "processes": accelerator.num_processes, "hardware": hardware_of(accelerator.device)}
-        if args.model in MMDiT_models:
-            _, settings["text_length"], _ = states_shape(args.text_encoder, args.text_length)
-        else:
-            settings["num_classes"] = data.num_classes
         folder = Path(args.output_dir) / args.exp_name
         ids = encoder_ids(args.enc_type, args.encoder_weights) if needs_encoder(args) else []
         resumed = disk.resumable(folder, args.resume, checkpoint.read)
@@ -386,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.local_main_process_first():              # one process downloads, the others find the cache
             encoders = open_encoders(args, space, resolution, accelerator.device, features=data.features)
             scoring = open_scoring(args, accelerator.device)
-            conditions = open_conditions(args, data, settings["text_length"], resumed, accelerator.device)
+            conditions = open_conditions(args, data, resumed, accelerator.device)
             codec = open_codec(args, space, accelerator)
         model, ema, objective, optimizer = open_networks(args, space, resolution, conditions, encoders,
                                                          accelerator.device)
@@ -543,14 +540,14 @@ def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageS
     return reference, extractor
 
 
-def open_conditions(args: argparse.Namespace, data: LatentDataset, length: int | None,
-                    resumed: tuple[Path, dict] | None, device: torch.device) -> Conditions:
-    """Class labels, or captions of `length` tokens with their text encoder: that of the resumed checkpoint."""
+def open_conditions(args: argparse.Namespace, data: LatentDataset, resumed: tuple[Path, dict] | None,
+                    device: torch.device) -> Conditions:
+    """Class labels, or captions with their text encoder: that of the resumed checkpoint."""
     if args.model not in MMDiT_models:
         seen = tuple(data.classes_seen.tolist()) if len(data.classes_seen) < data.num_classes else None
         return ClassLabels(data.num_classes, seen=seen, device=device)
-    path, recorded = (None, None) if resumed is None else (resumed[0], resumed[1].get("text"))
-    return open_captions(data.captions, args.text_encoder, length, device, recorded, path)
+    path, state = resumed or (None, {})
+    return open_captions(data.captions, args.text_encoder, args.text_length, device, state.get("text"), path)
 
 
 def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, conditions: Conditions,
@@ -785,8 +782,7 @@ def dry_run(args: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     at_inference = parameters - sum(p.numel() for p in model.projectors.parameters())
     settings = {**vars(args), "resolution": resolution, "time_shift": shift_of(args, space, resolution),
-                "latent_space": space.to_record()}
-    settings |= {} if args.model in MMDiT_models else {"num_classes": num_classes}
+                "num_classes": None if args.model in MMDiT_models else num_classes, "latent_space": space.to_record()}
     say(json.dumps(settings, indent=2))
     say(f"{args.model}, {args.method}: {parameters / 1e6:.3f}M parameters ({at_inference / 1e6:.3f}M without "
         f"projectors), {flops.get_total_flops() / 1e9:.2f} GFLOPs forward for one image "

@@ -3,7 +3,6 @@
 Hessel et al., arXiv 2104.08718, without their factor 2.5. Letters: N images, B batch, L tokens, P embedding width.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,9 +13,11 @@ from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from evaluations.metrics import side_by_side
 from models.encoders import sha256_of_parameters
-from models.text import load_pretrained, states_shape
+from models.text import load_pretrained, states_shape, tokenize
+from runtime.files import read_patiently
 from runtime.messages import UserError, notice
 from runtime.speed import full_precision
+from runtime.stores import parse_json
 
 METRIC = "clip_score"
 
@@ -49,20 +50,16 @@ def read_captions(sample: Path, file: Path | None, count: int | None) -> list[st
 
     Raises UserError unless it has `count` lines {"index": i, "caption": "..."} in order; the index may be left out.
     """
-    folders = [sample, sample.parent] if sample.is_dir() else [sample.parent]
-    places = [folder / "captions.jsonl" for folder in folders]
-    path, captions = file or next(filter(Path.is_file, places), places[0]), []
+    places = [folder / "captions.jsonl" for folder in (sample, sample.parent)]
+    path, captions = file or next(filter(Path.is_file, places), places[1]), []
     if not path.is_file():
         raise UserError(f"{path}: not found, and --clip needs captions; name their file with --captions")
-    try:
-        for line in path.read_text(encoding="utf-8").rstrip().split("\n"):
-            entry = json.loads(line)
-            if not isinstance(entry["caption"], str) or entry.get("index", len(captions)) != len(captions):
-                raise ValueError("another index, or no text")
-            captions.append(entry["caption"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        wanted = f'{{"index": {len(captions)}, "caption": "..."}}'
-        raise UserError(f"{path}: line {len(captions) + 1} is not {wanted} ({error}); correct it") from error
+    for i, line in enumerate(read_patiently(path.read_bytes, str(path)).rstrip().split(b"\n")):
+        entry = parse_json(line, f"{path}: line {i + 1}")
+        text = entry.get("caption") if isinstance(entry, dict) and entry.get("index", i) == i else None
+        if not isinstance(text, str):
+            raise UserError(f'{path}: line {i + 1} is not {{"index": {i}, "caption": "..."}}; correct it')
+        captions.append(text)
     if len(captions) != count:
         raise UserError(f"{path}: {len(captions)} captions for {count or 'no'} images; name the file of the same run")
     return captions
@@ -74,11 +71,11 @@ def clip_score(images: ImageSet, captions: list[str], clip: Clip, device: torch.
     seen = measure(images, network, batch_size, {"pooled"}).pooled                # (N, P)
     if seen is None:
         return None
-    if cut := sum(len(ids) > clip.length for ids in clip.tokenizer(captions).input_ids):
+    tokens, _, cut = tokenize(clip.tokenizer, captions, clip.length)              # (N, L)
+    pieces = tokens.to(device).split(PIECE if device.type == "cpu" else 256)
+    if cut:
         notice(f"{cut} of {len(captions)} captions are cut to the {clip.length} tokens that {clip.name} reads")
-    tokens = clip.tokenizer(captions, padding="max_length", max_length=clip.length, truncation=True,
-                            return_tensors="pt").input_ids.to(device)             # (N, L)
     with full_precision(device), all_threads():
-        read = torch.cat(side_by_side(clip.of_text, tokens.split(PIECE if device.type == "cpu" else 256), device))
+        read = torch.cat(side_by_side(clip.of_text, pieces, device))
     cosines = F.cosine_similarity(seen.double(), read.double()).clamp(min=0).cpu()       # (N,)
     return {f"{METRIC}_{clip.name}": float(100 * cosines.numpy().mean()), "clip_weights_sha256": network.weights_sha256}

@@ -99,10 +99,8 @@ def _score_flags(parser: argparse.ArgumentParser) -> None:
                              f"features {', '.join(OTHER_METRICS)} (None: ADM's five, or fd); in any, {METRIC}")
     scores.add_argument("--precision-recall", choices=("adm", "exact", "off"), default="adm",
                         help="distances in float16 as ADM's, which papers report; in float32; or neither score")
-    scores.add_argument("--clip", metavar="NAME|FOLDER",
-                        help=f"CLIP of {METRIC}, which it adds to the metrics (None: {DEFAULT} if asked for)")
-    scores.add_argument("--captions", type=Path, metavar="FILE",
-                        help="captions of the samples for it, as captions.jsonl (None: that file beside them)")
+    scores.add_argument("--clip", metavar="NAME|FOLDER", help=f"CLIP of {METRIC}, which it adds (None: {DEFAULT})")
+    scores.add_argument("--captions", type=Path, metavar="FILE", help="for it (None: captions.jsonl of the samples)")
     scores.add_argument("--class-tokens", type=Path, metavar="FILE",
                         help="class_tokens.npz of the same samples: scores REG's class tokens too")
     scores.add_argument("--enc-type", metavar="NAME", help="their encoder (None: from the sample's settings.json)")

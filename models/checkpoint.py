@@ -78,10 +78,9 @@ def read(path: str | Path, mmap: bool = True) -> dict:
         _require_architecture(path, state["architecture"])
     if "latent_space" in state:
         LatentSpace.from_record(state["latent_space"], str(path))
-    captions, width = "text" in state, state.get("architecture", {}).get("context_dim")
-    if captions:
+    if "text" in state:
         _require_text(path, state["text"])
-    if "architecture" in state and (captions != has_captions(state) or captions and state["text"]["width"] != width):
+    if "architecture" in state and state["architecture"].get("context_dim") != state.get("text", {}).get("width"):
         raise Damaged(f"{path}: its network and its text encoder do not fit; use another file")
     return state
 

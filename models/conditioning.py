@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from models.text import TextEncoder
+from models.text import DEFAULT, TextEncoder
 from runtime.messages import UserError
 
 
@@ -98,7 +98,6 @@ class Captions:
 
         Those of the training data are drawn so at each access, from the run's own randomness.
         """
-        assert self.encoder is not None
         choices = [entry.split("\n") for entry in shown]
         captions = [among[int(torch.randint(len(among), ())) if len(among) > 1 else 0] for among in choices]
         return self.encoder.states(captions)                                              # (B, L, W)
@@ -117,9 +116,8 @@ class Captions:
                 "samples_per_prompt": self.per_prompt, "text_encoder": self.source}
 
     def record(self) -> dict:
-        length, width = self.null_states.shape
-        return {"text": {"encoder": self.encoder.name, "sha256": self.encoder.sha256, "length": length, "width": width,
-                         "null": self.null_states.cpu()}}
+        return {"text": {"encoder": self.encoder.name, "sha256": self.encoder.sha256, "length": self.encoder.length,
+                         "width": self.encoder.width, "null": self.null_states.cpu()}}
 
     def __str__(self) -> str:
         return f"captions through {self.encoder.name}"
@@ -128,21 +126,21 @@ class Captions:
 Conditions = ClassLabels | Captions
 
 
-def open_captions(prompts: Sequence[str], name: str, length: int | None, device: torch.device, recorded: dict | None,
-                  path: Path | None = None, width: int | None = None, **how) -> Captions:
-    """Captions with the text encoder `name`; `recorded`: what the checkpoint `path` says of its own, if there is one.
+def open_captions(prompts: Sequence[str], name: str | None, length: int | None, device: torch.device,
+                  recorded: dict | None, path: Path | None = None, width: int | None = None, **how) -> Captions:
+    """Captions with a text encoder that gives `length` states, by default as many as it can, of `width` if given.
 
-    Raises UserError if the encoder cannot be loaded, is not the one recorded, or does not give states of `width`.
+    If the checkpoint `path` has `recorded` its own, it is that; of the same files, `name` may be another place of them.
+    Raises UserError if the encoder cannot be loaded, is not the one recorded, or gives states of another width.
     """
     recorded = recorded or {}
-    encoder = TextEncoder(name, device, length or recorded.get("length"))
-    found = {"length": encoder.length, "width": encoder.width, "sha256": encoder.sha256}
-    expected = found | {"width": width or encoder.width} | {name: recorded[name] for name in found.keys() & recorded}
-    if (encoder.length, encoder.width) != (expected["length"], expected["width"]):
-        raise UserError(f"--text-encoder {name}: gives {encoder.length} states of width {encoder.width}, {path} was "
-                        f"trained with {expected['length']} of {expected['width']}; use its own text encoder")
-    if encoder.sha256 != expected["sha256"]:
-        raise UserError(f"--text-encoder {name}: other weights or another vocabulary than {path} was trained with; use "
-                        "its own text encoder")
+    encoder = TextEncoder(name or recorded.get("encoder", DEFAULT), device, recorded.get("length", length))
+    width = recorded.get("width", width)
+    if width not in (None, encoder.width):
+        raise UserError(f"--text-encoder {encoder.name}: gives states of width {encoder.width}, {path} was trained "
+                        f"with {width}; use its own text encoder")
+    if encoder.sha256 != recorded.get("sha256", encoder.sha256):
+        raise UserError(f"--text-encoder {encoder.name}: other weights or another vocabulary than {path} was trained "
+                        "with; use its own text encoder")
     null = recorded["null"].to(device) if recorded else encoder.states([""])[0]           # (L, W)
     return Captions(prompts, encoder, null, source=encoder.sha256, **how)

@@ -13,17 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from models.sit import (
-    FinalLayer,
-    PatchEmbedder,
-    TimestepEmbedder,
-    build_projector,
-    embed_pair,
-    position_table,
-    run_block,
-    unpatchify,
-)
-from runtime.messages import UserError
+from models import sit
 
 
 class MMDiT(nn.Module):
@@ -46,12 +36,8 @@ class MMDiT(nn.Module):
         from diffusers.models.attention import JointTransformerBlock  # slow to import, and needed for captions only
 
         super().__init__()
-        if input_size % patch_size:
-            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
-                            f"{patch_size}: use a smaller patch")
+        sit.require_possible(input_size, patch_size, z_dims, encoder_depth, depth)
         assert hidden_size % num_heads == 0, "the width must be a multiple of the number of heads"
-        if z_dims and not 1 <= encoder_depth <= depth:
-            raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
         # What rebuilds this model; it travels in the checkpoint.
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                            hidden_size=hidden_size, depth=depth, num_heads=num_heads, context_dim=context_dim,
@@ -61,22 +47,21 @@ class MMDiT(nn.Module):
         self.context_dim, self.cls_token_dim, self.encoder_depth = context_dim, cls_token_dim, encoder_depth
         self.checkpointing = False                                # activation checkpointing, set for training
 
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.x_embedder = sit.PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = sit.TimestepEmbedder(hidden_size)
         self.context_embedder = nn.Linear(context_dim, hidden_size)
         if cls_token_dim is not None:
             self.cls_embedder = nn.Linear(cls_token_dim, hidden_size)
             self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         slot = torch.zeros(int(cls_token_dim is not None), hidden_size)                   # (1, D) or (0, D)
-        table = position_table(hidden_size, input_size // patch_size).to(slot.device)     # (N, D)
+        table = sit.position_table(hidden_size, input_size // patch_size).to(slot.device)  # (N, D)
         self.pos_embed = nn.Parameter(torch.cat([slot, table])[None], requires_grad=False)                # (1, T, D)
+        block = partial(JointTransformerBlock, hidden_size, num_heads, hidden_size // num_heads,
+                        qk_norm="layer_norm" if qk_norm else None)
         # The last block's text stream gives only keys, queries and values: nothing reads its output.
-        self.blocks = nn.ModuleList(JointTransformerBlock(hidden_size, num_heads, hidden_size // num_heads,
-                                                          context_pre_only=number == depth,
-                                                          qk_norm="layer_norm" if qk_norm else None)
-                                    for number in range(1, depth + 1))
-        self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
+        self.blocks = nn.ModuleList(block(context_pre_only=number == depth) for number in range(1, depth + 1))
+        self.projectors = nn.ModuleList(sit.build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.final_layer = sit.FinalLayer(hidden_size, patch_size**2 * in_channels, cls_token_dim)
 
     def forward(self, x, t, context, cls_token=None):
         """The velocity of the pair (latents, class token) at time t.
@@ -88,17 +73,17 @@ class MMDiT(nn.Module):
         Returns:
             velocity (B, C, H, W), [projected tokens (B, T, E) per encoder], velocity of the class token (B, E) or None.
         """
-        tokens = embed_pair(self, x, cls_token)                                           # (B, T, D)
+        tokens = sit.embed_pair(self, x, cls_token)                                       # (B, T, D)
         text = self.context_embedder(context.to(self.context_embedder.weight.dtype))      # (B, L, D)
         time = self.t_embedder(t)                                                         # (B, D)
 
         projected = []
         for depth, block in enumerate(self.blocks, start=1):
-            text, tokens = run_block(block, tokens, text, time, keep=not self.checkpointing)  # (B, L, D), (B, T, D)
+            text, tokens = sit.run_block(block, tokens, text, time, keep=not self.checkpointing)  # (B, L, D), (B, T, D)
             if depth == self.encoder_depth:
                 projected = [projector(tokens) for projector in self.projectors]          # (B, T, E) each
         velocity, cls_velocity = self.final_layer(tokens, time)                           # (B, N, P*P*C), (B, E)
-        return unpatchify(velocity, self.patch_size, self.in_channels), projected, cls_velocity
+        return sit.unpatchify(velocity, self.patch_size, self.in_channels), projected, cls_velocity
 
 
 # "/2" is REPA's for COCO, 24 blocks of 24 heads; T is ours, for laptops.
@@ -109,46 +94,35 @@ MMDiT_models = {
 
 # ------------------------------------------------------------------------------------------- names in released files
 
-# Names in REPA's and HASTE's files -> names in diffusers' block. "x" is the image, "context" the text.
-_RELEASED = (
-    (r"x_block\.adaLN_modulation\.1", "norm1.linear"),
-    (r"context_block\.adaLN_modulation\.1", "norm1_context.linear"),
-    (r"x_block\.attn\.proj", "attn.to_out.0"),
-    (r"context_block\.attn\.proj", "attn.to_add_out"),
-    (r"x_block\.attn\.ln_([qk])", r"attn.norm_\1"),
-    (r"context_block\.attn\.ln_([qk])", r"attn.norm_added_\1"),
-    (r"x_block\.mlp\.fc1", "ff.net.0.proj"),
-    (r"x_block\.mlp\.fc2", "ff.net.2"),
-    (r"context_block\.mlp\.fc1", "ff_context.net.0.proj"),
-    (r"context_block\.mlp\.fc2", "ff_context.net.2"),
-)
-_QKV = {"x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
+# Names in a block of REPA's and HASTE's files -> diffusers', of the image stream ("x_block") and of the text's; of the
+# rows of qkv, three.
+_RELEASED = {
+    "adaLN_modulation.1": ("norm1.linear", "norm1_context.linear"),
+    "attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+    "attn.proj": ("attn.to_out.0", "attn.to_add_out"),
+    "attn.ln_q": ("attn.norm_q", "attn.norm_added_q"),
+    "attn.ln_k": ("attn.norm_k", "attn.norm_added_k"),
+    "mlp.fc1": ("ff.net.0.proj", "ff_context.net.0.proj"),
+    "mlp.fc2": ("ff.net.2", "ff_context.net.2"),
+}
 
 
 def rename_released(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a released MMDiT (`joint_blocks.*`) under our names; other names are kept.
 
-    Queries, keys and values are split. In the last block the text's modulation is (shift, scale); diffusers' is (scale,
-    shift).
+    Queries, keys and values are split. In the last block, whose text stream has no output, the text's modulation is
+    (shift, scale); diffusers' is (scale, shift).
     """
     found = {}
-    matches = {name: re.fullmatch(r"joint_blocks\.(\d{1,4})\.((x_block|context_block)\..+)\.(weight|bias)", name)
-               for name in weights}
-    last = max((int(match[1]) for match in matches.values() if match), default=None)
     for name, weight in weights.items():
-        match = matches[name]
-        if match is None or not weight.ndim:
+        match = re.fullmatch(r"joint_blocks\.(\d+)\.(x|context)_block\.(.+)\.(weight|bias)", name)
+        if match is None or match[3] not in _RELEASED or not weight.ndim:
             found[name] = weight
             continue
-        number, inside, stream, kind = match.groups()
-        if inside.endswith("attn.qkv") and len(weight) % 3 == 0:
-            for part, third in zip(_QKV[stream], weight.chunk(3), strict=True):           # (D, D) or (D,) each
-                found[f"blocks.{number}.{part}.{kind}"] = third
-            continue
-        if int(number) == last and inside == "context_block.adaLN_modulation.1":
+        number, stream, inside, kind = match.groups()
+        ours = _RELEASED[inside][stream == "context"].split()
+        if ours == ["norm1_context.linear"] and f"joint_blocks.{number}.context_block.mlp.fc1.weight" not in weights:
             weight = weight.roll(len(weight) // 2, 0)
-        for pattern, ours in _RELEASED:
-            inside = re.sub(pattern, ours, inside)
-        found[f"blocks.{number}.{inside}.{kind}"] = weight
+        for part, rows in zip(ours, weight.chunk(len(ours)), strict=False):   # too few: load_weights names the absent
+            found[f"blocks.{number}.{part}.{kind}"] = rows
     return found

@@ -186,6 +186,15 @@ def embed_pair(network: nn.Module, x: torch.Tensor, cls_token: torch.Tensor | No
     return tokens + network.pos_embed                                                     # (B, T, D)
 
 
+def require_possible(input_size: int, patch_size: int, z_dims: tuple[int, ...], encoder_depth: int, depth: int) -> None:
+    """Raise UserError for latents that cannot be cut into patches, and for a projected block that does not exist."""
+    if input_size % patch_size:
+        raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
+                        f"{patch_size}: use a smaller patch")
+    if z_dims and not 1 <= encoder_depth <= depth:
+        raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
+
+
 class SiT(nn.Module):
     """The velocity network of REG; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
@@ -202,11 +211,7 @@ class SiT(nn.Module):
                  num_classes: int = 1000, z_dims: tuple[int, ...] = (768,), projector_dim: int = 2048,
                  cls_token_dim: int | None = 768, qk_norm: bool = False, fused_attn: bool = True):
         super().__init__()
-        if input_size % patch_size:
-            raise UserError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
-                            f"{patch_size}: use a smaller patch")
-        if z_dims and not 1 <= encoder_depth <= depth:
-            raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
+        require_possible(input_size, patch_size, z_dims, encoder_depth, depth)
         # What rebuilds this model; it travels in the checkpoint.
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                            hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,

@@ -7,7 +7,6 @@ Padding is attended by MMDiT: the states always have the encoder's length.
 import hashlib
 import json
 
-import numpy as np
 import torch
 
 from models.encoders import sha256_of_parameters
@@ -31,6 +30,8 @@ def states_shape(name: str, length: int | None = None, flag: str = "--text-encod
         kind, text = config.model_type, getattr(config, "text_config", config)
         if kind not in ("clip", "clip_text_model", *T5_FAMILY):
             raise UserError(f"{flag} {name}: is a {kind}; give a CLIP or a T5 encoder")
+        if (layers := _most_layers(config.to_dict())) > MAX_LAYERS:
+            raise UserError(f"{flag} {name}: its config.json asks for {layers} layers; give another encoder")
         longest, width = getattr(text, "max_position_embeddings", None), text.hidden_size
     if longest is not None and length is not None and length > longest:
         raise UserError(f"--text-length {length}: {name} has {longest} positions; give at most {longest}")
@@ -47,17 +48,12 @@ def load_pretrained(name: str, flag: str, *parts: str) -> list:
 
     transformers.utils.logging.set_verbosity_error()              # CLIP's image tower is "unexpected" in a long table
     transformers.utils.logging.disable_progress_bar()
-    loaded = []
     try:
-        for part in parts:
-            kind = getattr(transformers, part)
-            if part.startswith("Auto"):
-                loaded.append(kind.from_pretrained(name, trust_remote_code=False))
-                if part == "AutoConfig" and (layers := _most_layers(loaded[-1].to_dict())) > MAX_LAYERS:
-                    raise ValueError(f"config.json asks for {layers} layers")
-                continue
-            network, found = kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32,
-                                                  output_loading_info=True)
+        loaded = [getattr(transformers, part).from_pretrained(name, trust_remote_code=False)
+                  for part in parts if part.startswith("Auto")]
+        for part in parts[len(loaded):]:                          # networks, behind their tokenizer
+            network, found = getattr(transformers, part).from_pretrained(name, use_safetensors=True,
+                                                                         dtype=torch.float32, output_loading_info=True)
             if found["missing_keys"]:
                 raise ValueError(f"no weight {min(found['missing_keys'])}")
             loaded.append(network.eval().requires_grad_(False))
@@ -75,6 +71,14 @@ def _most_layers(config: dict) -> int:
     """The largest number of layers in a config: transformers builds each before it looks at the weights."""
     return max((_most_layers(value) if isinstance(value, dict) else value for name, value in config.items()
                 if isinstance(value, dict) or isinstance(value, int) and "layers" in name), default=0)
+
+
+def tokenize(tokenizer, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Captions (n) -> token ids (n, L), their mask (n, L), and how many captions are cut to the length L."""
+    found = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    full = found.attention_mask.all(dim=1).any()                  # only a caption without padding can have been longer
+    cut = sum(len(ids) > length for ids in tokenizer(captions).input_ids) if full else 0
+    return found.input_ids, found.attention_mask, cut
 
 
 class TextEncoder:
@@ -101,21 +105,14 @@ class TextEncoder:
     @torch.no_grad()
     def states(self, captions: list[str]) -> torch.Tensor:
         """Captions (n) -> states (n, L, W), float32 on the device. Says once that captions are cut to L tokens."""
-        ids = self.tokenizer(captions).input_ids                  # with the end token
-        if not self.truncated and max(map(len, ids)) > self.length:
+        tokens, mask, cut = tokenize(self.tokenizer, captions, self.length)                   # (n, L), (n, L)
+        if cut and not self.truncated:
             self.truncated = True
             notice(f"captions of more than {self.length} tokens are cut to what {self.name} reads")
-        tokens = np.full((len(ids), self.length), self.tokenizer.pad_token_id)                # (n, L)
-        for row, one in zip(tokens, ids, strict=True):
-            kept = one if len(one) <= self.length else [*one[:self.length - 1], one[-1]]
-            row[:len(kept)] = kept
-        mask = np.arange(self.length) < np.array([[len(one)] for one in ids])                # (n, L)
         device = self.network.device
-        tokens, mask = (torch.from_numpy(one) for one in (tokens, mask))
         if device.type == "cuda":                                 # from other memory a copy would wait for the device
             tokens, mask = tokens.pin_memory(), mask.pin_memory()
-        inputs = {"input_ids": tokens.to(device, non_blocking=True)}
-        if self.masked:
-            inputs["attention_mask"] = mask.to(device, non_blocking=True)
+        tokens, mask = (one.to(device, non_blocking=True) for one in (tokens, mask))
         with torch.autocast(device.type, enabled=False):          # the same states in training and sampling
-            return self.network(**inputs).last_hidden_state.float()                           # (n, L, W)
+            found = self.network(input_ids=tokens, attention_mask=mask if self.masked else None)
+        return found.last_hidden_state.float()                                                # (n, L, W)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, find_store
+from dataset import IMAGES, MOMENTS, MOMENTS_EXTENSIONS, find_store, first_store
 from runtime import stores
-from runtime.catalogue import Catalogue, key_of, read_captions, tidy, write_catalogue
-from runtime.files import write_whole
+from runtime.catalogue import Catalogue, key_of, read_captions, require_all, tidy, write_catalogue
+from runtime.files import read_patiently, write_whole
 from runtime.messages import UserError, say
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, FolderStore, Store, few, parse_json, shown
 
@@ -35,18 +35,21 @@ def index_of(names: np.ndarray, by_id: bool = True) -> dict[str | int, bytes | N
     return index | {os.fsdecode(name): name for name in names.tolist()}
 
 
-def _entries(record: object, where: str) -> Iterator[tuple[tuple, object]]:
-    """What a record calls each of its pictures, one or more names or numbers, and captions of it."""
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: expected {{name: caption, ...}} or lines of {{"file_name": ..., "caption": ...}}')
-    key, text = (next((record[one] for one in some if one in record), None) for some in (KEYS, FIELDS))
-    if isinstance(record.get("annotations"), list):
-        try:
-            called = {image["id"]: image["file_name"] for image in record.get("images", ())}
-            yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"])
-                        for one in record["annotations"] if one["caption"].strip())           # some have no words
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: not COCO's captions ({shown(repr(error))}); give captions_*.json") from error
+def _first(record: object, names: tuple[str, ...]) -> object:
+    """The first of a record's fields `names` that it has, or None."""
+    return next((record[name] for name in names if name in record), None) if isinstance(record, dict) else None
+
+
+def _entries(record: dict) -> Iterator[tuple[tuple, object]]:
+    """What a record calls each of its pictures, one or more names or numbers, and captions of it.
+
+    Raises AttributeError, KeyError or TypeError if it is none.
+    """
+    key, text, annotations = _first(record, KEYS), _first(record, FIELDS), record.get("annotations")
+    if isinstance(annotations, list):                             # COCO's, of which some have no words
+        called = {image["id"]: image["file_name"] for image in record.get("images", ())}
+        yield from (((called.get(one["image_id"]), one["image_id"]), one["caption"])
+                    for one in annotations if one["caption"].strip())
     elif key is not None and text is not None:
         yield (key,), text
     else:
@@ -55,12 +58,17 @@ def _entries(record: object, where: str) -> Iterator[tuple[tuple, object]]:
 
 def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, list[str]]:
     """The captions in a file by name, see `index_of`. Raises UserError naming keys of no picture, or of several."""
-    data, where = FolderStore("").read(file), shown(file)
-    lines = [data] if file.endswith(".json") else [line for line in data.splitlines() if line.strip()]
-    records = [parse_json(line, where) for line in lines]
-    records = records[0] if file.endswith(".json") and isinstance(records[0], list) else records
+    where, whole = shown(file), file.endswith(".json")
+    data = read_patiently(Path(file).read_bytes, where)
+    records = [parse_json(part, where) for part in ([data] if whole else filter(bytes.strip, data.splitlines()))]
+    try:
+        records = records[0] if whole and isinstance(records[0], list) else records
+        entries = [entry for record in records for entry in _entries(record)]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f'{where}: no captions ({shown(repr(error))}); expected {{name: caption, ...}}, lines of '
+                        '{"file_name": ..., "caption": ...} or COCO\'s captions_*.json') from error
     found, unknown = {}, {}
-    for keys, text in (entry for record in records for entry in _entries(record, where)):
+    for keys, text in entries:
         name = next((index[key] for key in keys if isinstance(key, str | int) and index.get(key)), None)
         if name is None:
             unknown[str(keys[0] or keys[-1])] = None
@@ -72,22 +80,21 @@ def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, li
     return found
 
 
-def read_beside(store: Store, names: np.ndarray, files: set[bytes]) -> dict[bytes, list[str]]:
-    """Captions of `names` (n,) from those of `files` that have a picture's stem, which are taken out of it."""
-    found = {}
-    for name in names.tolist() if files else ():
-        for file in (os.path.splitext(name)[0] + extension for extension in (b".txt", b".json")):
-            if file in files and name not in found:
-                data, where = store.read(file), store.where(file)
-                if file.endswith(b".txt"):
-                    texts = [line for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()]
-                else:
-                    content = parse_json(data, where)
-                    texts = next((content[one] for one in FIELDS if isinstance(content, dict) and one in content), None)
-                if texts is not None:                             # else it holds something else
-                    found[name] = tidy(texts, where)
-                    files.discard(file)
-    return found
+def read_beside(store: Store, names: np.ndarray, others: np.ndarray) -> tuple[dict[bytes, list[str]], list[bytes]]:
+    """Captions of `names` (n,) from those of the files `others` (m,) that have a picture's stem; and these files."""
+    found, used = {}, []
+    stems = {os.path.splitext(name)[0]: name for name in names.tolist()} if len(others) else {}
+    for file in others[::-1].tolist():                            # .txt comes before .json
+        (stem, extension), where = os.path.splitext(file), store.where(file)
+        texts = None
+        if stem in stems and extension == b".txt":
+            texts = [line for line in store.read(file).decode("utf-8-sig", "replace").splitlines() if line.strip()]
+        elif stem in stems and extension == b".json":
+            texts = _first(parse_json(store.read(file), where), FIELDS)
+        if texts is not None:                                     # else it holds something else
+            found[stems.pop(stem)] = tidy(texts, where)
+            used.append(file)
+    return found, used
 
 
 def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadata: dict, file: str | None,
@@ -97,27 +104,20 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
     From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`; else from
     those of the files `others` that lie beside pictures; in class folders only if most pictures have one.
     """
-    left, listed = set(others.tolist()), None if file else read_captions(store, names, bytes, metadata)
+    used = []
     if file:
         found = read_file(file, index_of(begun))
-    elif listed:
+    elif listed := read_captions(store, names, bytes, metadata):
         found = {name: listed[i].split("\n") for i, name in enumerate(names.tolist())}
     else:
-        found = read_beside(store, names, left)
+        found, used = read_beside(store, names, others)
         classes = not isinstance(store, stores.TarStore) and all(b"/" in name for name in names.tolist())
         if classes and len(found) < len(names) / 2:               # class folders with stray text files
-            found, left = {}, set(others.tolist())
-    stores.pass_over(store, others[[name in left for name in others.tolist()]])
+            found, used = {}, []
+    stores.pass_over(store, others[~np.isin(others, used)])
     if found or file:
-        require_all(found, names, shown(file or store.path))
+        require_all(found, "caption", shown(file or store.path), names)
     return found or None
-
-
-def require_all(found: dict[bytes, list[str]], names: np.ndarray, where: str) -> None:
-    """Raise UserError naming those of `names` (n,) that have no captions."""
-    lacking = names[[name not in found for name in names.tolist()]]
-    if len(lacking):
-        raise UserError(f"{where}: no caption for {len(lacking)} of {len(names)} pictures ({few(lacking)}); add them")
 
 
 def captions(source: str, captions: str) -> None:
@@ -126,25 +126,23 @@ def captions(source: str, captions: str) -> None:
     The file names images as they are in the data set. Raises UserError before anything is written if it does not name
     all of them, or others.
     """
-    found = {}
-    for kind, extensions in ((IMAGES, IMAGE_EXTENSIONS), (MOMENTS, MOMENTS_EXTENSIONS)):
-        for path in [Path(source, name) for name in kind if Path(source, name).exists()][:1]:
-            found[extensions] = Catalogue(stores.open_store(path), extensions, recall=False)
+    kinds = ((IMAGES, IMAGE_EXTENSIONS), (MOMENTS, MOMENTS_EXTENSIONS))
+    found = [(Catalogue(store, extensions, recall=False), extensions) for candidates, extensions in kinds
+             if (store := first_store(Path(source), candidates))]
     if not found:
         find_store(Path(source), IMAGES, "images")                # names what is missing
-    index = index_of([*found.values()][0].names, by_id=False)
+    index = index_of(found[0][0].names, by_id=False)
     given = {key_of(name): texts for name, texts in read_file(captions, index).items()}
-    changed = []
-    for one in found.values():
-        require_all(given, one.keys, shown(captions))
-        texts = {os.fsdecode(name): given[key_of(name)] for name in one.names.tolist()}
-        changed.append(json.dumps({**stores.read_metadata(one.store), "captions": texts}).encode())
-    for (extensions, one), content in zip(found.items(), changed, strict=True):
+    for one, _ in found:
+        require_all(given, "caption", shown(captions), one.keys)
+    for one, extensions in found:
         path, store = Path(one.store.path), one.store
+        texts = {os.fsdecode(name): given[key] for name, key in zip(one.names.tolist(), one.keys.tolist(), strict=True)}
+        content = json.dumps({**one.metadata, "captions": texts}).encode()
         if isinstance(store, FolderStore):
             write_whole(path / METADATA, lambda partial, content=content: partial.write_bytes(content))
         else:
-            names = [name for name in map(os.fsdecode, store.directory[0].tolist()) if name != METADATA]
-            stores.write_zip(path, chain(((name, store.read(name)) for name in names), [(METADATA, content)]))
+            kept = [name for name in map(os.fsdecode, store.directory[0].tolist()) if name != METADATA]
+            stores.write_zip(path, chain(((name, store.read(name)) for name in kept), [(METADATA, content)]))
         write_catalogue(path, extensions)
     say(f"{shown(source)}: captions of {len(given)} images")

@@ -20,7 +20,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,46 +66,45 @@ def read_labels(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] = 
     or beyond MAX_CLASSES, or a key has no label or two.
     """
     metadata = read_metadata(store) if metadata is None else metadata
-    return _match(metadata.get("labels"), store.where(METADATA), keys, key)
-
-
-def _match(entries: object, where: str, keys: np.ndarray, key: Callable[[bytes], bytes] = key_of,
-           names: np.ndarray | None = None) -> np.ndarray | None:
-    """`read_labels` from "labels" in the file `where`; `names` (n,), the files of `keys`, save time."""
+    entries, where = metadata.get("labels"), store.where(METADATA)
     if entries is None:
         return None
     if not isinstance(entries, list) or not all(map(_is_labelled, entries)):
         raise UserError(f'{where}: expected "labels" to be [[name, whole number >= 0], ...] or null')
-    try:
-        listed = [os.fsencode(name) for name, _ in entries]
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
-    named = keys.tolist() if names is not None and listed == names.tolist() else list(map(key, listed))
-    fitting = np.array([len(name) <= keys.itemsize for name in named], dtype=bool)
-    listed = np.array([name for name in named if len(name) <= keys.itemsize], dtype=bytes)  # as wide as the longest
-    values = np.array([label for _, label in entries], dtype=np.int64)[fitting]
-    if (values >= MAX_CLASSES).any():
-        raise UserError(f"{where}: label {values.max()}; labels must be below {MAX_CLASSES}, as every class has an "
-                        "embedding")
-    order = np.argsort(listed, kind="stable")
-    listed, values = listed[order], values[order]
-    found = np.searchsorted(listed, keys).clip(max=max(len(listed) - 1, 0))
-    known = listed[found] == keys if len(listed) else np.zeros(len(keys), dtype=bool)
-    if not known.all():
-        raise UserError(f"{where}: no label for {(~known).sum()} of {len(keys)} files ({few(keys[~known])}); "
-                        'complete it, or set "labels" to null')
-    differing = np.flatnonzero((listed[1:] == listed[:-1]) & (values[1:] != values[:-1]))
-    differing = differing[np.isin(listed[differing], keys)] if len(differing) else differing
-    if len(differing):
-        i = differing[0]
-        raise UserError(f"{where}: {few(listed[[i]])} has label {values[i]} and label {values[i + 1]}; remove one")
-    return values[found]
+    largest = max((label for _, label in entries), default=0)
+    if largest >= MAX_CLASSES:
+        raise UserError(f"{where}: label {largest}; labels must be below {MAX_CLASSES}: every class has an embedding")
+    return np.array(_match(entries, "label", where, keys, key), dtype=np.int64)
 
 
 def _is_labelled(entry: object) -> bool:
     """Whether it is [name, label]; true and false are no labels, and no file's name contains a NUL."""
     return (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is str and "\0" not in entry[0]
             and type(entry[1]) is int and 0 <= entry[1] < 2**63 - 1)
+
+
+def _match(entries: Iterable, what: str, where: str, keys: np.ndarray, key: Callable[[bytes], bytes]) -> list:
+    """The values (n) of `keys` in [name, value] pairs from `where`, a dataset.json."""
+    try:
+        pairs = [(key(os.fsencode(name)), value) for name, value in entries]
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
+    given = dict(pairs)
+    for one, value in pairs if len(given) < len(pairs) else ():
+        if given[one] != value and one in keys:
+            both = " and ".join(f"{what} {shown(str(each))[:80]}" for each in (value, given[one]))
+            raise UserError(f"{where}: {shown(one)} has {both}; remove one")
+    require_all(given, what, where, keys)
+    return [given[one] for one in keys.tolist()]
+
+
+def require_all(given: Container[bytes], what: str, where: str, keys: np.ndarray) -> None:
+    """Raise UserError naming those of `keys` (n,) of which nothing is given."""
+    lacking = keys[[one not in given for one in keys.tolist()]]
+    if len(lacking):
+        remedy = {"label": 'complete it, or set "labels" to null',
+                  "caption": "add them, to a prepared data set with `preprocessing.dataset_tools captions`"}[what]
+        raise UserError(f"{where}: no {what} for {len(lacking)} of {len(keys)} files ({few(lacking)}); {remedy}")
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
@@ -158,15 +157,9 @@ def read_captions(store: Store, keys: np.ndarray, key: Callable[[bytes], bytes] 
         return None
     if not isinstance(entries, dict):
         raise UserError(f'{where}: expected "captions" to be {{name: [caption, ...], ...}} or null')
-    try:
-        given = {key(os.fsencode(name)): captions for name, captions in entries.items()}
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: no file can be called {shown(error.object)}; correct it") from error
-    lacking = keys[[one not in given for one in keys.tolist()]]
-    if len(lacking):
-        raise UserError(f"{where}: no caption for {len(lacking)} of {len(keys)} files ({few(lacking)}); add them with "
-                        "`preprocessing.dataset_tools captions`")
-    return pack_captions(["\n".join(tidy(given[one], f"{where}: {shown(one)}")) for one in keys.tolist()])
+    given = _match(entries.items(), "caption", where, keys, key)
+    return pack_captions(["\n".join(tidy(captions, f"{where}: {shown(one)}"))
+                          for one, captions in zip(keys.tolist(), given, strict=True)])
 
 
 def digest_of(store: Store, name: bytes) -> str:
@@ -225,7 +218,7 @@ class Catalogue:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        return _match(self.metadata.pop("labels", None), self.store.where(METADATA), self.keys, names=self.names)
+        return read_labels(self.store, self.keys, metadata={"labels": self.metadata.pop("labels", None)})
 
     @functools.cached_property
     def captions(self) -> Captions | None:
@@ -341,10 +334,9 @@ def _require_sound(kept: dict[str, np.ndarray], end: int) -> None:
     if "captions" in kept:
         text, ends = kept["captions"], kept["caption_ends"]
         shaped = text.dtype == np.uint8 and text.ndim == 1 and ends.dtype == np.int64 and ends.shape == keys.shape
-        if not shaped or ends[-1] != len(text) or (np.diff(ends, prepend=0) <= 0).any():
+        rising = shaped and ends[-1] == len(text) and (np.diff(ends, prepend=0) > 0).all()
+        if not rising or (text[ends[:-1]] >> 6 == 0b10).any():    # inside of a letter of several bytes
             raise ValueError("captions out of range")
-        if (text[ends[:-1]] >> 6 == 0b10).any():                  # inside of a letter of several bytes
-            raise ValueError("captions out of step")
         text.tobytes().decode()
     if "table" in kept:
         offset, size, inflated, method, _ = kept["table"].T

@@ -71,10 +71,11 @@ def load_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[int, int],
-              **arrays: np.ndarray) -> None:
+              **arrays: np.ndarray | None) -> None:
     """Write `arr_0` uint8 (count, H, W, 3) from a stream of images or blocks, and `arrays`, as one file, atomically.
 
-    With a count of 0 there is no `arr_0`. Raises UserError if the file cannot be written.
+    With a count of 0 there is no `arr_0`, and arrays that are None are left out. Raises UserError if the file cannot be
+    written.
     """
 
     def write(partial: Path) -> None:
@@ -85,9 +86,9 @@ def write_npz(path: Path, images: Iterable[np.ndarray], count: int, size: tuple[
                     np.lib.format.write_array_header_1_0(member, header)
                     written = sum(member.write(np.ascontiguousarray(image).tobytes()) for image in images)
                     assert written == count * math.prod(size) * 3, f"{written} bytes for {count} images of {size}"
-            for name, array in arrays.items():
+            for name in [name for name in arrays if arrays[name] is not None]:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                    np.lib.format.write_array(member, np.asarray(arrays[name]), allow_pickle=False)
 
     write_whole(path, write)
 

@@ -10,8 +10,8 @@ from torchvision.utils import make_grid
 
 from runtime.stores import shown
 
-SIDE, SIZE = 128, 11      # px: the least width of a captioned image, and the height of its letters
-LINES, MARGIN = 10, 4     # of a caption, the rest is cut off; px around images and captions
+SIDE, SIZE, SPACING = 128, 11, 2         # px: least width of a captioned image, height of its letters and between lines
+LINES, MARGIN = 10, 4                    # of a caption, the rest is cut off; px around images and captions
 
 
 def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
@@ -29,13 +29,12 @@ def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None =
     height, width = scale * height, scale * width
     fitting = {"width": int(width / font.getlength("x")), "max_lines": LINES, "placeholder": "..."}
     texts = [textwrap.wrap(shown(caption), **fitting) for caption in captions]
-    row = height + max(map(len, texts)) * (SIZE + 2) + 2 * MARGIN
+    row = height + max(map(len, texts)) * (SIZE + SPACING) + 2 * MARGIN
     size = MARGIN + min(columns, count) * (width + MARGIN), MARGIN + -(-count // columns) * row
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         left, top = MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * row
         grid.paste(to_pil_image(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        for line, words in enumerate(text):
-            draw.text((left, top + height + line * (SIZE + 2)), words, "black", font)
+        draw.multiline_text((left, top + height), "\n".join(text), "black", font, spacing=SPACING)
     return grid

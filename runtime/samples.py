@@ -147,19 +147,17 @@ class SampleFolder:
             return (np.load(self.block_file(part, block)) for block in self.blocks if block.start < count)
 
         captions = shown if isinstance(shown[0], str) else None
-        labels = {} if captions else {"labels": np.array(shown)}                                  # (N,)
+        labels = None if captions else np.array(shown)                                            # (N,)
         if captions:
-            lines = (json.dumps({"index": i, "caption": text}, ensure_ascii=False) for i, text in enumerate(captions))
-            text = "".join(f"{line}\n" for line in lines)
-            write_whole(self.path / CAPTIONS, lambda partial: partial.write_text(text, encoding="utf-8"))
+            lines = [json.dumps({"index": i, "caption": text}, ensure_ascii=False) for i, text in enumerate(captions)]
+            write_whole(self.path / CAPTIONS, lambda partial: partial.write_text("\n".join([*lines, ""]), "utf-8"))
         for part in [part for part in self.parts if part != "images"]:
-            write_npz(self.npz(part)[0], (), 0, (0, 0), **{part: np.concatenate(list(load(part)))}, **labels)
+            write_npz(self.npz(part)[0], (), 0, (0, 0), **{part: np.concatenate(list(load(part))), "labels": labels})
         first = torch.from_numpy(np.concatenate(list(load("images", GRID_IMAGES)))[:GRID_IMAGES])   # (64, R, R, 3)
         grid = grid_of(first.permute(0, 3, 1, 2), GRID_COLUMNS, captions and captions[:GRID_IMAGES])
         write_whole(self.path / "grid.png", lambda partial: grid.save(partial, "png"))
         images = tqdm(load("images"), desc="npz", unit="block", total=len(self.blocks))
-        write_npz(self.npz()[0], images, self.count, first.shape[1:3],
-                  **({} if captions else {"arr_1": labels["labels"]}))
+        write_npz(self.npz()[0], images, self.count, first.shape[1:3], arr_1=labels)
 
     def export(self, geneval: tuple[list[str], int] | None = None) -> None:
         """One process, once samples.npz is finished: remove the blocks, write missing PNG files, unlock the folder.
@@ -180,14 +178,13 @@ class SampleFolder:
             self._lock.lock.release(force=True)
 
     def _export_geneval(self, prompts: list[str], per_prompt: int) -> None:
-        every = blocks(self.count, per_prompt)
-        for number, images in enumerate(read_npz_rows(self.npz()[0], every)):             # (per_prompt, R, R, 3)
+        rows = read_npz_rows(self.npz()[0], blocks(self.count, per_prompt))               # (per_prompt, R, R, 3) each
+        for number, (line, images) in enumerate(zip(prompts, rows, strict=True)):
             folder = self.path / GENEVAL / f"{number:05d}"
             make_folder(folder / "samples")
             for i, image in enumerate(images):
                 _write_png(folder / "samples" / f"{i:04d}.png", image)
-            line = prompts[number].encode()
-            write_whole(folder / "metadata.jsonl", lambda partial, line=line: partial.write_bytes(line))
+            write_whole(folder / "metadata.jsonl", lambda partial, line=line: partial.write_bytes(line.encode()))
 
     def _export(self, missing: set[int]) -> None:
         make_folder(self.path / "images")

@@ -469,7 +469,7 @@ def test_captions_added_later_change_nothing_but_captions(captioned, tmp_path, v
 
 
 @pytest.mark.parametrize(("given", "word"), [
-    ({"00000/00000009": "a"}, "00000/00000009"), ({"img00000000.png": "a"}, "3 of 4 pictures (00000/00000001"),
+    ({"00000/00000009": "a"}, "00000/00000009"), ({"img00000000.png": "a"}, "3 of 4 files (00000/00000001"),
     (coco({}, {i: ["a"] for i in range(4)}), "0")])               # the numbers of images are not COCO's ids
 def test_added_captions_that_do_not_fit_write_nothing(captioned, tmp_path, refused, given, word):
     before = contents(captioned)

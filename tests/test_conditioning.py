@@ -86,5 +86,14 @@ def test_another_text_encoder_than_the_recorded_one_is_refused(captions, tmp_pat
     cpu, recorded = torch.device("cpu"), captions.record()["text"]
     again = open_captions(PROMPTS, str(tiny_clip), None, cpu, recorded, tmp_path)
     assert torch.equal(again.null_states, captions.null_states)
-    with pytest.raises(UserError, match="width"):
-        open_captions(PROMPTS, str(tiny_clip), recorded["length"] - 1, cpu, recorded, tmp_path)
+    with pytest.raises(UserError, match="width 32"):
+        open_captions(PROMPTS, str(tiny_clip), None, cpu, {**recorded, "width": 64}, tmp_path)
+    with pytest.raises(UserError, match="other weights"):
+        open_captions(PROMPTS, str(tiny_clip), None, cpu, {**recorded, "sha256": "0"}, tmp_path)
+
+
+def test_a_recorded_encoder_is_opened_by_its_name_and_with_its_length(captions, tiny_clip):
+    short = open_captions(PROMPTS, str(tiny_clip), 9, torch.device("cpu"), None)
+    again = open_captions(PROMPTS, None, None, torch.device("cpu"), short.record()["text"])
+    assert again.encoder.name == str(tiny_clip) and again.embed(["a disc"]).shape == (1, 9, 32)
+    assert torch.equal(again.null(1)[0], short.null_states)

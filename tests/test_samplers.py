@@ -206,6 +206,18 @@ def test_samples_that_do_not_stay_finite_are_an_error_that_names_the_step(sample
         sampler(Exploding(), noise, torch.tensor([0, 1]), num_steps=steps, cfg_scale=1e10)
 
 
+def test_guidance_without_a_null_condition_needs_a_null_label():
+    class Captioned(torch.nn.Module):
+        def forward(self, x, t, context, cls_token=None):
+            return x + context.mean(), [], None
+
+    noise, context = torch.zeros(2, 4, 4, 4), torch.ones(2, 3, 8)
+    euler_sampler(Captioned(), noise, context, num_steps=2)
+    euler_sampler(Captioned(), noise, context, null=torch.zeros(3, 8), num_steps=2, cfg_scale=2.0)
+    with pytest.raises(AssertionError, match="null states"):
+        euler_sampler(Captioned(), noise, context, num_steps=2, cfg_scale=2.0)
+
+
 def test_shifted_times_keep_their_ends_and_solve_the_same_equation():
     """dx/dt = x cos(3t) as above: other steps, the same solution; the last SDE time stays 0.04."""
     exact = math.exp(-math.sin(3) / 3)

@@ -249,7 +249,7 @@ def test_sampling_needs_only_the_encoders_files(run, tiny_clip, sample, tmp_path
 
 @pytest.mark.parametrize(("given", "word"), [
     (["--classes", "1"], "captions"), (["--labels", "balanced"], "captions"),
-    (["--prompts", "nowhere.txt"], "read"), (["--prompt", "x", "--prompts", "y"], "contradicts"),
+    (["--prompts", "nowhere.txt"], "read"), (["--prompt", "x", "--prompts", "y"], "not allowed"),
     (["--layout", "geneval", "--prompt", "x"], "--prompts"), (["--layout", "geneval", "--prompts", __file__], "JSON"),
     (["--layout", "geneval", "--prompts", "x", "--captions", "random"], "in order"),
     (["--text-encoder", "nowhere", "--prompt", "x"], "loaded"),
