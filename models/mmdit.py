@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from models.hub import HubNetwork
 from models.sit import (
     FinalLayer,
     PatchEmbedder,
@@ -26,7 +27,7 @@ from models.sit import (
 from runtime.messages import UserError
 
 
-class MMDiT(nn.Module):
+class MMDiT(nn.Module, HubNetwork):
     """The velocity network for captions; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
     All layers keep PyTorch's initialisation, the modulations and heads included.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.hub import HubNetwork
 from runtime.messages import UserError
 
 FREQUENCIES = 256            # width of the timestep sinusoid: 128 cosines, then 128 sines
@@ -186,7 +187,7 @@ def embed_pair(network: nn.Module, x: torch.Tensor, cls_token: torch.Tensor | No
     return tokens + network.pos_embed                                                     # (B, T, D)
 
 
-class SiT(nn.Module):
+class SiT(nn.Module, HubNetwork):
     """The velocity network of REG; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
     Args:
