@@ -10,9 +10,10 @@ A checkpoint has REPA's keys model, ema, opt, args (a plain dict), steps, and ou
     text           of captions: the text encoder's name and sha256, its length L and width W, and the null states (L, W)
     processes      number of processes that trained it
 
-    python -m models.checkpoint export CKPT OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
+    python -m models.checkpoint export CKPT FOLDER|OUT.safetensors [--weights ema|model] [--model SiT-XL/2]
 
-writes the weights alone, to share: the file cannot hold code, and generate.py takes it as a checkpoint.
+writes the weights alone, to share: a folder as models/hub.py describes it, or a single file. Neither can hold code, and
+generate.py takes both as checkpoints.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as serialised
 
-from models.hub import find, read_shared, shared
+from models.card import model_card, read_scores
+from models.hub import CONFIG, TRANSFORMER, digest_of, find, read_shared, save_folder, shared
 from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
 from models.weights import (
@@ -36,7 +38,7 @@ from models.weights import (
 )
 from runtime.arguments import Parser
 from runtime.files import write_whole
-from runtime.messages import UserError, notice, without_traceback
+from runtime.messages import UserError, notice, say, without_traceback
 from runtime.run import Damaged, read_file
 from runtime.stores import shown
 
@@ -178,21 +180,47 @@ def build_for_sampling(state: dict, model_name: str | None = None, which: str = 
 
 # ----------------------------------------------------------------------------------------------------- weights to share
 
-def export(path: str | Path, out: str | Path, which: str = "ema", model_name: str | None = None) -> None:
-    """Write one set of a checkpoint's weights, without projectors, as safetensors; generate.py reads the file.
+def export(path: str | Path, out: str | Path, which: str = "ema", model_name: str | None = None,
+           licence: str | None = None, diffusers: bool = False) -> None:
+    """Write one set of a checkpoint's weights, without projectors, to a folder with a model card, or to a single file
+    whose metadata hold what sampling needs.
 
-    The file's metadata hold what sampling needs: architecture, latent space, path. Raises UserError as `read` does, and
-    if `out` exists or does not end in .safetensors.
+    `diffusers`: as the folder of a models.pipeline.REGPipeline, with the VAE. A folder with the same network is
+    completed, and its card written again. Raises UserError as `read` does, and if `out` is anything else that exists.
     """
-    out = Path(out)
-    if out.suffix != ".safetensors" or out.exists():
-        raise UserError(f"{out}: {'exists already' if out.exists() else 'wrong ending'}; name a new .safetensors file")
-    state = read(path)
+    out, single = Path(out), Path(out).suffix == ".safetensors"
+    if single and (out.exists() or diffusers) or out.suffix in (".pt", ".pth", ".bin", ".ckpt") or out.is_file():
+        raise UserError(f"{out}: {'exists already' if out.exists() else 'wrong ending'}; name a folder or a new "
+                        ".safetensors file")
+    path = find(path)
+    state, digest = read(path), digest_of(path)
     model = build_for_sampling(state, model_name, which)
     model.record = record_of(state, which)
     about, weights = shared(model)
-    data = serialised(weights, {"reg": json.dumps(about)})
-    write_whole(out, lambda partial: partial.write_bytes(data))   # save_file would make it readable for its owner alone
+    if single:
+        data = serialised(weights, {"reg": json.dumps(about)})
+        return write_whole(out, lambda partial: partial.write_bytes(data))    # save_file's is readable for its owner
+    model.record |= {"checkpoint_sha256": digest} | ({"licence": licence} if licence else {})
+    require_new(out, model, TRANSFORMER if diffusers else "")
+    if diffusers:
+        from models.pipeline import REGPipeline  # diffusers is slow to import
+
+        REGPipeline.of(model).save_pretrained(out)
+    else:
+        save_folder(model, out)
+    scores = read_scores(path.parent.parent / "samples", digest, which)
+    card = model_card(model.config, model.record, scores, str(out), diffusers)
+    write_whole(out / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
+
+
+def require_new(out: Path, model: Network, inside: str) -> None:
+    """Raise UserError unless the folder is empty, absent, or has this network in its folder `inside`."""
+    try:
+        found = json.loads((out / inside / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if out.is_dir() and any(out.iterdir()) and found != json.loads(json.dumps(shared(model)[0])):
+        raise UserError(f"{out}: holds another model, or other files; name another folder")
 
 
 def record_of(state: dict, which: str) -> dict:
@@ -201,15 +229,19 @@ def record_of(state: dict, which: str) -> dict:
     args = {name: value for name, value in state.get("args", {}).items() if name not in PRIVATE}
     if "text" in record and Path(record["text"]["encoder"]).is_absolute():                # a folder of this machine
         record["text"] = {**record["text"], "encoder": Path(record["text"]["encoder"]).name}
-    return {**record, "weights": which} | ({"args": args} if args else {})
+    name = Path(str(state.get("args", {}).get("data_dir") or "")).name                    # without its place
+    return {**record, "weights": which} | ({"args": args} if args else {}) | ({"data_name": name} if name else {})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m models.checkpoint", description="Weights to share.")
     commands = parser.add_subparsers(required=True, metavar="export")
-    one = commands.add_parser("export", help="write one set of weights as safetensors")
+    one = commands.add_parser("export", help="write one set of weights as safetensors, with a model card")
     one.add_argument("ckpt", metavar="CKPT", help="checkpoint file, or experiment folder (its newest)")
-    one.add_argument("out", metavar="OUT", help="the .safetensors file")
+    one.add_argument("out", metavar="OUT", help="a folder, for the hub; or a single .safetensors file")
+    one.add_argument("--diffusers", action="store_true", help="the folder of a diffusers pipeline, with the VAE")
+    one.add_argument("--licence", metavar="NAME", help="of the weights, for the card, as the hub spells it; None: not "
+                     "stated")
     one.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
     one.add_argument("--model", choices=tuple(MODELS), default=None, metavar="NAME",
                      help="needed for released files")
@@ -219,8 +251,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    export(args.ckpt, args.out, args.weights, args.model)
-    print(f"wrote {args.out}: python generate.py --ckpt {args.out}")
+    export(args.ckpt, args.out, args.weights, args.model, args.licence, args.diffusers)
+    say(f"wrote {args.out}: python generate.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

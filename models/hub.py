@@ -61,11 +61,7 @@ class HubNetwork(PyTorchModelHubMixin):
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Called by `save_pretrained`."""
-        about, weights = shared(self)
-        data = serialised(weights, {"format": "pt"})
-        write_json(save_directory / CONFIG, about)                # first: without weights a folder is refused
-        write_whole(save_directory / WEIGHTS, lambda partial: partial.write_bytes(data))
+        save_folder(self, save_directory)
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         return ModelCard(model_card(self.config, self.record or {}), ignore_metadata_errors=True)
@@ -79,6 +75,14 @@ def shared(model: HubNetwork) -> tuple[dict, dict[str, torch.Tensor]]:
         about["text"] = dict(about["text"])
         weights[NULL] = about["text"].pop("null").contiguous()
     return about, weights
+
+
+def save_folder(model: HubNetwork, folder: Path) -> None:
+    """Write config.json, then the weights, without which a folder is refused. Raises UserError as `write_whole`."""
+    about, weights = shared(model)
+    data = serialised(weights, {"format": "pt"})
+    write_json(folder / CONFIG, about)
+    write_whole(folder / WEIGHTS, lambda partial: partial.write_bytes(data))
 
 
 def read_shared(path: Path) -> dict:
