@@ -37,24 +37,20 @@ def model_card(architecture: dict, record: dict, scores: Sequence[dict] = (), na
 
     `scores`: contents of metrics.json; `name`: of the folder, in the commands; `diffusers`: it is a pipeline's.
     """
-    args, captions = record.get("args", {}), "context_dim" in architecture
-    task = "text-to-image" if captions else "unconditional-image-generation"
-    licence = record.get("licence")
-    head = ["---", *([f"license: {json.dumps(licence)}"] if licence else []), "library_name: reg",
-            f"pipeline_tag: {task}", "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---"]
-    call = 'prompt=["..."]' if captions else "class_labels=[0]"
-    if diffusers:
-        use = ["from models.pipeline import REGPipeline", f"pipe = REGPipeline.from_pretrained({name!r})",
-               f"pipe({call}).images[0].save('image.png')"]
-    else:
-        network = "MMDiT" if captions else "SiT"
-        use = [f"from models.{network.lower()} import {network}", f"model = {network}.from_pretrained({name!r})"]
-    prompt = ' --prompt "..."' if captions else ""
+    args, captions, licence = record.get("args", {}), "context_dim" in architecture, record.get("licence")
+    network, call = ("MMDiT", 'prompt="..."') if captions else ("SiT", "class_labels=0")
+    head = ["---", f"license: {json.dumps(licence)}" if licence else "", "library_name: reg",
+            f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
+            "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---", "", f"# {shown(Path(name).name)}", ""]
     rows = {"method": METHODS.get(args.get("method"), "not recorded"), **_rows(architecture, record, args),
             "licence": f"{licence or 'of these weights: not stated'}; the code is under the MIT licence"}
-    return "\n".join([*head, "", f"# {shown(Path(name).name)}", "", *_table(["", ""], rows.items()), "",
-                      "## Scores", "", *_scores(scores), "", "## Sampling", "", "In a clone of the program:", "", "```bash",
-                      f"python generate.py --ckpt {name}{prompt}", "```", "", "```python", *use, "```", ""])
+    python = (f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r})({call}).images[0]"
+              if diffusers else f"from models.{network.lower()} import {network}\n\n"
+              f"model = {network}.from_pretrained({name!r})")
+    command = f"python generate.py --ckpt {name}" + ' --prompt "..."' * captions
+    use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
+           "```", ""]
+    return "\n".join([*head, *_table(["", ""], rows.items()), "", "## Scores", "", *_scores(scores), *use])
 
 
 def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:

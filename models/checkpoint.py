@@ -138,14 +138,18 @@ def _weights(source: str | Path | dict, which: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def load_weights(model: Network, path_or_dict: str | Path | dict, which: str = "ema") -> None:
+def load_weights(model: Network, path_or_dict: str | Path | dict, which: str = "ema", projectors: bool = True) -> None:
     """Load weights strictly: ours, released REG or released REPA; a file, its content, or a bare state dict.
 
-    `which` chooses "ema" or "model" in a whole file. Projectors are dropped if the model has none. A model on the meta
-    device is moved to the CPU.
+    `which` chooses "ema" or "model" in a whole file. Projectors are dropped if the model has none; without `projectors`
+    the model keeps its own, with a notice, if the file has none. A model on the meta device is moved to the CPU.
     Raises UserError naming the first wrong key and the likely cause.
     """
-    load_strictly(model, _weights(path_or_dict, which))
+    weights = _weights(path_or_dict, which)
+    if not projectors and len(model.projectors) and not any(name.startswith("projectors.") for name in weights):
+        notice("the weights are without projectors, which start anew")
+        weights |= {f"projectors.{name}": value for name, value in model.projectors.state_dict().items()}
+    load_strictly(model, weights)
 
 
 def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> dict:

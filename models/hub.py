@@ -146,7 +146,7 @@ def digest_of(path: Path) -> str:
 
 def name_of(path: Path) -> str:
     """What people call a checkpoint's file: its stem; of a network's folder the folder's name, or the hub's."""
-    place = path.parent
+    place = path.parent.parent if path.parent.name == TRANSFORMER else path.parent
     cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
     return path.stem if not _in_folder(path) else place.parent.parent.name[8:] if cached else place.name
 

@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from models.conditioning import ClassLabels, Conditions, open_captions
-from models.hub import TRANSFORMER, VAE, HubNetwork, find, read_shared
+from models.hub import CONFIG, TRANSFORMER, VAE, HubNetwork, find
 from models.mmdit import MMDiT
 from models.sit import SiT
 from models.vae import Codec, LatentSpace, load_codec
@@ -57,9 +57,9 @@ class REGPipeline(DiffusionPipeline):
         `HubNetwork.from_pretrained`.
         """
         path = find(name, **where)
-        architecture = read_shared(path).get("architecture") if path.suffix == ".safetensors" else None
-        network = MMDiT if isinstance(architecture, dict) and "context_dim" in architecture else SiT
-        transformer = network.from_pretrained(path.parent)
+        config = path.with_name(CONFIG)
+        captions = config.is_file() and '"context_dim"' in config.read_text(encoding="utf-8", errors="replace")
+        transformer = (MMDiT if captions else SiT).from_pretrained(path)
         if path.parent.name != TRANSFORMER:
             return cls.of(transformer, text_encoder)
         return cls(transformer, load_codec(str(path.parent.parent / VAE)).vae, text_encoder)
@@ -70,7 +70,6 @@ class REGPipeline(DiffusionPipeline):
         self.vae.save_pretrained(Path(save_directory, VAE))
         self.save_config(save_directory)
 
-    @torch.no_grad()
     def __call__(self, class_labels: Sequence[int] | int | None = None, prompt: Sequence[str] | str | None = None,
                  num_inference_steps: int = Sampling.num_steps, guidance_scale: float | None = None,
                  class_token_guidance_scale: float | None = None, guidance_interval: tuple[float, float] | None = None,
