@@ -36,6 +36,8 @@ class HubNetwork(PyTorchModelHubMixin):
     """
 
     record: dict | None = None
+    device = property(lambda self: self.pos_embed.device)         # where a pipeline of diffusers asks
+    dtype = property(lambda self: self.pos_embed.dtype)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **where) -> "HubNetwork":
