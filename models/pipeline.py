@@ -14,6 +14,7 @@ from models.conditioning import ClassLabels, Conditions, open_captions
 from models.hub import CONFIG, TRANSFORMER, VAE, HubNetwork, find
 from models.mmdit import MMDiT
 from models.sit import SiT
+from models.text import DEFAULT
 from models.vae import Codec, LatentSpace, load_codec
 from runtime.messages import UserError
 from samplers import Sampling, sample_images
@@ -90,6 +91,11 @@ class REGPipeline(DiffusionPipeline):
         scale = conditions.published["cfg_scale"] if guidance_scale is None else guidance_scale
         low, high = guidance_interval or (0.0, conditions.published["guidance_high"])
         dropped = trained.get("cfg_prob", self.transformer.config.get("class_dropout_prob"))
+        shift = trained.get("time_shift", 1.0)
+        if not isinstance(shift, int | float) or not 0 < shift < 1e6:
+            raise UserError(f"the network was trained with the time shift {shift!r}; expected a number above 0")
+        if class_token_guidance_scale is not None and self.transformer.cls_token_dim is None:
+            raise UserError("class_token_guidance_scale: the network has no class token; leave it out")
         if scale < 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1 or num_inference_steps < 1:
             raise UserError(f"guidance_scale {scale}, guidance_interval {low, high}, num_inference_steps "
                             f"{num_inference_steps}: expected a scale of at least 1 (1 where no condition was dropped "
@@ -98,7 +104,7 @@ class REGPipeline(DiffusionPipeline):
             raise UserError(f"output_type {output_type}: expected pil, np or pt")
         how = Sampling(num_steps=num_inference_steps, cfg_scale=scale, cls_cfg_scale=class_token_guidance_scale,
                        guidance_low=low, guidance_high=high, path_type=trained.get("path_type", "linear"),
-                       time_shift=trained.get("time_shift", 1.0))
+                       time_shift=shift)
         codec = Codec(self.vae, space.vae)
         # The network's numbers decide: those of the VAE may be in a file that a pipeline does not carry.
         codec.use_space(replace(space, stats="the network's"), "the network")
@@ -118,10 +124,11 @@ class REGPipeline(DiffusionPipeline):
             raise UserError(f"the network was trained with {'captions' if captions else 'class labels'}: give "
                             f"{'prompt' if captions else 'class_labels'} alone")
         if captions:
-            if self._captions is None:                            # the text encoder is loaded once
+            if self._captions is None or self._captions.null_states.device != self.device:  # the encoder is loaded once
                 text = record.get("text")
-                self._captions = open_captions((), self._text_encoder or text["encoder"], None, self.device, text,
-                                               "the checkpoint", self.transformer.context_dim, order="in-order")
+                name = self._text_encoder or (text or {}).get("encoder", DEFAULT)
+                self._captions = open_captions((), name, None, self.device, text, "the checkpoint",
+                                               self.transformer.context_dim, order="in-order")
             prompts = [wanted] if isinstance(wanted, str) else list(wanted)
             return replace(self._captions, prompts=prompts), len(prompts)
         labels = tuple(int(label) for label in np.atleast_1d(wanted))

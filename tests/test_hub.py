@@ -36,6 +36,21 @@ def captioned() -> MMDiT:
                  encoder_depth=1, z_dims=(), cls_token_dim=None)
 
 
+def of_captions(folder: Path, clip: Path, vae: Path) -> Path:
+    """A checkpoint of an MMDiT with the text encoder `clip`, as training writes it."""
+    from models.text import TextEncoder
+
+    torch.manual_seed(0)
+    model = MMDiT(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, context_dim=32,
+                  encoder_depth=1, z_dims=(), cls_token_dim=12)
+    encoder = TextEncoder(str(clip))
+    text = {"encoder": str(clip), "sha256": encoder.sha256, "length": encoder.length, "width": encoder.width,
+            "null": encoder.states([""])[0]}
+    torch.save({"ema": model.state_dict(), "architecture": model.config, "text": text, "steps": 3,
+                "latent_space": load_codec(str(vae)).space.to_record(), "args": {"method": "reg"}}, folder / "t2i.pt")
+    return folder / "t2i.pt"
+
+
 def in_cache(folder: Path, name: str) -> None:
     """Put a folder into the hub's cache as a download of `name`."""
     place = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
@@ -286,6 +301,26 @@ def test_settings_of_the_pipeline_are_those_of_generate(trained, pipe, tmp_path)
     assert (np.stack([np.asarray(image) for image in made.images]) == wanted).all()
 
 
+def test_captions_in_a_pipeline(tiny_clip, vae_folder, tmp_path):
+    """A private folder of the text encoder is not named in the export, so the user names it."""
+    path = of_captions(tmp_path, tiny_clip, vae_folder)
+    prompts = ["a red disc", "large square", ""]
+    folder = sample(path, tmp_path / "samples", "--num-fid-samples", "3", *(f"--prompt={text}" for text in prompts))
+    export(path, tmp_path / "pipe", "--diffusers")
+    assert str(tiny_clip.parent) not in (tmp_path / "pipe" / "transformer" / "config.json").read_text()
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    assert "text-to-image" in card and "--prompt" in card and tiny_clip.name in card
+    pipe = REGPipeline.from_pretrained(tmp_path / "pipe", text_encoder=str(tiny_clip))
+    made = pipe(prompt=prompts, num_inference_steps=2, generator=[image_rng(0, i) for i in range(3)])
+    wanted = np.load(folder / "samples.npz")["arr_0"]
+    assert (np.stack([np.asarray(image) for image in made.images]) == wanted).all() and made.class_tokens.shape == (3, 12)
+    for given, word in (({"class_labels": 0}, "captions"), ({}, "prompt")):
+        with pytest.raises(UserError, match=word):
+            pipe(**given)
+    with pytest.raises(UserError, match="text-encoder"):
+        REGPipeline.from_pretrained(tmp_path / "pipe")(prompt="a")
+
+
 def test_generators_of_pytorch(pipe):
     """A seed decides the images; a generator goes on, as everywhere in diffusers; one for each image, or for all."""
     def made(generator, labels=(0, 1)):
@@ -328,9 +363,13 @@ def test_classes_without_images_and_weights_without_guidance(pipe):
     pipe.transformer.record = {**pipe.transformer.record, "classes": [0, 2]}
     with pytest.raises(UserError, match="class_labels"):
         pipe(1)
+    for name, value, word in (("cfg_prob", 0, "guidance_scale"), ("time_shift", "x", "time shift")):
+        before = pipe.transformer.record["args"]
+        pipe.transformer.record["args"] = before | {name: value}
+        with pytest.raises(UserError, match=word):
+            pipe(0)
+        pipe.transformer.record["args"] = before
     pipe.transformer.record["args"]["cfg_prob"] = 0
-    with pytest.raises(UserError, match="guidance_scale"):
-        pipe(0)
     assert len(pipe(0, num_inference_steps=2, guidance_scale=1.0).images) == 1
 
 
