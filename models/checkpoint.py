@@ -39,7 +39,7 @@ from models.weights import (
 from runtime.arguments import Parser
 from runtime.files import write_whole
 from runtime.messages import UserError, notice, say, without_traceback
-from runtime.run import Damaged, read_file
+from runtime.run import CHECKPOINTS, Damaged, read_file
 from runtime.stores import shown
 
 Network = SiT | MMDiT
@@ -204,26 +204,28 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     if single:
         data = serialised(weights, {"reg": json.dumps(about)})
         return write_whole(out, lambda partial: partial.write_bytes(data))    # save_file's is readable for its owner
+    require_new(out, out / (TRANSFORMER if diffusers else "") / CONFIG, digest, which)
     model.record |= {"checkpoint_sha256": digest} | ({"licence": licence} if licence else {})
-    require_new(out, model, TRANSFORMER if diffusers else "")
     if diffusers:
         from models.pipeline import REGPipeline  # diffusers is slow to import
 
         REGPipeline.of(model).save_pretrained(out)
     else:
         save_folder(model, out)
-    scores = read_scores(path.parent.parent / "samples", digest, which)
-    card = model_card(model.config, model.record, scores, str(out), diffusers)
+    experiment = path.parent.parent if path.parent.name == CHECKPOINTS else Path()        # as generate.py's folders
+    scores = read_scores(experiment / "samples", digest, which)
+    card = model_card(model.config, model.record, scores, out.resolve().name, diffusers)
     write_whole(out / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
 
 
-def require_new(out: Path, model: Network, inside: str) -> None:
-    """Raise UserError unless the folder is empty, absent, or has this network in its folder `inside`."""
+def require_new(out: Path, config: Path, digest: str, which: str) -> None:
+    """Raise UserError unless the folder is empty or absent, or its `config` is of the checkpoint with this SHA-256."""
     try:
-        found = json.loads((out / inside / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if out.is_dir() and any(out.iterdir()) and found != json.loads(json.dumps(shared(model)[0])):
+        found = json.loads(config.read_text(encoding="utf-8"))
+        same = (found["checkpoint_sha256"], found["weights"]) == (digest, which)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        same = False
+    if out.is_dir() and any(out.iterdir()) and not same:
         raise UserError(f"{out}: holds another model, or other files; name another folder")
 
 

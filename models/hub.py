@@ -6,12 +6,11 @@ the weights. What others wrote runs no code, and is checked before a network is 
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
@@ -135,9 +134,9 @@ def fetch(name: str, patterns: tuple[str, ...] = (CONFIG, WEIGHTS), **where) -> 
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*{pattern}" for pattern in patterns], **where))
     except (OSError, ValueError) as error:                        # offline, no such repository, no right to read it
-        offline = " offline" * (os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"))
-        raise UserError(f"{name}: no such checkpoint here, and none in the hub's cache or on the hub{offline} "
-                        f"({type(error).__name__}); name a checkpoint, an exported folder or a hub id") from error
+        where = "in the hub's cache (offline)" if constants.HF_HUB_OFFLINE else f"on the hub ({type(error).__name__})"
+        raise UserError(f"{name}: no such checkpoint here or {where}; name a checkpoint, an experiment, an exported "
+                        "folder or a hub id") from error
 
 
 def digest_of(path: Path) -> str:

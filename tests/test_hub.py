@@ -313,7 +313,8 @@ def test_captions_in_a_pipeline(tiny_clip, vae_folder, tmp_path):
     pipe = REGPipeline.from_pretrained(tmp_path / "pipe", text_encoder=str(tiny_clip))
     made = pipe(prompt=prompts, num_inference_steps=2, generator=[image_rng(0, i) for i in range(3)])
     wanted = np.load(folder / "samples.npz")["arr_0"]
-    assert (np.stack([np.asarray(image) for image in made.images]) == wanted).all() and made.class_tokens.shape == (3, 12)
+    assert (np.stack([np.asarray(image) for image in made.images]) == wanted).all()
+    assert made.class_tokens.shape == (3, 12)
     for given, word in (({"class_labels": 0}, "captions"), ({}, "prompt")):
         with pytest.raises(UserError, match=word):
             pipe(**given)
