@@ -27,15 +27,7 @@ from models.card import model_card, read_scores
 from models.hub import CONFIG, TRANSFORMER, digest_of, find, read_shared, save_folder, shared
 from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
-from models.weights import (
-    build,
-    is_state_dict,
-    load_strictly,
-    plain_weights,
-    require_record,
-    require_sizes,
-    sizes_in,
-)
+from models.weights import build, is_state_dict, load_strictly, plain_weights, require_record, require_sizes, sizes_in
 from runtime.arguments import Parser
 from runtime.files import write_whole
 from runtime.messages import UserError, notice, say, without_traceback

@@ -126,16 +126,16 @@ def find(name: str | Path, **where) -> Path:
     return run.find(place)
 
 
-def fetch(name: str, patterns: tuple[str, ...] = (CONFIG, WEIGHTS), **where) -> Path:
-    """The local folder of a repository of the hub, downloaded or cached: files of these names, in any folder of it.
+def fetch(name: str, **where) -> Path:
+    """The local folder of a repository of the hub, downloaded or cached: descriptions and weights, in any folder of it.
 
     Raises UserError if that fails.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{pattern}" for pattern in patterns], **where))
+        return Path(snapshot_download(name, allow_patterns=[f"*{CONFIG}", f"*{WEIGHTS}"], **where))
     except (OSError, ValueError) as error:                        # offline, no such repository, no right to read it
-        where = "in the hub's cache (offline)" if constants.HF_HUB_OFFLINE else f"on the hub ({type(error).__name__})"
-        raise UserError(f"{name}: no such checkpoint here or {where}; name a checkpoint, an experiment, an exported "
+        place = "in the hub's cache (offline)" if constants.HF_HUB_OFFLINE else f"on the hub ({type(error).__name__})"
+        raise UserError(f"{name}: no such checkpoint here or {place}; name a checkpoint, an experiment, an exported "
                         "folder or a hub id") from error
 
 
