@@ -119,7 +119,7 @@ def weights(change):
 @pytest.mark.parametrize(("edit", "word"), [
     (config(depth=10**9), "depth"), (config(depth=2**19), "depth"), (config(num_heads=-1), "num_heads"),
     (config(num_heads=7), "cannot be built"), (config(input_size=2**19), "input_size"),
-    (config(z_dims=[4] * 9), "proj"), (config(architecture=[]), "architecture"),
+    (config(z_dims=[4] * 9), "says projectors"), (config(architecture=[]), "architecture"),
     (config(architecture=None), "config.json"), (config(steps=-1), "steps"), (config(latent_space={}), "vae"),
     (config(args=[]), "args"), (config(classes=["a"]), "classes"),
     (config(text={}), "text encoder"), (config(weights=[]), "safetensors"), (config(weights="opt"), "SiT"),
@@ -292,13 +292,39 @@ def test_images_of_the_pipeline_are_those_of_generate(trained, exported, pipe, t
             assert (made.class_tokens.numpy() == tokens[list(block)]).all()
 
 
-def test_settings_of_the_pipeline_are_those_of_generate(trained, pipe, tmp_path):
-    folder = sample(trained, tmp_path / "a", "--cfg-scale", "3", "--cls-cfg-scale", "0", "--guidance-low", "0.1",
-                    "--guidance-high", "0.9", "--num-steps", "4", "--classes", "2,1,0")
-    made = pipe([2, 1, 0], num_inference_steps=4, guidance_scale=3.0, class_token_guidance_scale=0.0,
-                guidance_interval=(0.1, 0.9), generator=[image_rng(0, i) for i in range(3)])
-    wanted = np.load(folder / "samples.npz")["arr_0"][:3]
-    assert (np.stack([np.asarray(image) for image in made.images]) == wanted).all()
+@pytest.fixture(scope="module")
+def random_weights(trained, tmp_path_factory):
+    """A checkpoint whose every part has an effect, of another path and time shift; and its pipeline."""
+    folder, state = tmp_path_factory.mktemp("random"), checkpoint.read(trained)
+    state["ema"] = randomised(SiT(**state["architecture"])).state_dict()
+    state["args"] |= {"path_type": "cosine", "time_shift": 2.0}
+    torch.save(state, folder / "random.pt")
+    export(folder / "random.pt", folder / "pipe", "--diffusers")
+    return folder / "random.pt", REGPipeline.from_pretrained(folder / "pipe")
+
+
+SETTINGS = {"guidance_scale": 3.0, "class_token_guidance_scale": 0.0, "guidance_interval": (0.1, 0.9)}
+
+
+@pytest.mark.parametrize("without", [None, *SETTINGS])
+def test_settings_of_the_pipeline_are_those_of_generate(random_weights, without, tmp_path):
+    """To the bit; and each of them matters, as do the path and the time shift of training."""
+    path, pipe = random_weights
+    folder = sample(path, tmp_path / "a", "--cfg-scale", "3", "--cls-cfg-scale", "0", "--guidance-low", "0.1",
+                    "--guidance-high", "0.9", "--num-steps", "4", "--classes", "2,1,0", "--save-cls-tokens")
+    given = {name: value for name, value in SETTINGS.items() if name != without}
+    made = pipe([2, 1, 0], num_inference_steps=4, generator=[image_rng(0, i) for i in range(3)], **given)
+    wanted, tokens = (np.load(folder / name)[part][:3] for name, part in
+                      (("samples.npz", "arr_0"), ("class_tokens.npz", "class_tokens")))
+    assert (made.class_tokens.numpy() == tokens).all() == (without is None)
+    if without is None:
+        assert (np.stack([np.asarray(image) for image in made.images]) == wanted).all()
+        for name in ("path_type", "time_shift"):
+            args = {key: value for key, value in pipe.transformer.record["args"].items() if key != name}
+            other = REGPipeline(SiT.from_pretrained(path.parent / "pipe"), pipe.vae)
+            other.transformer.record["args"] = args
+            again = other([2, 1, 0], num_inference_steps=4, generator=[image_rng(0, i) for i in range(3)], **given)
+            assert not torch.equal(again.class_tokens, made.class_tokens)
 
 
 def test_captions_in_a_pipeline(tiny_clip, vae_folder, tmp_path):
