@@ -22,15 +22,16 @@ from dataset import find_captions
 from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
+from models.hub import digest_of, find, name_of
 from models.interpolant import PATHS, auto_shift
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share, time_shift
 from runtime.catalogue import tidy
-from runtime.files import UNREADABLE, sha256
+from runtime.files import UNREADABLE
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
-from runtime.run import CHECKPOINTS, find
+from runtime.run import CHECKPOINTS
 from runtime.samples import SampleFolder, read_settings
 from runtime.speed import allow_tf32, choose_same_kernels, compile_parts, require_same_everywhere
 from runtime.stores import parse_json
@@ -55,7 +56,8 @@ DECIDING = ("checkpoint_sha256", "weights", "vae", "vae_precision", "sampling", 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description="Sample a REG, REPA or SiT checkpoint; the last line printed is the .npz file.")
     what = parser.add_argument_group("what")
-    what.add_argument("--ckpt", required=True, metavar="PATH", help="checkpoint file, or experiment folder: its newest")
+    what.add_argument("--ckpt", required=True, metavar="PATH|ID",
+                      help="checkpoint file; experiment folder: its newest; exported folder; or hub id")
     what.add_argument("--model", choices=tuple(MODELS), metavar="NAME", help="for released files, which lack it")
     what.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
     what.add_argument("--vae", metavar="VAE", help="hub id, folder or name of docs/data.md; None: the checkpoint's")
@@ -184,8 +186,8 @@ def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes
 # ------------------------------------------------------------------------------------------- which images, which folder
 
 def read_checkpoint(path: Path) -> tuple[dict, str]:
-    """The content of a checkpoint and the SHA-256 of its file."""
-    return checkpoint.read(path), sha256(path)
+    """The content of a checkpoint and its `digest_of`."""
+    return checkpoint.read(path), digest_of(path)
 
 
 def latent_space(state: dict) -> LatentSpace:
@@ -288,8 +290,8 @@ def folder_of(sample_dir: str | None, settings: dict) -> Path:
     else:
         what = [shown["labels"] if shown["classes"] is None else "classes" + "+".join(map(str, shown["classes"]))]
     ours = path.parent.name == CHECKPOINTS
-    parts = [path.parent.parent.name if ours else "", path.stem, "model" * (settings["weights"] == "model"), how.mode,
-             "heun" * how.heun, f"steps{how.num_steps}", f"cfg{how.cfg_scale:.12g}"]
+    parts = [path.parent.parent.name if ours else "", name_of(path), "model" * (settings["weights"] == "model"),
+             how.mode, "heun" * how.heun, f"steps{how.num_steps}", f"cfg{how.cfg_scale:.12g}"]
     if how.cfg_scale > 1:
         parts += ["" if how.cls_cfg_scale is None else f"cls{how.cls_cfg_scale:.12g}",
                   f"t{how.guidance_low:.12g}-{how.guidance_high:.12g}"]

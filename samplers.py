@@ -185,8 +185,8 @@ def image_rng(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, index))
 
 
-def sample_images(model, codec, indices: Iterable[int], how: Sampling,
-                  conditions) -> tuple[torch.Tensor, list, torch.Tensor | None]:
+def sample_images(model, codec, indices: Iterable[int], how: Sampling, conditions,
+                  rngs: list[np.random.Generator] | None = None) -> tuple[torch.Tensor, list, torch.Tensor | None]:
     """Turn image numbers into images, with condition and noise of image i from (seed, i) alone.
 
     Each image's generator gives what it shows, the starting latents and class token, then each step's noise in the
@@ -196,13 +196,14 @@ def sample_images(model, codec, indices: Iterable[int], how: Sampling,
         model: SiT or MMDiT in evaluation mode, on its device.
         codec: `decode`s latents (B, C, H, W) to images, as models.vae.Codec does.
         conditions: models.conditioning's, on the model's device.
+        rngs: the source of everything random in each image, instead of `image_rng`.
     Returns:
         images uint8 (B, 3, R, R), what they show (B), generated class tokens (B, E) float32 or None; on the CPU.
     Raises UserError if they are not finite.
     """
     indices = list(indices)
     device = model.pos_embed.device
-    rngs = [image_rng(how.seed, index) for index in indices]
+    rngs = rngs or [image_rng(how.seed, index) for index in indices]
     shown = [conditions.draw(i, rng) for i, rng in zip(indices, rngs, strict=True)]
 
     def noise(shape) -> torch.Tensor:

@@ -259,7 +259,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--fused-attn", action=flag, default=True, help="the backend's attention kernels")
     model.add_argument("--activation-checkpointing", action=flag, default=False,
                        help="keep only block inputs for the backward pass: less memory, about a quarter more time")
-    model.add_argument("--init-weights", metavar="FILE", help="start a new run from a checkpoint's EMA weights")
+    model.add_argument("--init-weights", metavar="PATH|ID",
+                       help="start a new run from a checkpoint's EMA weights, an exported folder or a hub id")
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--max-train-steps", type=at_least(1), default=400_000, metavar="STEPS",
@@ -619,8 +620,8 @@ def open_weights(args: argparse.Namespace, resumed: tuple[Path, dict] | None, mo
         say(f"resumed {resumed[0]} at step {start}")
         return start
     if args.init_weights is not None:
-        for network in (model, ema):
-            checkpoint.load_weights(network, args.init_weights)
+        checkpoint.load_weights(model, args.init_weights, projectors=False)
+        ema.load_state_dict(model.state_dict())
     return 0
 
 

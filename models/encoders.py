@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.cached_features import FeaturesRecord, unpack
-from models.checkpoint import plain_weights
+from models.weights import plain_weights
 from runtime.files import sha256
 from runtime.messages import UserError
 from runtime.run import read_file

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from models import sit
+from models.hub import HubNetwork
 
 
-class MMDiT(nn.Module):
+class MMDiT(nn.Module, HubNetwork):
     """The velocity network for captions; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
     All layers keep PyTorch's initialisation, the modulations and heads included.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.hub import HubNetwork
 from runtime.messages import UserError
 
 FREQUENCIES = 256            # width of the timestep sinusoid: 128 cosines, then 128 sines
@@ -195,7 +196,7 @@ def require_possible(input_size: int, patch_size: int, z_dims: tuple[int, ...], 
         raise UserError(f"encoder_depth is {encoder_depth}, but the model has {depth} blocks: use 1 to {depth}")
 
 
-class SiT(nn.Module):
+class SiT(nn.Module, HubNetwork):
     """The velocity network of REG; `cls_token_dim=None` removes the class-token slot, `z_dims=()` the projectors.
 
     Args:

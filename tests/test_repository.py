@@ -26,6 +26,7 @@ EVERYTHING = {"train", "generate", "dataset", "loss", "samplers", "models", "pre
 ALLOWED = {
     "runtime": {"runtime"},
     "models": {"models", "runtime"},
+    "models.pipeline": {"models", "samplers", "runtime"},
     "loss": {"models.interpolant"},
     "samplers": {"models.interpolant", "runtime"},
     "dataset": {"models.cached_features", "runtime"},
@@ -103,6 +104,17 @@ def test_requirements_are_imported():
     required = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
     used = {imported.partition(".")[0] for path in sources().values() for imported in imports(path)}
     assert {names.get(name, name) for name in required} <= used
+
+
+def test_pyproject_agrees_with_requirements_and_names_every_module():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    groups = project["project"]["optional-dependencies"]
+    assert groups.keys() >= {"text", "parquet", "track"}
+    required = (ROOT / "requirements.txt").read_text().split()
+    assert sorted(required) == sorted(project["project"]["dependencies"] + groups["text"])
+    tops = {name.partition(".")[0] for name in sources()}
+    installed = project["tool"]["setuptools"]
+    assert sorted(tops) == sorted(installed["py-modules"] + installed["packages"])
 
 
 @pytest.mark.parametrize("module", ["train", "generate"])

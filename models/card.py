@@ -1,0 +1,97 @@
+"""The model card of a network to share: README.md of a folder or a repository of the Hugging Face hub."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.vae import VAES, LatentSpace
+from runtime.messages import notice
+from runtime.samples import METRICS
+from runtime.stores import shown
+
+METHODS = {"reg": "REG ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467))",
+           "repa": "REPA ([arXiv 2410.06940](https://arxiv.org/abs/2410.06940))",
+           "sit": "SiT ([arXiv 2401.08740](https://arxiv.org/abs/2401.08740))"}
+SETTINGS = ("mode", "heun", "num_steps", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high", "time_shift",
+            "labels", "classes", "captions", "prompts", "samples_per_prompt", "precision", "seed")
+
+
+def read_scores(samples: Path, digest: str, which: str) -> list[dict]:
+    """What the evaluator wrote below an experiment's `samples` for a checkpoint with this SHA-256 and `which` weights.
+    """
+    found = []
+    for path in sorted(samples.glob(f"*/{METRICS}")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            settings = {**result["settings"], "sampling": {**result["settings"]["sampling"]}}
+            if (settings["checkpoint_sha256"], settings["weights"]) == (digest, which):
+                found.append(result | {"settings": settings})
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            notice(f"{path}: not scores of samples that generate.py made; left out")
+    return found
+
+
+def model_card(architecture: dict, record: dict, scores: Sequence[dict] = (), name: str = "FOLDER",
+               diffusers: bool = False) -> str:
+    """Markdown with the hub's metadata, from a network's `config` and `record`.
+
+    `scores`: contents of metrics.json; `name`: of the folder, in the commands; `diffusers`: it is a pipeline's.
+    """
+    args, captions, licence = record.get("args", {}), "context_dim" in architecture, record.get("licence")
+    network, call = ("MMDiT", 'prompt="..."') if captions else ("SiT", "class_labels=0")
+    head = ["---", f"license: {json.dumps(licence)}" if licence else "", "library_name: reg",
+            f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
+            "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---", "", f"# {shown(Path(name).name)}", ""]
+    rows = {"method": METHODS.get(args.get("method"), "not recorded"), **_rows(architecture, record, args),
+            "licence": f"{licence or 'of these weights: not stated'}; the code is under the MIT licence"}
+    python = (f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r})({call}).images[0]"
+              if diffusers else f"from models.{network.lower()} import {network}\n\n"
+              f"model = {network}.from_pretrained({name!r})")
+    command = f"python generate.py --ckpt {name}" + ' --prompt "..."' * captions
+    use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
+           "```", ""]
+    return "\n".join([*head, *_table(["", ""], rows.items()), "", "## Scores", "", *_scores(scores), *use])
+
+
+def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
+    size = ", ".join(f"{key.replace('_', ' ')} {architecture[key]}" for key in
+                     ("depth", "hidden_size", "num_heads", "patch_size", "cls_token_dim"))
+    rows = {"network": f"{args.get('model', 'not named')}: {size}", "data": record.get("data_name", "not recorded")}
+    if "num_classes" in architecture:
+        rows["classes"] = f"{architecture['num_classes']}"
+        rows["classes"] += f", of which {len(record['classes'])} had images" if "classes" in record else ""
+    if "text" in record:
+        rows["text encoder"] = "{encoder}, {length} states of width {width}".format(**record["text"])
+    rows["latent space"] = "not recorded; counts as Stable Diffusion's"
+    if "latent_space" in record:
+        space = LatentSpace.from_record(record["latent_space"])
+        licence = next((f", licence of the VAE: {row.licence}" for row in VAES.values() if row.id == space.vae), "")
+        rows["latent space"] = (f"{space.vae} (f{space.downsampling}c{space.channels}), scale {space.scale}, shift "
+                                f"{space.shift}{licence}")
+        rows["images"] = f"{architecture['input_size'] * space.downsampling} px"
+    steps = f"{record['steps']:,}" if "steps" in record else "not recorded"
+    rows["steps"] = steps + (f" of {args['batch_size']} images" if "batch_size" in args else "")
+    rows["weights"] = {"ema": "averaged (EMA)", "model": "last"}.get(record.get("weights"), "not recorded")
+    more = ("path_type", "time_shift", "enc_type")
+    return rows | {name.replace("_", " "): args[name] for name in more if name in args}
+
+
+def _scores(results: Sequence[dict]) -> list[str]:
+    """A table with a row for each score against each reference, or a sentence that there is none."""
+    rows = []
+    for result in results:
+        how, settings = result["settings"]["sampling"], result["settings"]
+        setting = [f"{name} {how[name]}" for name in SETTINGS if how.get(name) not in (None, False)]
+        setting += [f"VAE {settings.get('vae')}", f"block {settings.get('per_proc_batch_size')}"]
+        first = {"name": result.get("ref_batch"), **result}
+        for one in (first, *result.get("references", ())[1:]):
+            rows += [(name, f"{value:.5g}", result.get("num_samples"), result.get("features"), one["name"],
+                      ", ".join(setting)) for name, value in one.items() if isinstance(value, float)]
+    if not rows:
+        return ["No scores: the experiment has no metrics.json of this checkpoint."]
+    return _table(["score", "value", "samples", "features", "reference", "setting"], rows)
+
+
+def _table(head: Sequence[str], rows) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(shown(str(cell)).replace('|', '/') for cell in line)} |" for line in lines]

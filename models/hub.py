@@ -1,0 +1,156 @@
+"""Networks as folders and repositories of the Hugging Face hub: config.json, model.safetensors and a model card.
+
+config.json is what models/checkpoint.py reads from a checkpoint for sampling; the states of the empty caption are among
+the weights. What others wrote runs no code, and is checked before a network is built.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
+
+from models.card import model_card
+from models.weights import build, plain_weights, require_record, require_sizes, sizes_in
+from runtime import run
+from runtime.files import sha256, write_json, write_whole
+from runtime.messages import UserError
+from runtime.run import Damaged
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRANSFORMER, VAE = "transformer", "vae"                          # folders of the diffusers form
+NULL = "text.null"                   # the null states' name among the weights
+HUB_ID = r"(?![.~])[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)"
+
+
+class HubNetwork(PyTorchModelHubMixin):
+    """`save_pretrained`, `push_to_hub` and `from_pretrained` for a network with `config`, its constructor arguments.
+
+    Attribute `record`: what a checkpoint says beside architecture and weights, in the form of models/checkpoint.py, if
+    the network was read from one: latent space, steps, settings, classes, text encoder.
+    """
+
+    record: dict | None = None
+    device = property(lambda self: self.pos_embed.device)         # where a pipeline of diffusers asks
+    dtype = property(lambda self: self.pos_embed.dtype)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **where) -> "HubNetwork":
+        """The network in a folder or in the hub's repository `name`, in evaluation mode, on the CPU.
+
+        `where` goes to huggingface_hub.snapshot_download: revision, cache_dir, token, ... Raises UserError if there is
+        none, or if it is not this kind of network, whole and with weights of its sizes.
+        """
+        path = find(name, **where)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: no {WEIGHTS}; write a folder with `python -m models.checkpoint export`")
+        state = read_shared(path)
+        require_record(path, state, cls)
+        which = next((which for which in ("ema", "model") if which in state), None)
+        if which is None or "architecture" not in state:
+            raise Damaged(f"{path}: {CONFIG} describes no {cls.__name__}; use another folder")
+        weights, architecture = plain_weights(state.pop(which)), state.pop("architecture")
+        projectors = len({name.split(".")[1] for name in weights if name.startswith("projectors.")})
+        require_sizes(architecture | {"projectors": len(architecture["z_dims"])},
+                      sizes_in(weights) | {"projectors": projectors})
+        model = build(cls, architecture, weights)
+        model.record = {**state, "weights": which}
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_folder(self, save_directory)
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        return ModelCard(model_card(self.config, self.record or {}), ignore_metadata_errors=True)
+
+
+def shared(model: HubNetwork) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What describes a network, for JSON, and its weights with the null states."""
+    about = {"architecture": model.config, **(model.record or {})}
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if "text" in about:
+        about["text"] = dict(about["text"])
+        weights[NULL] = about["text"].pop("null").contiguous()
+    return about, weights
+
+
+def save_folder(model: HubNetwork, folder: Path) -> None:
+    """Write config.json, then the weights, without which a folder is refused. Raises UserError as `write_whole`."""
+    about, weights = shared(model)
+    data = serialised(weights, {"format": "pt"})
+    write_json(folder / CONFIG, about)
+    write_whole(folder / WEIGHTS, lambda partial: partial.write_bytes(data))
+
+
+def read_shared(path: Path) -> dict:
+    """A safetensors file as a checkpoint with one set of weights; unchecked. Its description is in its metadata
+    (the single-file form) or in config.json beside it.
+
+    Raises UserError if it cannot be read now, and Damaged if it is of another form.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, config = file.metadata() or {}, path.with_name(CONFIG)
+            inside = "reg" in metadata or not config.is_file()
+            about = json.loads(metadata["reg"] if inside else config.read_text(encoding="utf-8"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if NULL in weights:
+            about["text"]["null"] = weights.pop(NULL)
+        which = about.pop("weights", "ema")
+        return {**{name: value for name, value in about.items() if value is not None}, which: weights}
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of `python -m "
+                      "models.checkpoint export`") from error
+
+
+def find(name: str | Path, **where) -> Path:
+    """A checkpoint's file: of a folder with config.json, or of a repository of the hub, its model.safetensors; else as
+    runtime.run.find. A pipeline's folder counts as that of its transformer.
+
+    Raises UserError if there is none.
+    """
+    place = Path(name)
+    if not place.exists() and re.fullmatch(HUB_ID, str(name)):
+        place = fetch(str(name), **where)
+    for folder in (place, place / TRANSFORMER):
+        if (folder / CONFIG).is_file():
+            if not (folder / WEIGHTS).is_file():
+                raise UserError(f"{folder}: has {CONFIG}, but no {WEIGHTS}; download or export it again")
+            return folder / WEIGHTS
+    return run.find(place)
+
+
+def fetch(name: str, **where) -> Path:
+    """The local folder of a repository of the hub, downloaded or cached: descriptions and weights, in any folder of it.
+
+    Raises UserError if that fails.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{CONFIG}", f"*{WEIGHTS}"], **where))
+    except (OSError, ValueError) as error:                        # offline, no such repository, no right to read it
+        place = "in the hub's cache (offline)" if constants.HF_HUB_OFFLINE else f"on the hub ({type(error).__name__})"
+        raise UserError(f"{name}: no such checkpoint here or {place}; name a checkpoint, an experiment, an exported "
+                        "folder or a hub id") from error
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a checkpoint's file; of a network's folder that of its two files."""
+    config, digest = path.with_name(CONFIG), sha256(path)
+    return hashlib.sha256(f"{digest} {sha256(config)}".encode()).hexdigest() if _in_folder(path) else digest
+
+
+def name_of(path: Path) -> str:
+    """What people call a checkpoint's file: its stem; of a network's folder the folder's name, or the hub's."""
+    place = path.parent.parent if path.parent.name == TRANSFORMER else path.parent
+    cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
+    return path.stem if not _in_folder(path) else place.parent.parent.name[8:] if cached else place.name
+
+
+def _in_folder(path: Path) -> bool:
+    return path.name == WEIGHTS and path.with_name(CONFIG).is_file()

@@ -1,0 +1,154 @@
+"""REG as a pipeline of diffusers: network and VAE in one folder, sampled by the solvers of samplers.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from models.conditioning import ClassLabels, Conditions, open_captions
+from models.hub import CONFIG, TRANSFORMER, VAE, HubNetwork, find
+from models.mmdit import MMDiT
+from models.sit import SiT
+from models.text import DEFAULT
+from models.vae import Codec, LatentSpace, load_codec
+from runtime.messages import UserError
+from samplers import Sampling, sample_images
+
+Generator = torch.Generator | np.random.Generator
+
+
+@dataclass
+class Pairs(BaseOutput):
+    """Samples: `images` as asked for, and the class tokens generated with them (B, E), float32, or None."""
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    class_tokens: torch.Tensor | None
+
+
+class REGPipeline(DiffusionPipeline):
+    """Components: `transformer`, a SiT or MMDiT with its `record`, and `vae`, which decodes its latents.
+
+    `text_encoder`: name or folder of the text encoder of an MMDiT; None: as recorded.
+    """
+
+    def __init__(self, transformer: HubNetwork, vae: torch.nn.Module, text_encoder: str | None = None):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        self._text_encoder, self._captions = text_encoder, None
+
+    @classmethod
+    def of(cls, transformer: HubNetwork, text_encoder: str | None = None) -> "REGPipeline":
+        """A pipeline with the VAE that the network's record names. Raises UserError if it has another latent space."""
+        space = space_of(transformer)
+        codec = load_codec(space.decoder)
+        codec.use_space(space, "the checkpoint")
+        return cls(transformer, codec.vae, text_encoder)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, text_encoder: str | None = None, **where) -> "REGPipeline":
+        """The pipeline in a folder of `save_pretrained` or in the hub's repository `name`; of a network's folder, with
+        the VAE that it names.
+
+        diffusers' own loader is not used: it imports what a folder names. `where` and errors: as
+        `HubNetwork.from_pretrained`.
+        """
+        path = find(name, **where)
+        config = path.with_name(CONFIG)
+        captions = config.is_file() and '"context_dim"' in config.read_text(encoding="utf-8", errors="replace")
+        transformer = (MMDiT if captions else SiT).from_pretrained(path)
+        if path.parent.name != TRANSFORMER:
+            return cls.of(transformer, text_encoder)
+        return cls(transformer, load_codec(str(path.parent.parent / VAE)).vae, text_encoder)
+
+    def save_pretrained(self, save_directory: str | Path, **settings) -> None:
+        """Write model_index.json, transformer/ and vae/, as safetensors. `settings` of diffusers are ignored."""
+        self.transformer.save_pretrained(Path(save_directory, TRANSFORMER))
+        self.vae.save_pretrained(Path(save_directory, VAE))
+        self.save_config(save_directory)
+
+    def __call__(self, class_labels: Sequence[int] | int | None = None, prompt: Sequence[str] | str | None = None,
+                 num_inference_steps: int = Sampling.num_steps, guidance_scale: float | None = None,
+                 class_token_guidance_scale: float | None = None, guidance_interval: tuple[float, float] | None = None,
+                 generator: Generator | Sequence[Generator] | None = None, output_type: str = "pil") -> Pairs:
+        """Draw an image and its class token for each class label or prompt, by Euler-Maruyama as published.
+
+        Args:
+            guidance_scale, guidance_interval: of the latents, and the times t at which it acts; None: as published.
+            class_token_guidance_scale: None: as guidance_scale; 0: conditional only.
+            generator: torch.Generator, or one for each image. With `[samplers.image_rng(seed, i) for i in ...]` the
+            images are those of generate.py, to the bit where batch and machine are equal.
+            output_type: "pil"; "np" (B, R, R, 3) or "pt" (B, 3, R, R), float32 in [0, 1].
+        Raises UserError for what the network was not trained to show, and for impossible settings.
+        """
+        record, space = self.transformer.record or {}, space_of(self.transformer)
+        conditions, count = self._conditions(class_labels, prompt)
+        trained = record.get("args", {})
+        scale = conditions.published["cfg_scale"] if guidance_scale is None else guidance_scale
+        low, high = guidance_interval or (0.0, conditions.published["guidance_high"])
+        dropped = trained.get("cfg_prob", self.transformer.config.get("class_dropout_prob"))
+        shift = trained.get("time_shift", 1.0)
+        if not isinstance(shift, int | float) or not 0 < shift < 1e6:
+            raise UserError(f"the network was trained with the time shift {shift!r}; expected a number above 0")
+        if class_token_guidance_scale is not None and self.transformer.cls_token_dim is None:
+            raise UserError("class_token_guidance_scale: the network has no class token; leave it out")
+        if scale < 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1 or num_inference_steps < 1:
+            raise UserError(f"guidance_scale {scale}, guidance_interval {low, high}, num_inference_steps "
+                            f"{num_inference_steps}: expected a scale of at least 1 (1 where no condition was dropped "
+                            "in training), 0 <= low <= high <= 1 and at least one step")
+        if output_type not in ("pil", "np", "pt"):
+            raise UserError(f"output_type {output_type}: expected pil, np or pt")
+        how = Sampling(num_steps=num_inference_steps, cfg_scale=scale, cls_cfg_scale=class_token_guidance_scale,
+                       guidance_low=low, guidance_high=high, path_type=trained.get("path_type", "linear"),
+                       time_shift=shift)
+        codec = Codec(self.vae, space.vae)
+        # The network's numbers decide: those of the VAE may be in a file that a pipeline does not carry.
+        codec.use_space(replace(space, stats="the network's"), "the network")
+        images, _, class_tokens = sample_images(self.transformer, codec, range(count), how, conditions,
+                                                rngs_of(generator, count))               # (B, 3, R, R), _, (B, E)
+        if output_type == "pil":
+            return Pairs([Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()], class_tokens)
+        images = images.float() / 255
+        return Pairs(images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy(), class_tokens)
+
+    def _conditions(self, class_labels: Sequence[int] | int | None, prompt: Sequence[str] | str | None
+                    ) -> tuple[Conditions, int]:
+        """What the images show, on the device, and the number of images."""
+        record, captions = self.transformer.record or {}, isinstance(self.transformer, MMDiT)
+        wanted, other = (prompt, class_labels) if captions else (class_labels, prompt)
+        if wanted is None or other is not None:
+            raise UserError(f"the network was trained with {'captions' if captions else 'class labels'}: give "
+                            f"{'prompt' if captions else 'class_labels'} alone")
+        if captions:
+            if self._captions is None or self._captions.null_states.device != self.device:  # the encoder is loaded once
+                text = record.get("text")
+                name = self._text_encoder or (text or {}).get("encoder", DEFAULT)
+                self._captions = open_captions((), name, None, self.device, text, "the checkpoint",
+                                               self.transformer.context_dim, order="in-order")
+            prompts = [wanted] if isinstance(wanted, str) else list(wanted)
+            return replace(self._captions, prompts=prompts), len(prompts)
+        labels = tuple(int(label) for label in np.atleast_1d(wanted))
+        seen = tuple(record.get("classes") or ()) or None
+        bad = [label for label in labels if label not in (seen or range(self.transformer.num_classes))]
+        if bad or not labels:
+            raise UserError(f"class_labels {bad}: expected classes that had training images, of "
+                            f"{self.transformer.num_classes}")
+        return ClassLabels(self.transformer.num_classes, classes=labels, seen=seen, device=self.device), len(labels)
+
+
+def space_of(network: HubNetwork) -> LatentSpace:
+    record = (network.record or {}).get("latent_space")
+    return LatentSpace() if record is None else LatentSpace.from_record(record)
+
+
+def rngs_of(generator: Generator | Sequence[Generator] | None, count: int) -> list[np.random.Generator]:
+    """A source of randomness for each image: NumPy's as they are, or seeded by a draw from PyTorch's."""
+    given = list(generator) if isinstance(generator, list | tuple) else [generator] * count
+    if len(given) != count:
+        raise UserError(f"generator: {len(given)} of them for {count} images; give one for each, or a single one")
+    return [one if isinstance(one, np.random.Generator) else np.random.default_rng(
+        torch.randint(2**62, (2,), generator=one, device=one.device if one else None).tolist()) for one in given]
