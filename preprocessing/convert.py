@@ -18,9 +18,10 @@ from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
 from runtime.messages import MayPass, UserError, notice, say
-from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, TarStore, few, open_source, shown, split_names
+from runtime.sources import TableStore, TarStore, open_source
+from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, shown, split_names
 
-CHUNK = 16  # pictures that a worker converts at a time
+CHUNK, RUN = 16, 128  # pictures that a worker converts at a time; of a table, of whose row groups it skips the rest
 LOOKED_AT = 64  # pictures that must be square before anything is written
 
 
@@ -48,7 +49,7 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
         labels = read_labels(store, keys, key, metadata)
         if labels is not None:
             classes_with_images(labels, int(labels.max()) + 1, where)
-        return labels, metadata.get("classes"), "from its dataset.json"
+        return labels, metadata.get("classes"), "none" if labels is None else "as the source lists them"
     folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
     loose = folders == b""
     if loose.all() or (captioned and (loose.any() or isinstance(store, TarStore))):
@@ -140,7 +141,8 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
     `skip_bad`, or no image exists.
     """
     missing = np.flatnonzero(destination.is_missing())
-    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
+    size = RUN if isinstance(store, TableStore) else CHUNK
+    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), size)]
     work = partial(convert_chunk, store, names, destination, resolution, transform)
     bad: list[int] = []
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
@@ -160,19 +162,20 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
 
 
 def convert(source: str, dest: str, resolution: int, workers: int, transform: str | None = None,
-            max_images: int | None = None, skip_bad: int = 0, captions: str | None = None) -> None:
+            max_images: int | None = None, skip_bad: int = 0, captions: str | None = None, **columns: str) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
-    The source may be tars (`open_source`). Captions are those of the file `captions`, or what `source_captions` finds.
+    The source is what `open_source` reads, with `columns` for it. Captions are those of the file `captions`, or what
+    `source_captions` finds.
     At most `skip_bad` pictures that cannot be read are left out; their numbers, and those of pictures removed from the
     source since the work was begun, stay free. Raises UserError if source or settings are wrong, `dest` holds something
     else, or, after all others are done, more pictures cannot be read.
     """
-    store = open_source(source)
+    store = open_source(source, **columns)
     (present, others), metadata = split_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
     if not len(present):
         raise UserError(f"--source {shown(source)}: holds no pictures; "
-                        f"expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
+                        f"expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}, or shards directly in it")
     all_names = names_when_begun(dest, present)
     texts = source_captions(store, present, others, metadata, captions, all_names)
     labels, classes, origin = source_labels(store, all_names, metadata, captioned=texts is not None)

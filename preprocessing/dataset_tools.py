@@ -38,7 +38,7 @@ from runtime.stores import shown
 def encode(source: str, dest: str, batch_size: int, workers: int, vae: str | None = None,
            latent_stats: Path | None = None, dtype: str | None = None, precision: str | None = None,
            compile: bool | None = None, enc_type: str | None = None, encoder_weights: str | None = None,
-           max_images: int | None = None) -> None:
+           max_images: int | None = None, **columns: str) -> None:
     """Encode moments or, with `enc_type`, features. Raises UserError as both do, and for flags of the other one."""
     if enc_type is None:
         if encoder_weights is not None:
@@ -60,7 +60,7 @@ def encode(source: str, dest: str, batch_size: int, workers: int, vae: str | Non
         if Path(dest).name.removesuffix(".zip") != name:
             raise UserError(f"--dest {shown(dest)}: training looks for DATA/{name} or DATA/{name}.zip; use that name")
         network = encoding.Features(enc_type, encoder_weights, dtype or "float16", join_processes().device)
-    encoding.encode(source, dest, network, batch_size, workers, max_images)
+    encoding.encode(source, dest, network, batch_size, workers, max_images, **columns)
 
 
 def build_parser() -> Parser:
@@ -78,7 +78,7 @@ def build_parser() -> Parser:
         return added
 
     one = command(convert, "crop and resize pictures to square RGB images",
-                  source="pictures: a folder, a zip or tars; labels from its dataset.json or its top-level folders",
+                  source="pictures: a folder, a zip, tars, parquet or Arrow shards, or a list: see docs/data.md",
                   dest="images: a folder or a name ending in .zip")
     one.add_argument("--resolution", type=parse_resolution, default="256x256", help="of the images, square, in pixels")
     one.add_argument("--transform", **optional, choices=TRANSFORMS,
@@ -90,7 +90,7 @@ def build_parser() -> Parser:
     one.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that convert; 0: this one")
 
     two = command(encode, "encode images to VAE moments, or with --enc-type to an encoder's features",
-                  source="images, as written by convert: a folder or a zip",
+                  source="images, as written by convert, or in any form that it reads",
                   dest="moments or features: a folder or a name ending in .zip")
     two.add_argument("--vae", "--model-url", **optional,
                      help=f"VAE: a hub id, a local folder, or one of {', '.join(VAES)} (default: mse)")
@@ -110,6 +110,12 @@ def build_parser() -> Parser:
                      help="compile the VAE; moments change within its precision (default: on a GPU in bf16)")
     two.add_argument("--workers", type=at_least(0, 1000), default=min(cores, 8) if torch.cuda.is_available() else 0,
                      help="processes that read, per process that encodes; 0: none, which suits a CPU")
+
+    for added in (one, two):
+        for column, usual in (("image", "the only one of pictures"), ("label", "label, or the only one that fits"),
+                              ("caption", "caption or text, or the only one that fits")):
+            added.add_argument(f"--{column}-column", **optional, metavar="NAME",
+                               help=f"of parquet, Arrow or a list (default: {usual})")
 
     command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
             captions="COCO's captions_*.json, other JSON or JSON lines")

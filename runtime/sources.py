@@ -1,0 +1,420 @@
+"""Pictures as others keep them, read in place as a Store: tars, parquet shards, Arrow folders, image lists.
+
+`described` is what a dataset.json would say of them: labels, names of the classes, captions.
+"""
+
+import csv
+import functools
+import glob
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from runtime.files import UNREADABLE, read_patiently
+from runtime.messages import UserError
+from runtime.stores import (
+    IMAGE_EXTENSIONS,
+    FolderStore,
+    Store,
+    ZipStore,
+    few,
+    is_zip_name,
+    open_store,
+    parse_json,
+    shown,
+)
+
+SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
+LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
+BATCH = 16  # rows of a parquet file in memory at a time
+
+
+def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None) -> dict:
+    """"labels" and "classes" of dataset.json, from labels by name: whole numbers, or words, whose rank is the label.
+
+    `where(name)` names a picture in messages. Raises UserError for other labels, and for words that look like captions.
+    """
+    if values and all(isinstance(value, str) and re.fullmatch("-?[0-9]{1,9}", value) for value in values.values()):
+        values = {name: int(value) for name, value in values.items()}
+    kind = str if any(isinstance(value, str) for value in values.values()) else int
+    for name, value in values.items():
+        if type(value) is not kind or (value < 0 if kind is int else not value.strip()):
+            raise UserError(f"{where(name)}: label {shown(str(value))[:80]}, expected a whole number of at least 0, or "
+                            "a name for every picture; correct it, or leave it out")
+    if kind is str:
+        classes = sorted(set(values.values()))
+        if 2 * len(classes) > len(values):
+            raise UserError(f"{where(next(iter(values)))}: label {shown(classes[0])[:80]}: {len(classes)} names for "
+                            f"{len(values)} pictures are captions rather than labels; use --caption-column")
+        rank = {name: i for i, name in enumerate(classes)}
+        values = {name: rank[value] for name, value in values.items()}
+    return {"labels": [[name, value] for name, value in values.items()], "classes": classes}
+
+
+# ---- tars ------------------------------------------------------------------------------------------------------------
+
+def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the files of the tar that begins where `file` stands, up to `end`.
+
+    Files of a tar in it are named TAR/NAME. Raises what tarfile does, and ValueError for what is no plain file.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()                               # it keeps all of them
+            name, start, size = member.name.removeprefix("./"), member.offset_data, member.size
+            if member.isreg() and not member.issparse() and 0 <= size <= end - start and is_zip_name(name):
+                if name.endswith(".tar") and not nested:
+                    file.seek(start)
+                    yield from _members(file, start + size, f"{Path(name).stem}/", nested=True)
+                else:
+                    yield folder + name, start, size
+            elif not member.isdir():
+                raise ValueError(f'{name}: a link, no file, cut off, or no relative name without ".."')
+
+
+class TarStore(ZipStore):
+    """The files of an uncompressed tar, or of several as TAR/NAME (WebDataset), read by offset like those of a zip.
+
+    A tar in a tar is listed likewise (ILSVRC's train, a tar for each class).
+    """
+
+    def __init__(self, path: str | Path, tars: list[str]):
+        super().__init__(path)
+        self._tars = tars
+
+    @functools.cached_property
+    def directory(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names (n,) of all files, sorted; and (n, 3) int64: index of the tar, offset, size."""
+        names, table = [], []
+        for i, tar in enumerate(self._tars):
+            folder = "" if tar == self.path else f"{Path(tar).stem}/"
+            try:
+                with open(tar, "rb") as file:
+                    for name, offset, size in _members(file, os.path.getsize(tar), folder):
+                        names.append(os.fsencode(name))
+                        table.append((i, offset, size))
+            except (*UNREADABLE, tarfile.TarError) as error:
+                raise UserError(f"{shown(tar)}: not a tar of plain files, uncompressed ({shown(str(error))}); write it "
+                                "again") from error
+        return self._sorted(names, table, 3)
+
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        """As ZipStore.listing, without the labels of `described`."""
+        names, hidden = super().listing()
+        return names[~np.char.endswith(names, b".cls")], hidden
+
+    def _label(self, picture: bytes) -> int | str | None:
+        """What `.cls` or the field "label" of `.json` beside a picture says, None without one."""
+        stem = os.path.splitext(picture)[0]
+        if stem + b".cls" in self:
+            return os.fsdecode(self.read(stem + b".cls")).strip()
+        content = parse_json(self.read(stem + b".json"), self.where(stem + b".json")) if stem + b".json" in self else {}
+        label = content.get("label") if isinstance(content, dict) else None
+        return label if isinstance(label, int | str) else None
+
+    def described(self) -> dict:
+        pictures = [name for name in self.names().tolist() if name.lower().endswith(IMAGE_EXTENSIONS)]
+        values = {os.fsdecode(name): self._label(name) for name in pictures}
+        return as_labels(values, self.where) if any(value is not None for value in values.values()) else {}
+
+    def read(self, name: bytes | str) -> bytes:
+        tar, offset, size = self._entry(name)
+
+        def fetch() -> bytes:
+            with open(self._tars[tar], "rb") as file:
+                return os.pread(file.fileno(), size, offset)
+
+        if len(data := read_patiently(fetch, self.where(name))) != size:
+            raise UserError(f"{self.where(name)}: the tar was cut since it was listed; write it again")
+        return data
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, classes: set[str] = frozenset()
+           ) -> dict[str, str | None]:
+    """The columns "image", "label" and "caption" (or None) of columns whose kinds are image, number, words or other.
+
+    They are those `named`; without a named label or caption, those with a usual name or among `classes`; else the only
+    one of numbers or words. Raises UserError, naming `where` and the candidates, if one is missing or ambiguous.
+    """
+    fitting = {flag: [name for name, kind in kinds.items() if kind in wanted] for flag, wanted in (
+        ("image", ("image",)), ("label", ("number", "words")), ("caption", ("words",)))}
+
+    def only(flag: str, candidates: list[str]) -> str | None:
+        if len(candidates) > 1:
+            raise UserError(f"{where}: several columns could be meant ({', '.join(map(shown, candidates))}); name one "
+                            f"with {flag}")
+        return candidates[0] if candidates else None
+
+    for flag, name in named.items():
+        if name is not None and name not in fitting[flag]:
+            raise UserError(f"--{flag}-column {shown(name)}: {'of another type' if name in kinds else 'no column'} in "
+                            f"{where}; candidates are {', '.join(map(shown, fitting[flag])) or 'none'}")
+    found = {**named, "image": named["image"] or only("--image-column", fitting["image"])}
+    if found["image"] is None:
+        raise UserError(f"{where}: no column of pictures among {', '.join(map(shown, kinds)) or 'none'}; expected "
+                        "encoded images, or in a list their paths")
+    if found["label"] is None and found["caption"] is None:
+        for flag, usual in (("label", {*LABELS, *classes}), ("caption", {*CAPTIONS} - classes)):
+            found[flag] = only(f"--{flag}-column", [name for name in fitting[flag] if name in usual])
+        if found["label"] is None and found["caption"] is None:
+            name = only("--label-column or --caption-column", fitting["label"])
+            found["caption" if kinds.get(name) == "words" else "label"] = name
+    return found
+
+
+def _pyarrow(where: str) -> Any:
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{where}: needs pyarrow; install it with `pip install pyarrow`") from None
+    return pyarrow
+
+
+class _Shard:
+    """A parquet or Arrow file: its `schema`, the rows of its `groups`, and `batches` of a group's rows."""
+
+    def __init__(self, path: str):
+        self.path, pyarrow = path, _pyarrow(shown(path))
+        try:
+            if path.endswith(".parquet"):
+                self._file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
+                self.schema, about = self._file.schema_arrow, self._file.metadata
+                self.groups = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+                return
+            data = pyarrow.memory_map(path)
+            table = pyarrow.ipc.open_file if data.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+            data.seek(0)
+            self._file = table(data).read_all()                   # still on the disk
+            self.schema, self.groups = self._file.schema, [self._file.num_rows]
+        except UNREADABLE as error:
+            raise UserError(f"{shown(path)}: not a readable {Path(path).suffix} file ({shown(str(error))[:200]}); "
+                            "download or write it again") from error
+
+    def batches(self, group: int, column: str) -> Iterator[Any]:
+        """Arrays of the column's values. Raises what pyarrow does."""
+        if self.path.endswith(".parquet"):
+            some = self._file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False)
+            return (batch.column(0) for batch in some)
+        return iter(self._file.column(column).chunks)
+
+    def values(self, column: str) -> list:
+        """The whole column. Raises UserError."""
+        try:
+            return [value for group in range(len(self.groups)) for part in self.batches(group, column)
+                    for value in part.to_pylist()]
+        except UNREADABLE as error:
+            raise UserError(f"{shown(self.path)}: column {shown(column)} cannot be read ({shown(str(error))[:200]}); "
+                            "download or write it again") from error
+
+    def kinds(self) -> dict[str, str]:
+        """For `choose`: the kinds of the columns, by name."""
+        return {field.name: self._kind(field.type) for field in self.schema}
+
+    def _kind(self, form: Any) -> str:
+        types = _pyarrow(self.path).types
+        form = form.value_type if types.is_dictionary(form) else form
+        words = form.value_type if types.is_list(form) or types.is_large_list(form) else form
+        if types.is_struct(form):                                 # as the library datasets has it: bytes and path
+            form = form.field("bytes").type if form.get_field_index("bytes") >= 0 else form
+        if types.is_binary(form) or types.is_large_binary(form):
+            return "image"
+        if types.is_string(words) or types.is_large_string(words):
+            return "words"
+        return "number" if types.is_integer(form) else "other"
+
+    def class_names(self) -> dict[str, list | None]:
+        """The names of classes, by column, that the library datasets has recorded."""
+        try:
+            features = json.loads((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
+            return {name: one.get("names") for name, one in features.items() if one.get("_type") == "ClassLabel"}
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return {}
+
+
+class TableStore(FolderStore):
+    """The pictures in a column of parquet or Arrow shards. A row's name is SHARD/00000012.png, whatever its format.
+
+    Rows are read forwards, a few at a time, so nothing but those is in memory.
+    """
+
+    def __init__(self, path: str | Path, shards: list[str], named: dict[str, str | None]):
+        """Raises UserError for an unreadable shard, and for columns as `choose` does."""
+        super().__init__(path)
+        self._shards, opened = {Path(shard).stem: shard for shard in shards}, [*map(_Shard, shards)]
+        self._ends = {Path(shard.path).stem: np.cumsum(shard.groups, dtype=np.int64) for shard in opened}
+        self._cursor: tuple | None = None                         # see `_seek`
+        kinds, names = opened[0].kinds(), opened[0].class_names()
+        self.columns = choose(kinds, named, shown(shards[0]), set(names))
+        self._classes = names.get(self.columns["label"])
+        for shard in opened:
+            for column in filter(None, self.columns.values()):
+                if shard.kinds().get(column) != kinds[column]:
+                    raise UserError(f"{shown(shard.path)}: no column {shown(column)} as in {shown(shards[0])}; name "
+                                    "shards of one data set, as in --source 'DIR/train-*'")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cursor": None}
+
+    def _rows(self, stem: str) -> int:
+        return int(self._ends[stem][-1]) if len(self._ends[stem]) else 0
+
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        names = [f"{stem}/{row:08d}.png" for stem in self._shards for row in range(self._rows(stem))]
+        return np.sort(np.array([*map(os.fsencode, names)], dtype=bytes)), np.array([], dtype=bytes)
+
+    def __contains__(self, name: bytes | str) -> bool:
+        return False                                              # no dataset.json
+
+    def described(self) -> dict:
+        found: dict = {"labels": None}
+        for flag, column in self.columns.items():
+            if flag != "image" and column is not None:
+                values = {f"{stem}/{row:08d}.png": value for stem, shard in self._shards.items()
+                          for row, value in enumerate(_Shard(shard).values(column))}
+                found |= {"captions": values} if flag == "caption" else as_labels(values, self.where, self._classes)
+        return found
+
+    def _place(self, name: bytes | str) -> tuple[str, int] | None:
+        stem, slash, row = os.fsdecode(name).removesuffix(".png").rpartition("/")
+        return (stem, int(row)) if stem in self._shards else None
+
+    def where(self, name: bytes | str) -> str:
+        place = self._place(name)
+        return shown(f"{self._shards[place[0]]}: row {place[1]}" if place else self.path)
+
+    def _seek(self, stem: str, row: int) -> Any:
+        """The value in a row. Raises what pyarrow does."""
+        group = int(np.searchsorted(self._ends[stem], row, side="right"))
+        place = os.getpid(), stem, group                          # a file open in two processes has one position
+        if self._cursor is None or self._cursor[0] != place or row < self._cursor[1]:
+            first = int(self._ends[stem][group - 1]) if group else 0
+            self._cursor = place, first, [], _Shard(self._shards[stem]).batches(group, self.columns["image"])
+        (_, first, part, batches), self._cursor = self._cursor, None              # none after an error
+        while row >= first + len(part):
+            first, part = first + len(part), next(batches, None)
+            if part is None:
+                raise ValueError("the shard was cut since it was listed")
+        self._cursor = place, first, part, batches
+        return part[row - first].as_py()
+
+    def read(self, name: bytes | str) -> bytes:
+        try:
+            value = self._seek(*self._place(name))
+        except UserError:
+            raise
+        except UNREADABLE as error:
+            raise UserError(f"{self.where(name)}: cannot be read ({shown(str(error))[:200]}); download it again"
+                            ) from error
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not data:
+            raise UserError(f"{self.where(name)}: holds no picture, or only its path; write it with the bytes")
+        return data
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+def _records(path: str) -> list[dict]:
+    """The lines of a list: CSV or TSV with a header, or without one as path and label; JSON lines with equal names."""
+    text = FolderStore("").read(path).decode("utf-8-sig", "surrogateescape")
+    if path.endswith(".jsonl"):
+        lines = [parse_json(line.encode("utf-8", "surrogateescape"), f"{shown(path)}: line {i}")
+                 for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    else:
+        try:
+            rows = [*csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")]
+        except csv.Error as error:
+            raise UserError(f"{shown(path)}: cannot be read ({error}); write it again") from error
+        rows = [row for row in rows if row]
+        headless = bool(rows) and len(rows[0]) <= 2 and _is_picture(rows[0][0])
+        head = ["path", "label"][:len(rows[0])] if headless else rows.pop(0) if rows else []
+        lines = [dict(zip(head, row, strict=True)) if len(row) == len(head) else None for row in rows]
+    for i, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or line.keys() != lines[0].keys():
+            raise UserError(f"{shown(path)}: entry {i} has other columns than the first; correct it")
+    return lines
+
+
+def _is_picture(value: object) -> bool:
+    return isinstance(value, str) and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS)
+
+
+class ListStore(FolderStore):
+    """The pictures that a list (CSV, TSV, JSON lines) names, by paths from its own folder."""
+
+    def __init__(self, path: str, named: dict[str, str | None]):
+        """Raises UserError for an unreadable list, and for columns as `choose` does."""
+        super().__init__(Path(path).parent)
+        self._list, records = path, _records(path)
+        kinds = {name: self._kind([record[name] for record in records]) for name in (records or [{}])[0]}
+        self.columns = choose(kinds, named, shown(path))
+        self._records = {record[self.columns["image"]]: record for record in records}
+        if len(self._records) < len(records) or not all(map(_is_picture, self._records)):
+            raise UserError(f"{shown(path)}: names a picture twice, or something else than a picture, in column "
+                            f"{shown(self.columns['image'])}; correct it")
+
+    @staticmethod
+    def _kind(values: list) -> str:
+        if _is_picture(values[0]):
+            return "image"
+        if all(type(value) is int or isinstance(value, str) and value.isdecimal() for value in values):
+            return "number"
+        return "words" if all(isinstance(value, str | list) for value in values) else "other"
+
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.sort(np.array([*map(os.fsencode, self._records)], dtype=bytes)), np.array([], dtype=bytes)
+
+    def __contains__(self, name: bytes | str) -> bool:
+        return False                                              # no dataset.json
+
+    def described(self) -> dict:
+        found: dict = {"labels": None}
+        for flag, column in self.columns.items():
+            values = {name: record[column] for name, record in self._records.items()} if column is not None else {}
+            if flag == "caption" and values:
+                found["captions"] = values
+            elif flag == "label" and values:
+                found |= as_labels(values, lambda name: f"{shown(self._list)}: {shown(name)}")
+        return found
+
+
+def open_source(path: str | Path, image_column: str | None = None, label_column: str | None = None,
+                caption_column: str | None = None) -> Store:
+    """As `open_store`, and what others keep pictures in: a list (LISTS), or shards (SHARDS) of one data set.
+
+    Shards are a file, a folder that holds neither pictures nor folders, or a pattern like DIR/train-*.parquet. Raises
+    UserError for shards of two forms or splits, for columns as `choose` does, and for columns where there are none.
+    """
+    path, named = str(path), {"image": image_column, "label": label_column, "caption": caption_column}
+    inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else (
+        [path] if os.path.exists(path) else glob.glob(path))
+    inside = sorted(name for name in inside if os.path.basename(name)[0] != ".")
+    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name)]
+    if os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside):
+        if os.path.exists(os.path.join(path, "dataset_dict.json")):
+            splits = [os.path.basename(name) for name in inside if os.path.isdir(name)]
+            raise UserError(f"{shown(path)}: holds several splits ({few(np.array(splits))}); name the folder of one")
+        shards = []
+    forms = sorted({Path(name).suffix for name in shards})
+    splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
+    if len(forms) > 1 or len(splits) > 1:
+        raise UserError(f"{shown(path)}: holds several {'forms of shards' if len(forms) > 1 else 'splits'} "
+                        f"({', '.join(map(shown, forms[1:] and forms or splits))}); name one, as in --source "
+                        f"'{shown(path)}/{'*' + forms[0] if len(forms) > 1 else splits[0] + '-*'}'")
+    if forms and forms[0] != ".tar":
+        return TableStore(path, shards, named)
+    if path.endswith(LISTS) and os.path.isfile(path):
+        return ListStore(path, named)
+    for flag, name in named.items():
+        if name is not None:
+            raise UserError(f"--{flag}-column {shown(name)}: {shown(path)} has no columns; leave it out")
+    return TarStore(path, shards) if forms else open_store(path)
