@@ -3,6 +3,7 @@
 `described` is what a dataset.json would say of them: labels, names of the classes, captions.
 """
 
+import contextlib
 import csv
 import functools
 import glob
@@ -19,21 +20,14 @@ import numpy as np
 
 from runtime.files import UNREADABLE, read_patiently
 from runtime.messages import UserError
-from runtime.stores import (
-    IMAGE_EXTENSIONS,
-    FolderStore,
-    Store,
-    ZipStore,
-    few,
-    is_zip_name,
-    open_store,
-    parse_json,
-    shown,
-)
+from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, few, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
 BATCH = 16  # rows of a parquet file in memory at a time
+# Kinds of columns, by pyarrow's name of their type; the library datasets keeps bytes and path of a picture.
+KINDS = {"image": r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary", "number": r"u?int[0-9]+",
+         "words": r"(large_)?string|(large_)?list<[a-z]+: (large_)?string"}
 
 
 def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None) -> dict:
@@ -171,66 +165,53 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     return found
 
 
-def _pyarrow(where: str) -> Any:
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Raise what pyarrow raises as a UserError that names `where`."""
     try:
-        import pyarrow.ipc
-        import pyarrow.parquet
+        yield
     except ImportError:
         raise UserError(f"{where}: needs pyarrow; install it with `pip install pyarrow`") from None
-    return pyarrow
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
 
 
 class _Shard:
-    """A parquet or Arrow file: its `schema`, the rows of its `groups`, and `batches` of a group's rows."""
+    """A parquet or Arrow file: its `schema`, the numbers of rows of its `groups`, and `batches` of a group's rows.
+
+    Raises what pyarrow does.
+    """
 
     def __init__(self, path: str):
-        self.path, pyarrow = path, _pyarrow(shown(path))
-        try:
-            if path.endswith(".parquet"):
-                self._file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
-                self.schema, about = self._file.schema_arrow, self._file.metadata
-                self.groups = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-                return
+        import pyarrow.ipc
+        import pyarrow.parquet
+
+        self.parquet = path.endswith(".parquet")
+        if self.parquet:
+            self._file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)   # 0 would read a whole group
+            self.schema, about = self._file.schema_arrow, self._file.metadata
+            self.groups = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+        else:
             data = pyarrow.memory_map(path)
             table = pyarrow.ipc.open_file if data.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
             data.seek(0)
             self._file = table(data).read_all()                   # still on the disk
             self.schema, self.groups = self._file.schema, [self._file.num_rows]
-        except UNREADABLE as error:
-            raise UserError(f"{shown(path)}: not a readable {Path(path).suffix} file ({shown(str(error))[:200]}); "
-                            "download or write it again") from error
 
     def batches(self, group: int, column: str) -> Iterator[Any]:
-        """Arrays of the column's values. Raises what pyarrow does."""
-        if self.path.endswith(".parquet"):
-            some = self._file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False)
-            return (batch.column(0) for batch in some)
-        return iter(self._file.column(column).chunks)
-
-    def values(self, column: str) -> list:
-        """The whole column. Raises UserError."""
-        try:
-            return [value for group in range(len(self.groups)) for part in self.batches(group, column)
-                    for value in part.to_pylist()]
-        except UNREADABLE as error:
-            raise UserError(f"{shown(self.path)}: column {shown(column)} cannot be read ({shown(str(error))[:200]}); "
-                            "download or write it again") from error
+        """Arrays of the column's values."""
+        if not self.parquet:
+            return iter(self._file.column(column).chunks)
+        some = self._file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False)
+        return (batch.column(0) for batch in some)
 
     def kinds(self) -> dict[str, str]:
         """For `choose`: the kinds of the columns, by name."""
-        return {field.name: self._kind(field.type) for field in self.schema}
-
-    def _kind(self, form: Any) -> str:
-        types = _pyarrow(self.path).types
-        form = form.value_type if types.is_dictionary(form) else form
-        words = form.value_type if types.is_list(form) or types.is_large_list(form) else form
-        if types.is_struct(form):                                 # as the library datasets has it: bytes and path
-            form = form.field("bytes").type if form.get_field_index("bytes") >= 0 else form
-        if types.is_binary(form) or types.is_large_binary(form):
-            return "image"
-        if types.is_string(words) or types.is_large_string(words):
-            return "words"
-        return "number" if types.is_integer(form) else "other"
+        forms = {field.name: str(field.type).removeprefix("dictionary<values=") for field in self.schema}
+        return {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
+                for name, form in forms.items()}
 
     def class_names(self) -> dict[str, list | None]:
         """The names of classes, by column, that the library datasets has recorded."""
@@ -241,7 +222,26 @@ class _Shard:
             return {}
 
 
-class TableStore(FolderStore):
+class RowStore(FolderStore):
+    """Pictures that are rows with a label or captions. Subclasses have `columns`, see `choose`, and
+    `values` of a column, by name; for None of none."""
+
+    classes: list | None = None                                   # their names, where the source records them
+
+    def listing(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.sort(np.array([*map(os.fsencode, self.values(None))], dtype=bytes)), np.array([], dtype=bytes)
+
+    def __contains__(self, name: bytes | str) -> bool:
+        return False                                              # no dataset.json
+
+    def described(self) -> dict:
+        found, (label, caption) = {"labels": None}, (self.columns["label"], self.columns["caption"])
+        if label is not None:
+            found |= as_labels(self.values(label), self.where, self.classes)
+        return found | ({} if caption is None else {"captions": self.values(caption)})
+
+
+class TableStore(RowStore):
     """The pictures in a column of parquet or Arrow shards. A row's name is SHARD/00000012.png, whatever its format.
 
     Rows are read forwards, a few at a time, so nothing but those is in memory.
@@ -250,42 +250,38 @@ class TableStore(FolderStore):
     def __init__(self, path: str | Path, shards: list[str], named: dict[str, str | None]):
         """Raises UserError for an unreadable shard, and for columns as `choose` does."""
         super().__init__(path)
-        self._shards, opened = {Path(shard).stem: shard for shard in shards}, [*map(_Shard, shards)]
-        self._ends = {Path(shard.path).stem: np.cumsum(shard.groups, dtype=np.int64) for shard in opened}
+        self._shards, self._bounds, first = {Path(shard).stem: shard for shard in shards}, {}, None
         self._cursor: tuple | None = None                         # see `_seek`
-        kinds, names = opened[0].kinds(), opened[0].class_names()
-        self.columns = choose(kinds, named, shown(shards[0]), set(names))
-        self._classes = names.get(self.columns["label"])
-        for shard in opened:
+        for stem, path in self._shards.items():
+            with _naming(shown(path)):
+                shard = _Shard(path)
+            self._bounds[stem], kinds = np.cumsum([0, *shard.groups]), shard.kinds()      # (groups + 1,)
+            if first is None:
+                first, names = kinds, shard.class_names()
+                self.columns = choose(kinds, named, shown(path), set(names))
+                self.classes = names.get(self.columns["label"])
             for column in filter(None, self.columns.values()):
-                if shard.kinds().get(column) != kinds[column]:
-                    raise UserError(f"{shown(shard.path)}: no column {shown(column)} as in {shown(shards[0])}; name "
+                if kinds.get(column) != first[column]:
+                    raise UserError(f"{shown(path)}: no column {shown(column)} as in {shown(shards[0])}; name the "
                                     "shards of one data set, as in --source 'DIR/train-*'")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cursor": None}
 
-    def _rows(self, stem: str) -> int:
-        return int(self._ends[stem][-1]) if len(self._ends[stem]) else 0
-
-    def listing(self) -> tuple[np.ndarray, np.ndarray]:
-        names = [f"{stem}/{row:08d}.png" for stem in self._shards for row in range(self._rows(stem))]
-        return np.sort(np.array([*map(os.fsencode, names)], dtype=bytes)), np.array([], dtype=bytes)
-
-    def __contains__(self, name: bytes | str) -> bool:
-        return False                                              # no dataset.json
-
-    def described(self) -> dict:
-        found: dict = {"labels": None}
-        for flag, column in self.columns.items():
-            if flag != "image" and column is not None:
-                values = {f"{stem}/{row:08d}.png": value for stem, shard in self._shards.items()
-                          for row, value in enumerate(_Shard(shard).values(column))}
-                found |= {"captions": values} if flag == "caption" else as_labels(values, self.where, self._classes)
+    def values(self, column: str | None) -> dict[str, Any]:
+        found = {}
+        for stem, path in self._shards.items():
+            rows = range(self._bounds[stem][-1])
+            if column is not None:
+                with _naming(f"{shown(path)}: column {shown(column)}"):
+                    shard = _Shard(path)
+                    rows = [value for group in range(len(shard.groups)) for part in shard.batches(group, column)
+                            for value in part.to_pylist()]
+            found |= {f"{stem}/{row:08d}.png": value for row, value in enumerate(rows)}
         return found
 
     def _place(self, name: bytes | str) -> tuple[str, int] | None:
-        stem, slash, row = os.fsdecode(name).removesuffix(".png").rpartition("/")
+        stem, _, row = os.fsdecode(name).removesuffix(".png").rpartition("/")
         return (stem, int(row)) if stem in self._shards else None
 
     def where(self, name: bytes | str) -> str:
@@ -294,27 +290,22 @@ class TableStore(FolderStore):
 
     def _seek(self, stem: str, row: int) -> Any:
         """The value in a row. Raises what pyarrow does."""
-        group = int(np.searchsorted(self._ends[stem], row, side="right"))
+        group = int(np.searchsorted(self._bounds[stem], row, side="right")) - 1
         place = os.getpid(), stem, group                          # a file open in two processes has one position
         if self._cursor is None or self._cursor[0] != place or row < self._cursor[1]:
-            first = int(self._ends[stem][group - 1]) if group else 0
-            self._cursor = place, first, [], _Shard(self._shards[stem]).batches(group, self.columns["image"])
+            batches = _Shard(self._shards[stem]).batches(group, self.columns["image"])
+            self._cursor = place, self._bounds[stem][group], [], batches
         (_, first, part, batches), self._cursor = self._cursor, None              # none after an error
         while row >= first + len(part):
             first, part = first + len(part), next(batches, None)
             if part is None:
                 raise ValueError("the shard was cut since it was listed")
         self._cursor = place, first, part, batches
-        return part[row - first].as_py()
+        return part[int(row - first)].as_py()
 
     def read(self, name: bytes | str) -> bytes:
-        try:
+        with _naming(self.where(name)):
             value = self._seek(*self._place(name))
-        except UserError:
-            raise
-        except UNREADABLE as error:
-            raise UserError(f"{self.where(name)}: cannot be read ({shown(str(error))[:200]}); download it again"
-                            ) from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             raise UserError(f"{self.where(name)}: holds no picture, or only its path; write it with the bytes")
@@ -348,13 +339,13 @@ def _is_picture(value: object) -> bool:
     return isinstance(value, str) and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS)
 
 
-class ListStore(FolderStore):
+class ListStore(RowStore):
     """The pictures that a list (CSV, TSV, JSON lines) names, by paths from its own folder."""
 
     def __init__(self, path: str, named: dict[str, str | None]):
         """Raises UserError for an unreadable list, and for columns as `choose` does."""
         super().__init__(Path(path).parent)
-        self._list, records = path, _records(path)
+        records = _records(path)
         kinds = {name: self._kind([record[name] for record in records]) for name in (records or [{}])[0]}
         self.columns = choose(kinds, named, shown(path))
         self._records = {record[self.columns["image"]]: record for record in records}
@@ -370,21 +361,8 @@ class ListStore(FolderStore):
             return "number"
         return "words" if all(isinstance(value, str | list) for value in values) else "other"
 
-    def listing(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.sort(np.array([*map(os.fsencode, self._records)], dtype=bytes)), np.array([], dtype=bytes)
-
-    def __contains__(self, name: bytes | str) -> bool:
-        return False                                              # no dataset.json
-
-    def described(self) -> dict:
-        found: dict = {"labels": None}
-        for flag, column in self.columns.items():
-            values = {name: record[column] for name, record in self._records.items()} if column is not None else {}
-            if flag == "caption" and values:
-                found["captions"] = values
-            elif flag == "label" and values:
-                found |= as_labels(values, lambda name: f"{shown(self._list)}: {shown(name)}")
-        return found
+    def values(self, column: str | None) -> dict[str, Any]:
+        return {name: record.get(column) for name, record in self._records.items()}
 
 
 def open_source(path: str | Path, image_column: str | None = None, label_column: str | None = None,
