@@ -5,6 +5,8 @@
     python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/features-dinov2-vit-b \
         --enc-type=dinov2-vit-b
     python -m preprocessing.dataset_tools captions --source=DATA --captions=captions.json
+    python -m preprocessing.dataset_tools import-latents --source=LATENTS --dest=DATA/vae-sd --format=lightningdit \
+        --vae=va-vae
     python -m preprocessing.dataset_tools stats-latents --source=DATA/vae-sd --output=stats.npz
     python -m preprocessing.dataset_tools check --source=DATA
 
@@ -29,6 +31,7 @@ from preprocessing.captions import captions
 from preprocessing.check import check
 from preprocessing.convert import convert, parse_resolution
 from preprocessing.crop import TRANSFORMS
+from preprocessing.latents import FORMATS, import_latents
 from runtime.arguments import Parser, at_least
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, without_traceback
@@ -67,7 +70,7 @@ def build_parser() -> Parser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                   # of this process
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | stats-latents | check")
+    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | import-latents | stats-latents | check")
     optional = {"default": argparse.SUPPRESS}                     # the functions know it; no "(default: None)"
 
     def command(function, text: str, **paths: str) -> Parser:
@@ -119,6 +122,15 @@ def build_parser() -> Parser:
 
     command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
             captions="COCO's captions_*.json, other JSON or JSON lines")
+
+    four = command(import_latents, "turn latents that other programs stored into moments",
+                   source="a folder of their files, or one file", dest="moments: a folder or a name ending in .zip")
+    four.add_argument("--format", required=True, choices=FORMATS, **optional, help="of the files: see docs/data.md")
+    four.add_argument("--vae", required=True, **optional, help="VAE of the latents: a hub id, a folder, or a name as for encode")
+    four.add_argument("--latent-stats", **optional, type=Path, metavar="FILE", help="as for encode")
+    four.add_argument("--normalised", action="store_true", help="they are multiplied by the scaling factor already")
+    four.add_argument("--flips", action="store_true", help="take latents_flip, too, as further entries")
+    four.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that write; 0: this one")
 
     stats = command(encoding.stats_latents, "measure mean and std of each latent channel, for --latent-stats",
                     source="moments, as written by encode: a folder or a zip", output="the statistics, a name in .npz")

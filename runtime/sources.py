@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.files import UNREADABLE, read_patiently
 from runtime.messages import UserError
-from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, few, is_zip_name, open_store, parse_json, shown
+from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
@@ -380,7 +380,7 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     if os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside):
         if os.path.exists(os.path.join(path, "dataset_dict.json")):
             splits = [os.path.basename(name) for name in inside if os.path.isdir(name)]
-            raise UserError(f"{shown(path)}: holds several splits ({few(np.array(splits))}); name the folder of one")
+            raise UserError(f"{shown(path)}: holds several splits ({shown(', '.join(splits))}); name the folder of one")
         shards = []
     forms = sorted({Path(name).suffix for name in shards})
     splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
