@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                   # of this process
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | import-latents | stats-latents | check")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     optional = {"default": argparse.SUPPRESS}                     # the functions know it; no "(default: None)"
 
     def command(function, text: str, **paths: str) -> Parser:
@@ -126,7 +126,7 @@ def build_parser() -> Parser:
     four = command(import_latents, "turn latents that other programs stored into moments",
                    source="a folder of their files, or one file", dest="moments: a folder or a name ending in .zip")
     four.add_argument("--format", required=True, choices=FORMATS, **optional, help="of the files: see docs/data.md")
-    four.add_argument("--vae", required=True, **optional, help="VAE of the latents: a hub id, a folder, or a name as for encode")
+    four.add_argument("--vae", required=True, **optional, help="that wrote the latents, as for encode")
     four.add_argument("--latent-stats", **optional, type=Path, metavar="FILE", help="as for encode")
     four.add_argument("--normalised", action="store_true", help="they are multiplied by the scaling factor already")
     four.add_argument("--flips", action="store_true", help="take latents_flip, too, as further entries")

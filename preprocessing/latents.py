@@ -5,50 +5,37 @@ import os
 import re
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from dataset import MOMENTS_EXTENSIONS
 from models.vae import SHORTHANDS, VAES, LatentSpace, load_codec, read_statistics
 from preprocessing.destination import Destination, digest, in_workers, listed
 from preprocessing.encode import moments_name
-from runtime.catalogue import key_of, read_labels
-from runtime.files import UNREADABLE, sha256, to_npy
+from runtime.catalogue import key_of, list_keyed, read_labels
+from runtime.files import sha256, to_npy
 from runtime.launch import blocks
 from runtime.messages import UserError, notice, say
+from runtime.sources import RowStore, naming
 from runtime.stores import METADATA, FolderStore, list_names, parse_json, read_metadata, shown
 
 FORMATS = {"lightningdit": (b".safetensors",), "repa-e": (b".h5", b".hdf5"), "sit-npy": (b".npy",)}
+FLIPPED = "latents_flip"
 CHUNK, LOOKED_AT = 64, 64  # entries that a worker writes at a time; whose size is compared with the latent space
-
-
-class Entry(NamedTuple):
-    """Latents (C, H, W) or moments (2C, H, W): a row of an array in a file, or with `row` None all of it."""
-
-    file: str
-    array: str
-    row: int | None
-    shape: tuple[int, ...]
-    label: int | None
-
-    def __str__(self) -> str:
-        return shown(f"{self.file}{f', {self.array}' * bool(self.array)}{f', row {self.row}' * (self.row is not None)}")
 
 
 @lru_cache(1)
 def arrays_in(file: str, process: int) -> dict[str, Any]:
-    """The arrays of a file, by name, read when they are sliced. `process`: its id, as open files must not be shared.
-
-    Raises UserError if the file is unreadable, or needs h5py and that is not installed.
-    """
-    try:
+    """The arrays of a file, by name, read when they are sliced. `process`: its id, as open files must not be shared."""
+    with naming(shown(file)):
         if file.endswith(".npy"):
             return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
         if file.endswith(".safetensors"):
+            from safetensors import safe_open
+
             opened = safe_open(file, framework="pt")              # numpy has no bfloat16
             return {name: opened.get_slice(name) for name in opened.keys()}       # noqa: SIM118  (it is no dict)
         import h5py
@@ -56,113 +43,114 @@ def arrays_in(file: str, process: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         h5py.File(file).visititems(lambda name, one: found.update({name: one} if isinstance(one, h5py.Dataset) else {}))
         return found
-    except ImportError:
-        raise UserError(f"{shown(file)}: needs h5py; install it with `pip install h5py`") from None
-    except (*UNREADABLE, SafetensorError) as error:
-        raise UserError(f"{shown(file)}: cannot be read ({shown(str(error))[:200]}); download it again") from error
 
 
-def shape_of(array: Any) -> tuple[int, ...]:
-    return tuple(array.get_shape() if hasattr(array, "get_shape") else array.shape)
+class LatentStore(RowStore):
+    """Latents (C, H, W) or moments (2C, H, W) in the files of a folder, or in one file.
 
-
-def _labels(store: FolderStore, name: str, array: str, count: int) -> list[int | None]:
-    """The labels of `count` rows of an array: those of the array, or else the file, called "labels" instead.
-
-    Raises UserError for another number of labels, or other types.
+    A name is that of the file, or array, which holds one entry; else the file's, the array's and the number of the row.
     """
-    twins = [re.sub("latents_flip|latents|features|moments", "labels", one) for one in (name, array)]
-    if twins[1] != array and twins[1] in (arrays := arrays_in(os.path.join(store.path, name), os.getpid())):
-        values = np.asarray(arrays[twins[1]][:])
-    elif twins[0] != name and twins[0] in store:
-        values = np.asarray(arrays_in(os.path.join(store.path, twins[0]), os.getpid())[array][:])
-    else:
+
+    __contains__ = FolderStore.__contains__                       # there may be a dataset.json
+
+    def __init__(self, source: str, form: str, flips: bool):
+        """Raises UserError for unreadable files, and two entries with one name."""
+        super().__init__(source if os.path.isdir(source) else Path(source).parent)
+        self.entries, self._labels, self._inside, flipped = {}, {}, {}, 0
+        files = list_names(FolderStore(source), FORMATS[form]).tolist() if os.path.isdir(source) else [Path(source).name]
+        for file in map(os.fsdecode, files):
+            arrays = arrays_in(os.path.join(self.path, file), os.getpid())
+            if METADATA in arrays:
+                self._inside = parse_json(bytes(arrays[METADATA][()]), f"{shown(file)}: {METADATA}")
+            for array, one in arrays.items():
+                shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
+                flipped += shape[0] if array == FLIPPED else 0
+                if len(shape) in (3, 4) and (flips or array != FLIPPED):
+                    self._add(file, array, shape)
+        if flipped and not flips:
+            notice(f"{shown(source)}: {flipped} latents of flipped images are left out; --flips takes them, too")
+        labelled = any(label is not None for label in self._labels.values())
+        self.columns = {"label": "labels" if labelled else None, "caption": None}
+
+    def _add(self, file: str, array: str, shape: tuple[int, ...]) -> None:
+        rows = range(shape[0]) if len(shape) == 4 else [None]
+        alone = rows == [None] or (not array and len(rows) == 1)
+        stem = os.path.splitext(file)[0] + f"/{array}" * (array not in ("", "latents"))
+        for row, label in zip(rows, self._labels_beside(file, array, len(rows)), strict=True):
+            name = f"{(array or file).removesuffix('.npy')}.npy" if alone else f"{stem}/{row:08d}.npy"
+            if name in self.entries:
+                raise UserError(f"{self.where(name)}: there is another {shown(name)} in {shown(file)}; import them apart")
+            self.entries[name], self._labels[name] = (file, array, row, shape[-3:]), label
+
+    def _labels_beside(self, file: str, array: str, count: int) -> list:
+        """The labels in an array, or else a file, that is called "labels" instead; None for each without one."""
+        twins = [re.sub(f"{FLIPPED}|latents|features|moments", "labels", one) for one in (file, array)]
+        for other, name in ((file, twins[1]), (twins[0], array)):
+            if (other, name) != (file, array) and other in self:
+                arrays = arrays_in(os.path.join(self.path, other), os.getpid())
+                if name in arrays:
+                    values = np.asarray(arrays[name][:]).flatten().tolist()
+                    if len(values) != count:
+                        raise UserError(f"{self.where(other)}: {len(values)} labels for {count} latents; correct it")
+                    return values
         return [None] * count
-    if values.size != count or values.dtype.kind not in "iu" or values.min() < 0:
-        raise UserError(f"{store.where(twins[0])}: labels of shape {values.shape}, {values.dtype}, for {count} latents; "
-                        "expected a whole number of at least 0 for each")
-    return values.flatten().tolist()
+
+    def values(self, column: str | None) -> dict[str, Any]:
+        return self._labels
+
+    def described(self) -> dict:
+        return self._inside or super().described()
+
+    def where(self, name: bytes | str) -> str:
+        file, array, row, _ = self.entries.get(os.fsdecode(name), (os.fsdecode(name), "", None, ()))
+        return super().where(file) + shown(f": {array}" * bool(array) + f", row {row}" * (row is not None))
+
+    def array(self, name: bytes) -> np.ndarray:
+        """An entry's numbers, float32. Raises UserError."""
+        file, array, row, _ = self.entries[os.fsdecode(name)]
+        with naming(self.where(name)):
+            whole = arrays_in(os.path.join(self.path, file), os.getpid())[array]
+            part = whole[:] if row is None else whole[row:row + 1][0]
+            return np.asarray(part.float() if isinstance(part, torch.Tensor) else part, dtype=np.float32)
 
 
-def find_entries(source: str, form: str, flips: bool) -> tuple[dict[bytes, Entry], dict]:
-    """The entries of a folder or file, by key, and the content of a dataset.json in it.
-
-    Keys are those of files, or of arrays, that hold one entry; else the file, the array and the number of the row.
-    Raises UserError for unreadable files, and two entries with one key.
-    """
-    store = FolderStore(source if os.path.isdir(source) else Path(source).parent)
-    names = list_names(store, FORMATS[form]) if os.path.isdir(source) else np.array([os.fsencode(Path(source).name)])
-    metadata, found, flipped = read_metadata(store) if os.path.isdir(source) else {}, {}, 0
-    for name in map(os.fsdecode, names.tolist()):
-        file = os.path.join(store.path, name)
-        arrays = arrays_in(file, os.getpid())
-        if METADATA in arrays:
-            metadata = parse_json(bytes(arrays[METADATA][()]), f"{shown(file)}: {METADATA}")
-        for array, one in arrays.items():
-            rows, shape = [None], shape_of(one)
-            if len(shape) == 4:
-                rows, shape = range(shape[0]), shape[1:]
-            flipped += len(rows) * (array == "latents_flip")
-            if len(shape) != 3 or (array == "latents_flip" and not flips):
-                continue
-            for row, label in zip(rows, _labels(store, name, array, len(rows)), strict=True):
-                parts = [os.path.splitext(name)[0], *[array] * (array not in ("", "latents")), f"{row or 0:08d}"]
-                alone = row is None or (not array and len(rows) == 1)
-                key = key_of(os.fsencode(array or name)) if alone else os.fsencode("/".join(parts))
-                if key in found:
-                    raise UserError(f"{found[key]}: has the key {shown(key)}, and so has {shown(file)}; import them apart")
-                found[key] = Entry(file, array, row, shape, label)
-    if flipped and not flips:
-        notice(f"{shown(source)}: {flipped} latents of flipped images are left out; --flips takes them, too")
-    return found, metadata if isinstance(metadata, dict) else {}
-
-
-def moments_of(entry: Entry, space: LatentSpace, normalised: bool) -> np.ndarray:
-    """An entry's raw moments, float32 (2C, H, W); the std of samples is 0. Raises UserError for other numbers."""
-    try:
-        array = arrays_in(entry.file, os.getpid())[entry.array]
-        part = array[:] if entry.row is None else array[entry.row:entry.row + 1][0]
-        part = np.asarray(part.float() if isinstance(part, torch.Tensor) else part, dtype=np.float32)
-    except (*UNREADABLE, SafetensorError) as error:
-        raise UserError(f"{entry}: cannot be read ({shown(str(error))[:200]}); download it again") from error
-    mean, std = part[:space.channels], part[space.channels:]
+def moments_of(store: LatentStore, name: bytes, space: LatentSpace, normalised: bool) -> np.ndarray:
+    """An entry's raw moments, float32 (2C, H, W); the std of samples is 0. Raises UserError for impossible numbers."""
+    mean, std = np.split(store.array(name), [space.channels])     # (C, H, W), (0 or C, H, W)
     if normalised:
         scale, shift = (np.float32(np.reshape(one, (-1, 1, 1))) for one in (space.scale, space.shift))
         mean, std = mean / scale + shift, std / scale if len(std) else std
-    moments = np.concatenate([mean, std if len(std) else np.zeros_like(mean)])    # (2C, H, W)
-    if not np.isfinite(moments).all() or (std < 0).any():
-        raise UserError(f"{entry}: not finite, or a standard deviation below 0 (log variances?); encode the images anew")
-    return moments
+    if not np.isfinite([mean.sum(), std.sum()]).all() or (std < 0).any():
+        raise UserError(f"{store.where(name)}: not finite, or a standard deviation below 0; encode the images anew")
+    return np.concatenate([mean, std if len(std) else np.zeros_like(mean)])
 
 
-def require_space(entries: list[Entry], space: LatentSpace, normalised: bool) -> bool:
-    """Whether `entries` are samples rather than moments of the latent space.
+def require_space(store: LatentStore, names: np.ndarray, space: LatentSpace, normalised: bool) -> bool:
+    """Whether the entries are samples, rather than moments, of a latent space.
 
     Raises UserError for another shape, and if the other choice of `normalised` would fit their size clearly better.
     """
-    shape = entries[0].shape
-    if other := [one for one in entries if one.shape != shape]:
-        raise UserError(f"{other[0]}: of shape {other[0].shape}, {entries[0]} of {shape}; import them apart")
-    if shape[0] not in (space.channels, 2 * space.channels) or shape[1] != shape[2]:
-        fitting = ", ".join(name for name, row in VAES.items() if shape[0] in (row.channels, 2 * row.channels))
-        raise UserError(f"--vae {space.vae}: has {space.channels} channels, {entries[0]} is of shape {shape}; those that "
-                        f"fit are {fitting or 'none'}")
-    some = [entries[i] for i in np.linspace(0, len(entries) - 1, min(LOOKED_AT, len(entries))).astype(int)]
-    raw = torch.from_numpy(np.stack([moments_of(one, space, False) for one in some]))
-    raw[:, space.channels:] = 0                                   # their means, as they are stored
-    sizes = [float(x.square().mean().sqrt()) or 1.0 for x in (space.latents(raw, 0), raw[:, :space.channels])]
-    fits, otherwise = (abs(math.log(size)) for size in (sizes[::-1] if normalised else sizes))
-    if fits > otherwise + math.log(2):
-        raise UserError(f"{entries[0].file}: latents of size {sizes[normalised]:.2g} where {space.vae} has about 1; "
-                        f"{'leave out' if normalised else 'add'} --normalised, or name another --vae")
+    shapes = {entry[3]: name for name, entry in store.entries.items()}
+    (shape, name), *others = shapes.items()
+    if others or shape[0] not in (space.channels, 2 * space.channels) or shape[1] != shape[2]:
+        fitting = ", ".join(key for key, row in VAES.items() if shape[0] in (row.channels, 2 * row.channels))
+        raise UserError(f"{store.where(name)}: shape {shape}, expected one for all, ({space.channels}, H, H) or twice as "
+                        f"many channels, as --vae {space.vae} has; VAEs that fit it: {fitting or 'none'}")
+    some = names[np.linspace(0, len(names) - 1, min(LOOKED_AT, len(names))).astype(int)]
+    stored = torch.from_numpy(np.stack([store.array(one)[:space.channels] for one in some]))      # (B, C, H, W)
+    raw = space.latents(torch.cat([stored, 0 * stored], dim=1), 0)
+    size, other = (math.log(max(one.square().mean().sqrt(), 1e-9)) for one in ((stored, raw) if normalised else (raw, stored)))
+    if abs(size) > abs(other) + math.log(2):
+        raise UserError(f"{store.where(name)}: its size in the space of {space.vae} is {math.exp(size):.2g}, expected about "
+                        f"1; {'leave out' if normalised else 'add'} --normalised, or name another --vae")
     return shape[0] == space.channels
 
 
-def write_chunk(entries: list[Entry], destination: Destination, space: LatentSpace, normalised: bool, chunk: np.ndarray
-                ) -> int:
+def write_chunk(store: LatentStore, names: np.ndarray, destination: Destination, space: LatentSpace, normalised: bool,
+                chunk: np.ndarray) -> int:
     """Write the moments of the entries with the indices in `chunk`; return their number."""
     for i in chunk.tolist():
-        destination.write(destination.names[i], to_npy(moments_of(entries[i], space, normalised)))
+        destination.write(destination.names[i], to_npy(moments_of(store, names[i], space, normalised)))
     return len(chunk)
 
 
@@ -173,38 +161,33 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     `normalised`: they are (raw - shift) * scale. Raises UserError if they are not of the latent space of `vae`, and as
     `convert` does.
     """
-    found, metadata = find_entries(source, format, flips)
-    if not found:
+    store = LatentStore(source, format, flips)
+    keys, names = list_keyed(store, MOMENTS_EXTENSIONS)
+    if not len(names):
         raise UserError(f"--source {shown(source)}: holds no arrays (N, C, H, W) or (C, H, W) in files "
                         f"{', '.join(map(os.fsdecode, FORMATS[format]))}")
     codec = load_codec(SHORTHANDS.get(vae, vae))
     if latent_stats:
         codec.use_statistics(read_statistics(latent_stats), str(latent_stats), sha256(latent_stats))
-    space, entries, keys = codec.space, [*found.values()], np.array([*found], dtype=bytes)
-    samples = require_space(entries, space, normalised)
-    labels = [one.label for one in entries]
-    if metadata.get("labels"):
-        labels = read_labels(FolderStore(source), keys, key_of, metadata).tolist()
-    elif None in labels and labels.count(None) < len(labels):
-        raise UserError(f"{entries[labels.index(None)]}: has no labels, others have; complete them")
-    names = np.array([moments_name(key) for key in found], dtype=bytes)
-    table = listed(names, None if None in labels else np.array(labels))
-    settings = {"command": "import-latents", "source_contents": digest(names, {"labels": table}), "images": len(names),
+    space, metadata = codec.space, read_metadata(store)
+    samples = require_space(store, names, space, normalised)
+    outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
+    labels = {"labels": listed(outputs, read_labels(store, keys, key_of, metadata)), "classes": metadata.get("classes")}
+    settings = {"command": "import-latents", "source_contents": digest(outputs, labels), "images": len(names),
                 "format": format, "normalised": normalised, "flips": flips, "vae": space.to_record()}
-    destination = Destination(dest, names, MOMENTS_EXTENSIONS, settings, source)
+    destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         destination.close()
         say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
-    destination.require_room(len(to_npy(moments_of(entries[0], space, normalised))))
+    destination.require_room(len(to_npy(moments_of(store, names[0], space, normalised))))
     destination.begin()
     missing = np.flatnonzero(destination.is_missing())
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
-    work = partial(write_chunk, entries, destination, space, normalised)
+    work = partial(write_chunk, store, names, destination, space, normalised)
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="import-latents", unit="image") as bar:
         for count in in_workers(work, chunks, workers, in_order=False):
             bar.update(count)
-    destination.finish({"labels": table, "classes": metadata.get("classes"), "vae": space.to_record(),
-                        "samples": samples})
+    destination.finish({**labels, "vae": space.to_record(), "samples": samples})
     said = "samples: their std is 0, every epoch sees the same latents" if samples else "mean and std"
     say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}; {said}")

@@ -8,6 +8,7 @@ import csv
 import functools
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -145,81 +146,72 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     def only(flag: str, candidates: list[str]) -> str | None:
         if len(candidates) > 1:
             raise UserError(f"{where}: several columns could be meant ({', '.join(map(shown, candidates))}); name one "
-                            f"with {flag}")
+                            f"with --{flag}-column")
         return candidates[0] if candidates else None
 
     for flag, name in named.items():
         if name is not None and name not in fitting[flag]:
             raise UserError(f"--{flag}-column {shown(name)}: {'of another type' if name in kinds else 'no column'} in "
                             f"{where}; candidates are {', '.join(map(shown, fitting[flag])) or 'none'}")
-    found = {**named, "image": named["image"] or only("--image-column", fitting["image"])}
-    if found["image"] is None:
+    image, label, caption = named["image"] or only("image", fitting["image"]), named["label"], named["caption"]
+    if image is None:
         raise UserError(f"{where}: no column of pictures among {', '.join(map(shown, kinds)) or 'none'}; expected "
                         "encoded images, or in a list their paths")
-    if found["label"] is None and found["caption"] is None:
-        for flag, usual in (("label", {*LABELS, *classes}), ("caption", {*CAPTIONS} - classes)):
-            found[flag] = only(f"--{flag}-column", [name for name in fitting[flag] if name in usual])
-        if found["label"] is None and found["caption"] is None:
-            name = only("--label-column or --caption-column", fitting["label"])
-            found["caption" if kinds.get(name) == "words" else "label"] = name
-    return found
+    if label is None and caption is None:
+        label = only("label", [name for name in fitting["label"] if name in {*LABELS, *classes}])
+        caption = only("caption", [name for name in fitting["caption"] if name in CAPTIONS and name not in classes])
+    if label is None and caption is None:
+        label = only("label-column or --caption", fitting["label"])
+        label, caption = (None, label) if kinds.get(label) == "words" else (label, None)
+    return {"image": image, "label": label, "caption": caption}
 
 
 @contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Raise what pyarrow raises as a UserError that names `where`."""
+def naming(where: str) -> Iterator[None]:
+    """Raise what a library of another format raises as a UserError that names `where`."""
     try:
         yield
-    except ImportError:
-        raise UserError(f"{where}: needs pyarrow; install it with `pip install pyarrow`") from None
     except UserError:
         raise
-    except UNREADABLE as error:
+    except ImportError as error:
+        raise UserError(f"{where}: needs {error.name}; install it with `pip install {error.name}`") from None
+    except Exception as error:                                    # of any kind
         raise UserError(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
 
 
-class _Shard:
-    """A parquet or Arrow file: its `schema`, the numbers of rows of its `groups`, and `batches` of a group's rows.
-
-    Raises what pyarrow does.
+def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
+    """The schema of a parquet or Arrow file, the numbers of rows of its groups, and a function of group and column that
+    yields arrays of values. Raises what pyarrow does.
     """
+    import pyarrow.ipc
+    import pyarrow.parquet
 
-    def __init__(self, path: str):
-        import pyarrow.ipc
-        import pyarrow.parquet
+    if path.endswith(".parquet"):
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)             # 0 would read a whole group
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        return file.schema_arrow, groups, lambda group, column: (batch.column(0) for batch in file.iter_batches(
+            BATCH, row_groups=[group], columns=[column], use_threads=False))
+    data = pyarrow.memory_map(path)
+    opened = pyarrow.ipc.open_file if data.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+    data.seek(0)
+    table = opened(data).read_all()                               # still on the disk
+    return table.schema, [table.num_rows], lambda _, column: iter(table.column(column).chunks)
 
-        self.parquet = path.endswith(".parquet")
-        if self.parquet:
-            self._file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)   # 0 would read a whole group
-            self.schema, about = self._file.schema_arrow, self._file.metadata
-            self.groups = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-        else:
-            data = pyarrow.memory_map(path)
-            table = pyarrow.ipc.open_file if data.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
-            data.seek(0)
-            self._file = table(data).read_all()                   # still on the disk
-            self.schema, self.groups = self._file.schema, [self._file.num_rows]
 
-    def batches(self, group: int, column: str) -> Iterator[Any]:
-        """Arrays of the column's values."""
-        if not self.parquet:
-            return iter(self._file.column(column).chunks)
-        some = self._file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False)
-        return (batch.column(0) for batch in some)
+def _kinds(schema: Any) -> dict[str, str]:
+    """For `choose`: the kinds of the columns, by name."""
+    forms = {field.name: str(field.type).removeprefix("dictionary<values=") for field in schema}
+    return {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
+            for name, form in forms.items()}
 
-    def kinds(self) -> dict[str, str]:
-        """For `choose`: the kinds of the columns, by name."""
-        forms = {field.name: str(field.type).removeprefix("dictionary<values=") for field in self.schema}
-        return {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
-                for name, form in forms.items()}
 
-    def class_names(self) -> dict[str, list | None]:
-        """The names of classes, by column, that the library datasets has recorded."""
-        try:
-            features = json.loads((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
-            return {name: one.get("names") for name, one in features.items() if one.get("_type") == "ClassLabel"}
-        except (KeyError, ValueError, TypeError, AttributeError):
-            return {}
+def _class_names(schema: Any) -> dict[str, list | None]:
+    """The names of classes, by column, that the library datasets has recorded."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: one.get("names") for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 class RowStore(FolderStore):
@@ -253,12 +245,11 @@ class TableStore(RowStore):
         self._shards, self._bounds, first = {Path(shard).stem: shard for shard in shards}, {}, None
         self._cursor: tuple | None = None                         # see `_seek`
         for stem, path in self._shards.items():
-            with _naming(shown(path)):
-                shard = _Shard(path)
-            self._bounds[stem], kinds = np.cumsum([0, *shard.groups]), shard.kinds()      # (groups + 1,)
+            with naming(shown(path)):
+                schema, groups, _ = _shard(path)
+            self._bounds[stem], kinds, names = np.cumsum([0, *groups]), _kinds(schema), _class_names(schema)
             if first is None:
-                first, names = kinds, shard.class_names()
-                self.columns = choose(kinds, named, shown(path), set(names))
+                first, self.columns = kinds, choose(kinds, named, shown(path), set(names))
                 self.classes = names.get(self.columns["label"])
             for column in filter(None, self.columns.values()):
                 if kinds.get(column) != first[column]:
@@ -271,13 +262,12 @@ class TableStore(RowStore):
     def values(self, column: str | None) -> dict[str, Any]:
         found = {}
         for stem, path in self._shards.items():
-            rows = range(self._bounds[stem][-1])
+            values = range(self._bounds[stem][-1])
             if column is not None:
-                with _naming(f"{shown(path)}: column {shown(column)}"):
-                    shard = _Shard(path)
-                    rows = [value for group in range(len(shard.groups)) for part in shard.batches(group, column)
-                            for value in part.to_pylist()]
-            found |= {f"{stem}/{row:08d}.png": value for row, value in enumerate(rows)}
+                with naming(f"{shown(path)}: column {shown(column)}"):
+                    _, groups, batches = _shard(path)
+                    values = [one for i in range(len(groups)) for part in batches(i, column) for one in part.to_pylist()]
+            found |= {f"{stem}/{row:08d}.png": value for row, value in enumerate(values)}
         return found
 
     def _place(self, name: bytes | str) -> tuple[str, int] | None:
@@ -292,19 +282,16 @@ class TableStore(RowStore):
         """The value in a row. Raises what pyarrow does."""
         group = int(np.searchsorted(self._bounds[stem], row, side="right")) - 1
         place = os.getpid(), stem, group                          # a file open in two processes has one position
-        if self._cursor is None or self._cursor[0] != place or row < self._cursor[1]:
-            batches = _Shard(self._shards[stem]).batches(group, self.columns["image"])
-            self._cursor = place, self._bounds[stem][group], [], batches
-        (_, first, part, batches), self._cursor = self._cursor, None              # none after an error
-        while row >= first + len(part):
-            first, part = first + len(part), next(batches, None)
-            if part is None:
-                raise ValueError("the shard was cut since it was listed")
-        self._cursor = place, first, part, batches
-        return part[int(row - first)].as_py()
+        (before, after, values), self._cursor = self._cursor or (None, 0, None), None             # None after an error
+        if before != place or row < after:
+            parts = _shard(self._shards[stem])[2](group, self.columns["image"])
+            after, values = int(self._bounds[stem][group]), itertools.chain.from_iterable(parts)
+        value = next(itertools.islice(values, row - after, None)).as_py()
+        self._cursor = place, row + 1, values
+        return value
 
     def read(self, name: bytes | str) -> bytes:
-        with _naming(self.where(name)):
+        with naming(self.where(name)):
             value = self._seek(*self._place(name))
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
@@ -378,9 +365,6 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     inside = sorted(name for name in inside if os.path.basename(name)[0] != ".")
     shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name)]
     if os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside):
-        if os.path.exists(os.path.join(path, "dataset_dict.json")):
-            splits = [os.path.basename(name) for name in inside if os.path.isdir(name)]
-            raise UserError(f"{shown(path)}: holds several splits ({shown(', '.join(splits))}); name the folder of one")
         shards = []
     forms = sorted({Path(name).suffix for name in shards})
     splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
