@@ -100,15 +100,20 @@ def to_png(image: np.ndarray) -> bytes:
         for kind, data in chunks)
 
 
-def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
-                  chunk: np.ndarray) -> tuple[int, dict[int, str]]:
-    """Convert and write the pictures with the indices in `chunk`; return their number and what is wrong with some."""
+def convert_picture(store: Store, resolution: int, transform: str | None, name: bytes) -> bytes:
+    """A picture as the PNG of a square RGB image. Raises UserError if it cannot be converted."""
+    where = store.where(name)
+    image = to_rgb(stores.decode_image(store.read(name), where), where)
+    return to_png(np.asarray(to_square(image, resolution, transform, where)))
+
+
+def convert_chunk(names: np.ndarray, destination: Destination, convert_one: Callable[[bytes], bytes], chunk: np.ndarray
+                  ) -> tuple[int, dict[int, str]]:
+    """Convert and write the names with the indices in `chunk`; return their number and what is wrong with some."""
     faults = {}
     for i in chunk.tolist():
-        where = store.where(names[i])
         try:
-            image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
-            image = to_square(image, resolution, transform, where)
+            data = convert_one(names[i])
         except NotSquare as error:                                # the choice of a transform is for all pictures
             raise NotSquare(f"{error}, and continues {destination.where}; remove that for another") from error
         except MayPass:                                           # the picture may be good
@@ -116,7 +121,7 @@ def convert_chunk(store: Store, names: np.ndarray, destination: Destination, res
         except UserError as error:
             faults[i] = str(error)
             continue
-        destination.write(destination.names[i], to_png(np.asarray(image)))
+        destination.write(destination.names[i], data)
     return len(chunk), faults
 
 
@@ -133,17 +138,17 @@ def require_squares(store: Store, names: np.ndarray) -> None:
         require_square(image, where)
 
 
-def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
-                    workers: int, skip_bad: int) -> np.ndarray:
-    """Convert what is missing of the pictures `names` (n,); return whether each image (n,) exists now.
+def convert_missing(store: Store, names: np.ndarray, destination: Destination, convert_one: Callable[[bytes], bytes],
+                    workers: int, skip_bad: int, kind: str = "pictures") -> np.ndarray:
+    """Write `convert_one(name)` for what is missing of `names` (n,); return whether each (n,) exists now.
 
-    Goes on over pictures that cannot be converted, and names them. Raises UserError at the end if they are more than
-    `skip_bad`, or no image exists.
+    Goes on over those that cannot be converted, and names them. Raises UserError at the end if they are more than
+    `skip_bad`, or none exists.
     """
     missing = np.flatnonzero(destination.is_missing())
     size = RUN if isinstance(store, TableStore) else CHUNK
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), size)]
-    work = partial(convert_chunk, store, names, destination, resolution, transform)
+    work = partial(convert_chunk, names, destination, convert_one)
     bad: list[int] = []
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
         for count, found in in_workers(work, chunks, workers, in_order=False):
@@ -154,8 +159,8 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
             bar.update(count)
     exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
-        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" if exists.any() else ""
-        raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} pictures cannot be converted "
+        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" * (exists.any() and kind == "pictures")
+        raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} {kind} cannot be converted "
                         f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
                         f"again{enough}")
     return exists
@@ -203,7 +208,8 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
         require_squares(store, names)
     destination.begin(all_names)
     destination.leave_out(gone)
-    exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
+    convert_one = partial(convert_picture, store, resolution, transform)
+    exists = convert_missing(store, names, destination, convert_one, workers, skip_bad)
     destination.leave_out(outputs[~exists])
     kept = captioned and {"captions": {name: captioned[name] for name in map(os.fsdecode, outputs[exists].tolist())}}
     destination.finish({**kept, "labels": listed(outputs[exists], None if labels is None else labels[exists]),

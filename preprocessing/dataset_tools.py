@@ -115,10 +115,9 @@ def build_parser() -> Parser:
                      help="processes that read, per process that encodes; 0: none, which suits a CPU")
 
     for added in (one, two):
-        for column, usual in (("image", "the only one of pictures"), ("label", "label, or the only one that fits"),
-                              ("caption", "caption or text, or the only one that fits")):
+        for column in ("image", "label", "caption"):
             added.add_argument(f"--{column}-column", **optional, metavar="NAME",
-                               help=f"of parquet, Arrow or a list (default: {usual})")
+                               help="in parquet, Arrow or a list (default: the only one of a usual name or type)")
 
     command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
             captions="COCO's captions_*.json, other JSON or JSON lines")
@@ -127,7 +126,6 @@ def build_parser() -> Parser:
                    source="a folder of their files, or one file", dest="moments: a folder or a name ending in .zip")
     four.add_argument("--format", required=True, choices=FORMATS, **optional, help="of the files: see docs/data.md")
     four.add_argument("--vae", required=True, **optional, help="that wrote the latents, as for encode")
-    four.add_argument("--latent-stats", **optional, type=Path, metavar="FILE", help="as for encode")
     four.add_argument("--normalised", action="store_true", help="they are multiplied by the scaling factor already")
     four.add_argument("--flips", action="store_true", help="take latents_flip, too, as further entries")
     four.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that write; 0: this one")

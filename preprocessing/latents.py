@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dataset import MOMENTS_EXTENSIONS
-from models.vae import SHORTHANDS, VAES, LatentSpace, load_codec, read_statistics
-from preprocessing.destination import Destination, digest, in_workers, listed
+from models.vae import SHORTHANDS, VAES, LatentSpace, load_codec
+from preprocessing.convert import convert_missing
+from preprocessing.destination import Destination, digest, listed
 from preprocessing.encode import moments_name
 from runtime.catalogue import key_of, list_keyed, read_labels
-from runtime.files import sha256, to_npy
-from runtime.launch import blocks
+from runtime.files import to_npy
 from runtime.messages import UserError, notice, say
 from runtime.sources import RowStore, naming
-from runtime.stores import METADATA, FolderStore, list_names, parse_json, read_metadata, shown
+from runtime.stores import FolderStore, list_names, read_metadata, shown
 
 FORMATS = {"lightningdit": (b".safetensors",), "repa-e": (b".h5", b".hdf5"), "sit-npy": (b".npy",)}
 FLIPPED = "latents_flip"
-CHUNK, LOOKED_AT = 64, 64  # entries that a worker writes at a time; whose size is compared with the latent space
+LOOKED_AT = 64  # entries whose size is compared with the latent space's
 
 
 @lru_cache(1)
@@ -56,73 +55,70 @@ class LatentStore(RowStore):
     def __init__(self, source: str, form: str, flips: bool):
         """Raises UserError for unreadable files, and two entries with one name."""
         super().__init__(source if os.path.isdir(source) else Path(source).parent)
-        self.entries, self._labels, self._inside, flipped = {}, {}, {}, 0
-        files = list_names(FolderStore(source), FORMATS[form]).tolist() if os.path.isdir(source) else [Path(source).name]
+        self.entries, self._labels, flipped = {}, {}, 0
+        files = list_names(FolderStore(source), FORMATS[form]) if os.path.isdir(source) else [Path(source).name]
         for file in map(os.fsdecode, files):
-            arrays = arrays_in(os.path.join(self.path, file), os.getpid())
-            if METADATA in arrays:
-                self._inside = parse_json(bytes(arrays[METADATA][()]), f"{shown(file)}: {METADATA}")
-            for array, one in arrays.items():
+            for array, one in self._arrays(file).items():
                 shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
                 flipped += shape[0] if array == FLIPPED else 0
                 if len(shape) in (3, 4) and (flips or array != FLIPPED):
                     self._add(file, array, shape)
         if flipped and not flips:
             notice(f"{shown(source)}: {flipped} latents of flipped images are left out; --flips takes them, too")
-        labelled = any(label is not None for label in self._labels.values())
-        self.columns = {"label": "labels" if labelled else None, "caption": None}
+        self.columns = {"label": "label" if {*self._labels.values()} - {None} else None, "caption": None}
+
+    def _arrays(self, file: str) -> dict[str, Any]:
+        return arrays_in(os.path.join(self.path, file), os.getpid())
 
     def _add(self, file: str, array: str, shape: tuple[int, ...]) -> None:
         rows = range(shape[0]) if len(shape) == 4 else [None]
         alone = rows == [None] or (not array and len(rows) == 1)
         stem = os.path.splitext(file)[0] + f"/{array}" * (array not in ("", "latents"))
-        for row, label in zip(rows, self._labels_beside(file, array, len(rows)), strict=True):
+        for row, label in zip(rows, self._labels_of(file, array, len(rows)), strict=True):
             name = f"{(array or file).removesuffix('.npy')}.npy" if alone else f"{stem}/{row:08d}.npy"
             if name in self.entries:
-                raise UserError(f"{self.where(name)}: there is another {shown(name)} in {shown(file)}; import them apart")
+                raise UserError(f"{self.where(name)}: {shown(file)} has another {shown(name)}; import them apart")
             self.entries[name], self._labels[name] = (file, array, row, shape[-3:]), label
 
-    def _labels_beside(self, file: str, array: str, count: int) -> list:
-        """The labels in an array, or else a file, that is called "labels" instead; None for each without one."""
-        twins = [re.sub(f"{FLIPPED}|latents|features|moments", "labels", one) for one in (file, array)]
-        for other, name in ((file, twins[1]), (twins[0], array)):
-            if (other, name) != (file, array) and other in self:
-                arrays = arrays_in(os.path.join(self.path, other), os.getpid())
-                if name in arrays:
-                    values = np.asarray(arrays[name][:]).flatten().tolist()
-                    if len(values) != count:
-                        raise UserError(f"{self.where(other)}: {len(values)} labels for {count} latents; correct it")
-                    return values
-        return [None] * count
+    def _labels_of(self, file: str, array: str, count: int) -> list:
+        """Labels in an array, or a file of one array, that is called "labels" instead; None for each without one."""
+        twin = re.sub(f"{FLIPPED}|latents|features|moments", "labels", array or file)
+        other, name = (file, twin) if array else (twin, array)
+        if twin == (array or file) or other not in self or name not in (arrays := self._arrays(other)):
+            return [None] * count
+        values = np.asarray(arrays[name][:]).flatten().tolist()
+        if len(values) != count:
+            raise UserError(f"{self.where(other)}: {len(values)} labels for {count} latents; correct it")
+        return values
 
     def values(self, column: str | None) -> dict[str, Any]:
         return self._labels
 
-    def described(self) -> dict:
-        return self._inside or super().described()
-
     def where(self, name: bytes | str) -> str:
-        file, array, row, _ = self.entries.get(os.fsdecode(name), (os.fsdecode(name), "", None, ()))
+        file, array, row, _ = self.entries.get(os.fsdecode(name), (name, "", None, ()))
         return super().where(file) + shown(f": {array}" * bool(array) + f", row {row}" * (row is not None))
 
     def array(self, name: bytes) -> np.ndarray:
         """An entry's numbers, float32. Raises UserError."""
         file, array, row, _ = self.entries[os.fsdecode(name)]
         with naming(self.where(name)):
-            whole = arrays_in(os.path.join(self.path, file), os.getpid())[array]
+            whole = self._arrays(file)[array]
             part = whole[:] if row is None else whole[row:row + 1][0]
             return np.asarray(part.float() if isinstance(part, torch.Tensor) else part, dtype=np.float32)
 
 
-def moments_of(store: LatentStore, name: bytes, space: LatentSpace, normalised: bool) -> np.ndarray:
-    """An entry's raw moments, float32 (2C, H, W); the std of samples is 0. Raises UserError for impossible numbers."""
+def convert_latents(store: LatentStore, space: LatentSpace, normalised: bool, name: bytes) -> bytes:
+    """The npy file of an entry's raw moments, float32 (2C, H, W); the std of samples is 0.
+
+    Raises UserError if they are not finite, or a std is below 0.
+    """
     mean, std = np.split(store.array(name), [space.channels])     # (C, H, W), (0 or C, H, W)
     if normalised:
         scale, shift = (np.float32(np.reshape(one, (-1, 1, 1))) for one in (space.scale, space.shift))
         mean, std = mean / scale + shift, std / scale if len(std) else std
     if not np.isfinite([mean.sum(), std.sum()]).all() or (std < 0).any():
         raise UserError(f"{store.where(name)}: not finite, or a standard deviation below 0; encode the images anew")
-    return np.concatenate([mean, std if len(std) else np.zeros_like(mean)])
+    return to_npy(np.concatenate([mean, std if len(std) else np.zeros_like(mean)]))
 
 
 def require_space(store: LatentStore, names: np.ndarray, space: LatentSpace, normalised: bool) -> bool:
@@ -139,23 +135,15 @@ def require_space(store: LatentStore, names: np.ndarray, space: LatentSpace, nor
     some = names[np.linspace(0, len(names) - 1, min(LOOKED_AT, len(names))).astype(int)]
     stored = torch.from_numpy(np.stack([store.array(one)[:space.channels] for one in some]))      # (B, C, H, W)
     raw = space.latents(torch.cat([stored, 0 * stored], dim=1), 0)
-    size, other = (math.log(max(one.square().mean().sqrt(), 1e-9)) for one in ((stored, raw) if normalised else (raw, stored)))
-    if abs(size) > abs(other) + math.log(2):
-        raise UserError(f"{store.where(name)}: its size in the space of {space.vae} is {math.exp(size):.2g}, expected about "
-                        f"1; {'leave out' if normalised else 'add'} --normalised, or name another --vae")
+    sizes = [math.log(max(one.square().mean().sqrt(), 1e-9)) for one in (raw, stored)]
+    if abs(sizes[normalised]) > abs(sizes[not normalised]) + math.log(2):
+        raise UserError(f"{store.where(name)}: size {math.exp(sizes[normalised]):.2g} in the space of {space.vae}, expected "
+                        f"about 1; {'leave out' if normalised else 'add'} --normalised, or name another --vae")
     return shape[0] == space.channels
 
 
-def write_chunk(store: LatentStore, names: np.ndarray, destination: Destination, space: LatentSpace, normalised: bool,
-                chunk: np.ndarray) -> int:
-    """Write the moments of the entries with the indices in `chunk`; return their number."""
-    for i in chunk.tolist():
-        destination.write(destination.names[i], to_npy(moments_of(store, names[i], space, normalised)))
-    return len(chunk)
-
-
 def import_latents(source: str, dest: str, format: str, vae: str, workers: int, normalised: bool = False,
-                   flips: bool = False, latent_stats: Path | None = None) -> None:
+                   flips: bool = False) -> None:
     """Write `dest`, moments as `encode` does, of the latents in `source`, in one of FORMATS, with their labels.
 
     `normalised`: they are (raw - shift) * scale. Raises UserError if they are not of the latent space of `vae`, and as
@@ -164,12 +152,8 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     store = LatentStore(source, format, flips)
     keys, names = list_keyed(store, MOMENTS_EXTENSIONS)
     if not len(names):
-        raise UserError(f"--source {shown(source)}: holds no arrays (N, C, H, W) or (C, H, W) in files "
-                        f"{', '.join(map(os.fsdecode, FORMATS[format]))}")
-    codec = load_codec(SHORTHANDS.get(vae, vae))
-    if latent_stats:
-        codec.use_statistics(read_statistics(latent_stats), str(latent_stats), sha256(latent_stats))
-    space, metadata = codec.space, read_metadata(store)
+        raise UserError(f"--source {shown(source)}: holds no arrays (N, C, H, W) or (C, H, W) in files of {format}")
+    space, metadata = load_codec(SHORTHANDS.get(vae, vae)).space, read_metadata(store)
     samples = require_space(store, names, space, normalised)
     outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {"labels": listed(outputs, read_labels(store, keys, key_of, metadata)), "classes": metadata.get("classes")}
@@ -180,14 +164,10 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
         destination.close()
         say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
-    destination.require_room(len(to_npy(moments_of(store, names[0], space, normalised))))
+    convert_one = partial(convert_latents, store, space, normalised)
+    destination.require_room(len(convert_one(names[0])))
     destination.begin()
-    missing = np.flatnonzero(destination.is_missing())
-    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
-    work = partial(write_chunk, store, names, destination, space, normalised)
-    with tqdm(total=len(names), initial=len(names) - len(missing), desc="import-latents", unit="image") as bar:
-        for count in in_workers(work, chunks, workers, in_order=False):
-            bar.update(count)
+    convert_missing(store, names, destination, convert_one, workers, 0, "latents")
     destination.finish({**labels, "vae": space.to_record(), "samples": samples})
-    said = "samples: their std is 0, every epoch sees the same latents" if samples else "mean and std"
+    said = "samples: their std is 0, every epoch sees the same" if samples else "mean and std"
     say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}; {said}")

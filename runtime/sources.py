@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from runtime.files import UNREADABLE, read_patiently
+from runtime.files import read_patiently
 from runtime.messages import UserError
 from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
@@ -29,6 +29,19 @@ BATCH = 16  # rows of a parquet file in memory at a time
 # Kinds of columns, by pyarrow's name of their type; the library datasets keeps bytes and path of a picture.
 KINDS = {"image": r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary", "number": r"u?int[0-9]+",
          "words": r"(large_)?string|(large_)?list<[a-z]+: (large_)?string"}
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Raise what a library of another format raises as a UserError that names `where`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{where}: needs {error.name}; install it with `pip install {error.name}`") from None
+    except Exception as error:                                    # of any kind
+        raise UserError(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
 
 
 def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None) -> dict:
@@ -90,14 +103,10 @@ class TarStore(ZipStore):
         names, table = [], []
         for i, tar in enumerate(self._tars):
             folder = "" if tar == self.path else f"{Path(tar).stem}/"
-            try:
-                with open(tar, "rb") as file:
-                    for name, offset, size in _members(file, os.path.getsize(tar), folder):
-                        names.append(os.fsencode(name))
-                        table.append((i, offset, size))
-            except (*UNREADABLE, tarfile.TarError) as error:
-                raise UserError(f"{shown(tar)}: not a tar of plain files, uncompressed ({shown(str(error))}); write it "
-                                "again") from error
+            with naming(f"{shown(tar)}: as an uncompressed tar of plain files"), open(tar, "rb") as file:
+                for name, offset, size in _members(file, os.path.getsize(tar), folder):
+                    names.append(os.fsencode(name))
+                    table.append((i, offset, size))
         return self._sorted(names, table, 3)
 
     def listing(self) -> tuple[np.ndarray, np.ndarray]:
@@ -166,19 +175,6 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     return {"image": image, "label": label, "caption": caption}
 
 
-@contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Raise what a library of another format raises as a UserError that names `where`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{where}: needs {error.name}; install it with `pip install {error.name}`") from None
-    except Exception as error:                                    # of any kind
-        raise UserError(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
-
-
 def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
     """The schema of a parquet or Arrow file, the numbers of rows of its groups, and a function of group and column that
     yields arrays of values. Raises what pyarrow does.
@@ -191,10 +187,7 @@ def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         return file.schema_arrow, groups, lambda group, column: (batch.column(0) for batch in file.iter_batches(
             BATCH, row_groups=[group], columns=[column], use_threads=False))
-    data = pyarrow.memory_map(path)
-    opened = pyarrow.ipc.open_file if data.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
-    data.seek(0)
-    table = opened(data).read_all()                               # still on the disk
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk
     return table.schema, [table.num_rows], lambda _, column: iter(table.column(column).chunks)
 
 
@@ -206,12 +199,9 @@ def _kinds(schema: Any) -> dict[str, str]:
 
 
 def _class_names(schema: Any) -> dict[str, list | None]:
-    """The names of classes, by column, that the library datasets has recorded."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: one.get("names") for name, one in features.items() if one.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
+    """The names of classes, by column, that the library datasets has recorded. Raises anything for other records."""
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
 
 
 class RowStore(FolderStore):
@@ -247,14 +237,13 @@ class TableStore(RowStore):
         for stem, path in self._shards.items():
             with naming(shown(path)):
                 schema, groups, _ = _shard(path)
-            self._bounds[stem], kinds, names = np.cumsum([0, *groups]), _kinds(schema), _class_names(schema)
+                self._bounds[stem], kinds, names = np.cumsum([0, *groups]), _kinds(schema), _class_names(schema)
             if first is None:
                 first, self.columns = kinds, choose(kinds, named, shown(path), set(names))
                 self.classes = names.get(self.columns["label"])
-            for column in filter(None, self.columns.values()):
-                if kinds.get(column) != first[column]:
-                    raise UserError(f"{shown(path)}: no column {shown(column)} as in {shown(shards[0])}; name the "
-                                    "shards of one data set, as in --source 'DIR/train-*'")
+            if any(kinds.get(column) != first.get(column) for column in self.columns.values()):
+                raise UserError(f"{shown(path)}: has other columns than {shown(shards[0])}; name the shards of one data "
+                                "set, as in --source 'DIR/train-*'")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cursor": None}
@@ -266,7 +255,8 @@ class TableStore(RowStore):
             if column is not None:
                 with naming(f"{shown(path)}: column {shown(column)}"):
                     _, groups, batches = _shard(path)
-                    values = [one for i in range(len(groups)) for part in batches(i, column) for one in part.to_pylist()]
+                    parts = (part for i in range(len(groups)) for part in batches(i, column))
+                    values = [value for part in parts for value in part.to_pylist()]
             found |= {f"{stem}/{row:08d}.png": value for row, value in enumerate(values)}
         return found
 
@@ -308,11 +298,9 @@ def _records(path: str) -> list[dict]:
         lines = [parse_json(line.encode("utf-8", "surrogateescape"), f"{shown(path)}: line {i}")
                  for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
-        try:
-            rows = [*csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")]
-        except csv.Error as error:
-            raise UserError(f"{shown(path)}: cannot be read ({error}); write it again") from error
-        rows = [row for row in rows if row]
+        with naming(shown(path)):
+            read = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")
+            rows = [row for row in read if row]
         headless = bool(rows) and len(rows[0]) <= 2 and _is_picture(rows[0][0])
         head = ["path", "label"][:len(rows[0])] if headless else rows.pop(0) if rows else []
         lines = [dict(zip(head, row, strict=True)) if len(row) == len(head) else None for row in rows]
@@ -369,14 +357,12 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     forms = sorted({Path(name).suffix for name in shards})
     splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
     if len(forms) > 1 or len(splits) > 1:
-        raise UserError(f"{shown(path)}: holds several {'forms of shards' if len(forms) > 1 else 'splits'} "
-                        f"({', '.join(map(shown, forms[1:] and forms or splits))}); name one, as in --source "
-                        f"'{shown(path)}/{'*' + forms[0] if len(forms) > 1 else splits[0] + '-*'}'")
+        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(splits if len(forms) == 1 else forms))}; name "
+                        f"those of one, as in --source '{splits[0] if splits else 'DIR/train'}-*{forms[0]}'")
     if forms and forms[0] != ".tar":
         return TableStore(path, shards, named)
     if path.endswith(LISTS) and os.path.isfile(path):
         return ListStore(path, named)
-    for flag, name in named.items():
-        if name is not None:
-            raise UserError(f"--{flag}-column {shown(name)}: {shown(path)} has no columns; leave it out")
+    if any(named.values()):
+        raise UserError(f"--image-column, --label-column, --caption-column: {shown(path)} has no columns; leave them out")
     return TarStore(path, shards) if forms else open_store(path)
