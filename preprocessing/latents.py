@@ -1,6 +1,5 @@
 """`import-latents`: latents that other programs stored, as moments; std is 0 where they stored samples."""
 
-import math
 import os
 import re
 from functools import lru_cache, partial
@@ -130,15 +129,15 @@ def require_space(store: LatentStore, names: np.ndarray, space: LatentSpace, nor
     (shape, name), *others = shapes.items()
     if others or shape[0] not in (space.channels, 2 * space.channels) or shape[1] != shape[2]:
         fitting = ", ".join(key for key, row in VAES.items() if shape[0] in (row.channels, 2 * row.channels))
-        raise UserError(f"{store.where(name)}: shape {shape}, expected one for all, ({space.channels}, H, H) or twice as "
-                        f"many channels, as --vae {space.vae} has; VAEs that fit it: {fitting or 'none'}")
+        raise UserError(f"{store.where(name)}: shape {shape}, expected ({space.channels}, H, H) for all, or twice as many "
+                        f"channels, as --vae {space.vae} has; VAEs that fit it: {fitting or 'none'}")
     some = names[np.linspace(0, len(names) - 1, min(LOOKED_AT, len(names))).astype(int)]
     stored = torch.from_numpy(np.stack([store.array(one)[:space.channels] for one in some]))      # (B, C, H, W)
     raw = space.latents(torch.cat([stored, 0 * stored], dim=1), 0)
-    sizes = [math.log(max(one.square().mean().sqrt(), 1e-9)) for one in (raw, stored)]
-    if abs(sizes[normalised]) > abs(sizes[not normalised]) + math.log(2):
-        raise UserError(f"{store.where(name)}: size {math.exp(sizes[normalised]):.2g} in the space of {space.vae}, expected "
-                        f"about 1; {'leave out' if normalised else 'add'} --normalised, or name another --vae")
+    sizes = [one.square().mean().sqrt().clamp(min=1e-9).log2().item() for one in (raw, stored)]
+    if abs(sizes[normalised]) > abs(sizes[not normalised]) + 1:
+        raise UserError(f"{store.where(name)}: size {2**sizes[normalised]:.2g} in the space of {space.vae}, expected 1; "
+                        f"{'leave out' if normalised else 'add'} --normalised, or name another --vae")
     return shape[0] == space.channels
 
 
@@ -169,5 +168,5 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     destination.begin()
     convert_missing(store, names, destination, convert_one, workers, 0, "latents")
     destination.finish({**labels, "vae": space.to_record(), "samples": samples})
-    said = "samples: their std is 0, every epoch sees the same" if samples else "mean and std"
-    say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}; {said}")
+    say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}"
+        f"{', samples: their std is 0, every epoch sees the same' * samples}")

@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from runtime.files import read_patiently
-from runtime.messages import UserError
+from runtime.files import PASSING, read_patiently
+from runtime.messages import MayPass, UserError
 from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
@@ -41,7 +41,8 @@ def naming(where: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{where}: needs {error.name}; install it with `pip install {error.name}`") from None
     except Exception as error:                                    # of any kind
-        raise UserError(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
+        kind = MayPass if getattr(error, "errno", None) in PASSING else UserError
+        raise kind(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
 
 
 def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None) -> dict:
@@ -54,13 +55,12 @@ def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list
     kind = str if any(isinstance(value, str) for value in values.values()) else int
     for name, value in values.items():
         if type(value) is not kind or (value < 0 if kind is int else not value.strip()):
-            raise UserError(f"{where(name)}: label {shown(str(value))[:80]}, expected a whole number of at least 0, or "
-                            "a name for every picture; correct it, or leave it out")
+            raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected a number >= 0 or a name; correct it")
     if kind is str:
         classes = sorted(set(values.values()))
         if 2 * len(classes) > len(values):
-            raise UserError(f"{where(next(iter(values)))}: label {shown(classes[0])[:80]}: {len(classes)} names for "
-                            f"{len(values)} pictures are captions rather than labels; use --caption-column")
+            raise UserError(f"{where('')}: {len(classes)} labels of {len(values)} pictures differ, as captions do; name "
+                            "their column with --caption-column, or another with --label-column")
         rank = {name: i for i, name in enumerate(classes)}
         values = {name: rank[value] for name, value in values.items()}
     return {"labels": [[name, value] for name, value in values.items()], "classes": classes}
@@ -154,8 +154,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
 
     def only(flag: str, candidates: list[str]) -> str | None:
         if len(candidates) > 1:
-            raise UserError(f"{where}: several columns could be meant ({', '.join(map(shown, candidates))}); name one "
-                            f"with --{flag}-column")
+            raise UserError(f"{where}: give --{flag}-column, one of {', '.join(map(shown, candidates))}")
         return candidates[0] if candidates else None
 
     for flag, name in named.items():
@@ -164,8 +163,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
                             f"{where}; candidates are {', '.join(map(shown, fitting[flag])) or 'none'}")
     image, label, caption = named["image"] or only("image", fitting["image"]), named["label"], named["caption"]
     if image is None:
-        raise UserError(f"{where}: no column of pictures among {', '.join(map(shown, kinds)) or 'none'}; expected "
-                        "encoded images, or in a list their paths")
+        raise UserError(f"{where}: no column of encoded images, or of their paths, among {', '.join(map(shown, kinds))}")
     if label is None and caption is None:
         label = only("label", [name for name in fitting["label"] if name in {*LABELS, *classes}])
         caption = only("caption", [name for name in fitting["caption"] if name in CAPTIONS and name not in classes])
@@ -191,22 +189,20 @@ def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
     return table.schema, [table.num_rows], lambda _, column: iter(table.column(column).chunks)
 
 
-def _kinds(schema: Any) -> dict[str, str]:
-    """For `choose`: the kinds of the columns, by name."""
+def _columns(schema: Any) -> tuple[dict[str, str], dict[str, list]]:
+    """The kinds of a schema's columns, for `choose`; and the names of classes that the library datasets has recorded."""
     forms = {field.name: str(field.type).removeprefix("dictionary<values=") for field in schema}
-    return {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
-            for name, form in forms.items()}
-
-
-def _class_names(schema: Any) -> dict[str, list | None]:
-    """The names of classes, by column, that the library datasets has recorded. Raises anything for other records."""
+    kinds = {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
+             for name, form in forms.items()}
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
+    return kinds, {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
 
 
 class RowStore(FolderStore):
-    """Pictures that are rows with a label or captions. Subclasses have `columns`, see `choose`, and
-    `values` of a column, by name; for None of none."""
+    """Pictures that are rows with a label or captions.
+
+    Subclasses have `columns`, see `choose`, and `values(column)`, by name; those of None may be anything.
+    """
 
     classes: list | None = None                                   # their names, where the source records them
 
@@ -217,9 +213,8 @@ class RowStore(FolderStore):
         return False                                              # no dataset.json
 
     def described(self) -> dict:
-        found, (label, caption) = {"labels": None}, (self.columns["label"], self.columns["caption"])
-        if label is not None:
-            found |= as_labels(self.values(label), self.where, self.classes)
+        label, caption = self.columns["label"], self.columns["caption"]
+        found = {"labels": None} if label is None else as_labels(self.values(label), self.where, self.classes)
         return found | ({} if caption is None else {"captions": self.values(caption)})
 
 
@@ -237,13 +232,12 @@ class TableStore(RowStore):
         for stem, path in self._shards.items():
             with naming(shown(path)):
                 schema, groups, _ = _shard(path)
-                self._bounds[stem], kinds, names = np.cumsum([0, *groups]), _kinds(schema), _class_names(schema)
+                self._bounds[stem], (kinds, names) = np.cumsum([0, *groups]), _columns(schema)
             if first is None:
                 first, self.columns = kinds, choose(kinds, named, shown(path), set(names))
                 self.classes = names.get(self.columns["label"])
             if any(kinds.get(column) != first.get(column) for column in self.columns.values()):
-                raise UserError(f"{shown(path)}: has other columns than {shown(shards[0])}; name the shards of one data "
-                                "set, as in --source 'DIR/train-*'")
+                raise UserError(f"{shown(path)}: other columns than {shown(shards[0])} has; name shards of one data set")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cursor": None}
@@ -296,7 +290,7 @@ def _records(path: str) -> list[dict]:
     text = FolderStore("").read(path).decode("utf-8-sig", "surrogateescape")
     if path.endswith(".jsonl"):
         lines = [parse_json(line.encode("utf-8", "surrogateescape"), f"{shown(path)}: line {i}")
-                 for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+                 for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         with naming(shown(path)):
             read = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")
@@ -314,6 +308,15 @@ def _is_picture(value: object) -> bool:
     return isinstance(value, str) and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS)
 
 
+def _kind(values: list) -> str:
+    """For `choose`, of a column of a list."""
+    if _is_picture(values[0]):
+        return "image"
+    if all(type(value) is int or isinstance(value, str) and value.isdecimal() for value in values):
+        return "number"
+    return "words" if all(isinstance(value, str | list) for value in values) else "other"
+
+
 class ListStore(RowStore):
     """The pictures that a list (CSV, TSV, JSON lines) names, by paths from its own folder."""
 
@@ -321,20 +324,11 @@ class ListStore(RowStore):
         """Raises UserError for an unreadable list, and for columns as `choose` does."""
         super().__init__(Path(path).parent)
         records = _records(path)
-        kinds = {name: self._kind([record[name] for record in records]) for name in (records or [{}])[0]}
+        kinds = {name: _kind([record[name] for record in records]) for name in (records or [{}])[0]}
         self.columns = choose(kinds, named, shown(path))
         self._records = {record[self.columns["image"]]: record for record in records}
         if len(self._records) < len(records) or not all(map(_is_picture, self._records)):
-            raise UserError(f"{shown(path)}: names a picture twice, or something else than a picture, in column "
-                            f"{shown(self.columns['image'])}; correct it")
-
-    @staticmethod
-    def _kind(values: list) -> str:
-        if _is_picture(values[0]):
-            return "image"
-        if all(type(value) is int or isinstance(value, str) and value.isdecimal() for value in values):
-            return "number"
-        return "words" if all(isinstance(value, str | list) for value in values) else "other"
+            raise UserError(f"{shown(path)}: names a picture twice, or something else than a picture; correct it")
 
     def values(self, column: str | None) -> dict[str, Any]:
         return {name: record.get(column) for name, record in self._records.items()}
@@ -351,18 +345,17 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else (
         [path] if os.path.exists(path) else glob.glob(path))
     inside = sorted(name for name in inside if os.path.basename(name)[0] != ".")
-    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name)]
-    if os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside):
-        shards = []
+    plain = os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside)
+    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name) and not plain]
     forms = sorted({Path(name).suffix for name in shards})
     splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
     if len(forms) > 1 or len(splits) > 1:
-        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(splits if len(forms) == 1 else forms))}; name "
-                        f"those of one, as in --source '{splits[0] if splits else 'DIR/train'}-*{forms[0]}'")
+        raise UserError(f"--source {shown(path)}: shards of {shown(', '.join(splits if len(forms) == 1 else forms))} in it; "
+                        f"give those of one, as in --source '{splits[0] if splits else 'DIR/train'}-*{forms[0]}'")
     if forms and forms[0] != ".tar":
         return TableStore(path, shards, named)
     if path.endswith(LISTS) and os.path.isfile(path):
         return ListStore(path, named)
     if any(named.values()):
-        raise UserError(f"--image-column, --label-column, --caption-column: {shown(path)} has no columns; leave them out")
+        raise UserError(f"--image-column, --label-column, --caption-column: no columns in {shown(path)}; leave them out")
     return TarStore(path, shards) if forms else open_store(path)
