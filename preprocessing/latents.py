@@ -129,15 +129,15 @@ def require_space(store: LatentStore, names: np.ndarray, space: LatentSpace, nor
     (shape, name), *others = shapes.items()
     if others or shape[0] not in (space.channels, 2 * space.channels) or shape[1] != shape[2]:
         fitting = ", ".join(key for key, row in VAES.items() if shape[0] in (row.channels, 2 * row.channels))
-        raise UserError(f"{store.where(name)}: shape {shape}, expected ({space.channels}, H, H) for all, or twice as many "
-                        f"channels, as --vae {space.vae} has; VAEs that fit it: {fitting or 'none'}")
+        raise UserError(f"{store.where(name)}: shape {shape}, expected ({space.channels}, H, H) for all, or twice as "
+                        f"many channels, as --vae {space.vae} has; VAEs that fit it: {fitting or 'none'}")
     some = names[np.linspace(0, len(names) - 1, min(LOOKED_AT, len(names))).astype(int)]
     stored = torch.from_numpy(np.stack([store.array(one)[:space.channels] for one in some]))      # (B, C, H, W)
     raw = space.latents(torch.cat([stored, 0 * stored], dim=1), 0)
     sizes = [one.square().mean().sqrt().clamp(min=1e-9).log2().item() for one in (raw, stored)]
     if abs(sizes[normalised]) > abs(sizes[not normalised]) + 1:
-        raise UserError(f"{store.where(name)}: size {2**sizes[normalised]:.2g} in the space of {space.vae}, expected 1; "
-                        f"{'leave out' if normalised else 'add'} --normalised, or name another --vae")
+        raise UserError(f"{store.where(name)}: size {2**sizes[normalised]:.2g} in the space of {space.vae}, expected 1"
+                        f"; {'leave out' if normalised else 'add'} --normalised, or name another --vae")
     return shape[0] == space.channels
 
 

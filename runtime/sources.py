@@ -55,12 +55,12 @@ def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list
     kind = str if any(isinstance(value, str) for value in values.values()) else int
     for name, value in values.items():
         if type(value) is not kind or (value < 0 if kind is int else not value.strip()):
-            raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected a number >= 0 or a name; correct it")
+            raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected a name or a number >= 0")
     if kind is str:
         classes = sorted(set(values.values()))
         if 2 * len(classes) > len(values):
-            raise UserError(f"{where('')}: {len(classes)} labels of {len(values)} pictures differ, as captions do; name "
-                            "their column with --caption-column, or another with --label-column")
+            raise UserError(f"{where('')}: {len(classes)} of {len(values)} labels differ, as captions do; name those "
+                            "with --caption-column, or another --label-column")
         rank = {name: i for i, name in enumerate(classes)}
         values = {name: rank[value] for name, value in values.items()}
     return {"labels": [[name, value] for name, value in values.items()], "classes": classes}
@@ -163,7 +163,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
                             f"{where}; candidates are {', '.join(map(shown, fitting[flag])) or 'none'}")
     image, label, caption = named["image"] or only("image", fitting["image"]), named["label"], named["caption"]
     if image is None:
-        raise UserError(f"{where}: no column of encoded images, or of their paths, among {', '.join(map(shown, kinds))}")
+        raise UserError(f"{where}: no column of images, or of paths of images, among {', '.join(map(shown, kinds))}")
     if label is None and caption is None:
         label = only("label", [name for name in fitting["label"] if name in {*LABELS, *classes}])
         caption = only("caption", [name for name in fitting["caption"] if name in CAPTIONS and name not in classes])
@@ -190,7 +190,7 @@ def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
 
 
 def _columns(schema: Any) -> tuple[dict[str, str], dict[str, list]]:
-    """The kinds of a schema's columns, for `choose`; and the names of classes that the library datasets has recorded."""
+    """The kinds of a schema's columns, for `choose`, and the names of classes that the library datasets records."""
     forms = {field.name: str(field.type).removeprefix("dictionary<values=") for field in schema}
     kinds = {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
              for name, form in forms.items()}
@@ -237,7 +237,7 @@ class TableStore(RowStore):
                 first, self.columns = kinds, choose(kinds, named, shown(path), set(names))
                 self.classes = names.get(self.columns["label"])
             if any(kinds.get(column) != first.get(column) for column in self.columns.values()):
-                raise UserError(f"{shown(path)}: other columns than {shown(shards[0])} has; name shards of one data set")
+                raise UserError(f"{shown(path)}: other columns than {shown(shards[0])} has; give shards of one set")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cursor": None}
@@ -350,12 +350,12 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     forms = sorted({Path(name).suffix for name in shards})
     splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
     if len(forms) > 1 or len(splits) > 1:
-        raise UserError(f"--source {shown(path)}: shards of {shown(', '.join(splits if len(forms) == 1 else forms))} in it; "
+        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(forms if len(forms) > 1 else splits))}; "
                         f"give those of one, as in --source '{splits[0] if splits else 'DIR/train'}-*{forms[0]}'")
     if forms and forms[0] != ".tar":
         return TableStore(path, shards, named)
     if path.endswith(LISTS) and os.path.isfile(path):
         return ListStore(path, named)
     if any(named.values()):
-        raise UserError(f"--image-column, --label-column, --caption-column: no columns in {shown(path)}; leave them out")
+        raise UserError(f"--image-column, --label-column, --caption-column: {shown(path)} has none; leave them out")
     return TarStore(path, shards) if forms else open_store(path)
