@@ -159,7 +159,7 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, c
             bar.update(count)
     exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
-        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" * (exists.any() and kind == "pictures")
+        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" * bool(exists.any() and kind == "pictures")
         raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} {kind} cannot be converted "
                         f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
                         f"again{enough}")

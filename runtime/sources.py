@@ -85,6 +85,9 @@ def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[
                     yield folder + name, start, size
             elif not member.isdir():
                 raise ValueError(f'{name}: a link, no file, cut off, or no relative name without ".."')
+        file.seek(archive.offset)                                 # tarfile takes a damaged header for the end
+        if archive.offset < end and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise ValueError(f"damaged at byte {archive.offset}")
 
 
 class TarStore(ZipStore):
@@ -165,8 +168,8 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     if image is None:
         raise UserError(f"{where}: no column of images, or of paths of images, among {', '.join(map(shown, kinds))}")
     if label is None and caption is None:
-        label = only("label", [name for name in fitting["label"] if name in {*LABELS, *classes}])
-        caption = only("caption", [name for name in fitting["caption"] if name in CAPTIONS and name not in classes])
+        label, caption = (only(flag, [name for name, kind in kinds.items() if name in usual and kind != "image"])
+                          for flag, usual in (("label", {*LABELS, *classes}), ("caption", {*CAPTIONS} - classes)))
     if label is None and caption is None:
         label = only("label-column or --caption", fitting["label"])
         label, caption = (None, label) if kinds.get(label) == "words" else (label, None)
@@ -314,7 +317,7 @@ def _kind(values: list) -> str:
         return "image"
     if all(type(value) is int or isinstance(value, str) and value.isdecimal() for value in values):
         return "number"
-    return "words" if all(isinstance(value, str | list) for value in values) else "other"
+    return "words" if all(isinstance(value, str | list | int | None) for value in values) else "other"
 
 
 class ListStore(RowStore):
