@@ -61,9 +61,8 @@ def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list
         if 2 * len(classes) > len(values):
             raise UserError(f"{where('')}: {len(classes)} of {len(values)} labels differ, as captions do; name those "
                             "with --caption-column, or another --label-column")
-        rank = {name: i for i, name in enumerate(classes)}
-        values = {name: rank[value] for name, value in values.items()}
-    return {"labels": [[name, value] for name, value in values.items()], "classes": classes}
+    rank = {value: i for i, value in enumerate(classes or ())}
+    return {"labels": [[name, rank.get(value, value)] for name, value in values.items()], "classes": classes}
 
 
 # ---- tars ------------------------------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ class TableStore(RowStore):
         """Raises UserError for an unreadable shard, and for columns as `choose` does."""
         super().__init__(path)
         self._shards, self._bounds, first = {Path(shard).stem: shard for shard in shards}, {}, None
-        self._cursor: tuple | None = None                         # see `_seek`
+        self._cursor: tuple | None = None                         # see `read`
         for stem, path in self._shards.items():
             with naming(shown(path)):
                 schema, groups, _ = _shard(path)
@@ -265,21 +264,17 @@ class TableStore(RowStore):
         place = self._place(name)
         return shown(f"{self._shards[place[0]]}: row {place[1]}" if place else self.path)
 
-    def _seek(self, stem: str, row: int) -> Any:
-        """The value in a row. Raises what pyarrow does."""
-        group = int(np.searchsorted(self._bounds[stem], row, side="right")) - 1
-        place = os.getpid(), stem, group                          # a file open in two processes has one position
-        (before, after, values), self._cursor = self._cursor or (None, 0, None), None             # None after an error
-        if before != place or row < after:
-            parts = _shard(self._shards[stem])[2](group, self.columns["image"])
-            after, values = int(self._bounds[stem][group]), itertools.chain.from_iterable(parts)
-        value = next(itertools.islice(values, row - after, None)).as_py()
-        self._cursor = place, row + 1, values
-        return value
-
     def read(self, name: bytes | str) -> bytes:
         with naming(self.where(name)):
-            value = self._seek(*self._place(name))
+            stem, row = self._place(name)
+            group = int(np.searchsorted(self._bounds[stem], row, side="right")) - 1
+            place = os.getpid(), stem, group                      # a file open in two processes has one position
+            (before, after, values), self._cursor = self._cursor or (None, 0, None), None         # None after an error
+            if before != place or row < after:
+                parts = _shard(self._shards[stem])[2](group, self.columns["image"])
+                after, values = int(self._bounds[stem][group]), itertools.chain.from_iterable(parts)
+            value = next(itertools.islice(values, row - after, None)).as_py()
+            self._cursor = place, row + 1, values
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             raise UserError(f"{self.where(name)}: holds no picture, or only its path; write it with the bytes")
