@@ -10,7 +10,8 @@
     python -m preprocessing.dataset_tools stats-latents --source=DATA/vae-sd --output=stats.npz
     python -m preprocessing.dataset_tools check --source=DATA
 
-The same command continues an interrupted one. Source and destination are folders or zip files; pictures may be in tars.
+The same command continues an interrupted one. Source and destination are folders or zip files; docs/data.md has other
+forms of sources.
 Several GPUs: `accelerate launch -m preprocessing.dataset_tools encode ...`.
 """
 

@@ -16,7 +16,7 @@ from dataset import LatentDataset
 from models.vae import load_codec
 from preprocessing.dataset_tools import main
 from tests import test_preprocessing
-from tests.test_preprocessing import contents, record
+from tests.test_preprocessing import contents, fill, record
 
 refused = test_preprocessing.refused                              # a fixture
 
@@ -174,7 +174,7 @@ REFUSED = {
     "more channels": ("sit-npy", lambda path, raw: one_npy(path, np.tile(raw, (1, 8, 1, 1))), [], ["va-vae"]),
     "not square": ("sit-npy", lambda path, raw: one_npy(path, raw[:, :, :4]), [], ["(4, 4, 8)"]),
     "normalised already": ("sit-npy", lambda path, raw: one_npy(path, raw * 0.18), [], ["add --normalised"]),
-    "not normalised": ("sit-npy", one_npy, ["--normalised"], ["leave out --normalised"]),
+    "not normalised": ("sit-npy", one_npy, ["--normalised"], ["leave out"]),
     "not finite": ("lightningdit", lambda path, raw: lightningdit(path, changed(raw, np.inf)), [], ["1 of 7 latents"]),
     "log variances": ("repa-e", lambda path, raw: hdf5(path, np.concatenate([raw, -raw], 1)), [], ["deviation"]),
     "too few labels": ("repa-e", lambda path, raw: hdf5(path, raw, LABELS[:5]), [], ["5 labels for 7"]),
@@ -182,8 +182,7 @@ REFUSED = {
     "labels of some": ("sit-npy", lambda path, raw: sit_npy(path, raw, LABELS[:5]), [], ["5.npy", "label None"]),
     "no arrays": ("sit-npy", lambda path, raw: sit_npy(path, raw[:0]), [], ["holds no arrays"]),
     "another form": ("repa-e", lightningdit, [], ["holds no arrays"]),
-    "damaged": ("lightningdit", lambda path, raw: path.mkdir() or (path / "a.safetensors").write_bytes(b"junk") and path,
-                [], ["a.safetensors", "cannot be read"]),
+    "damaged": ("lightningdit", lambda path, raw: fill(path, {"a.safetensors": b"junk"}), [], ["cannot be read"]),
     "pickled": ("sit-npy", lambda path, raw: path.mkdir() or np.save(path / "a.npy", np.array([{}])) or path, [],
                 ["a.npy", "cannot be read"]),
 }

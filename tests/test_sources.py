@@ -303,12 +303,12 @@ def overwritten(write):
     return damaged
 
 
-def inner_tar(member: str, kind: bytes = tarfile.REGTYPE) -> bytes:
+def inner_tar(member: str, kind: bytes = tarfile.REGTYPE, size: int = 0) -> bytes:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         info = tarfile.TarInfo(member)
-        info.type = kind
-        archive.addfile(info)
+        info.type, info.size = kind, size
+        archive.addfile(info, io.BytesIO(bytes(size)))
     return data.getvalue()
 
 
@@ -355,6 +355,8 @@ REFUSED = {
     "a link": (tarred(("a.png", tarfile.SYMTYPE, b"")), [], ["a.tar", "a.png"]),
     "leads out, inside": (tarred(("c.tar", FILE, inner_tar("../a.png"))), [], ["../a.png"]),
     "a link inside": (tarred(("c.tar", FILE, inner_tar("a.png", tarfile.LNKTYPE))), [], ["a.png"]),
+    "cut inside": (tarred(("c.tar", FILE, inner_tar("a.png", size=900)[:700]), ("d.tar", FILE, inner_tar("b.png"))), [],
+                   ["a.tar", "a.png", "cut"]),
     "no tar inside": (tarred(("c.tar", FILE, b"junk" * 200)), [], ["a.tar", "uncompressed"]),
     "damaged later": (overwritten(tarred(("a.png", FILE, b"x"), ("b.png", FILE, b"x"))), [], ["a.tar", "byte 1024"]),
     "some labels": (tarred(("a.png", FILE, b"x"), ("b.png", FILE, b"x"), ("a.cls", FILE, b"0")), [], ["b.png", "None"]),
