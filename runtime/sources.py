@@ -25,7 +25,6 @@ from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zi
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
-BATCH = 16  # rows of a parquet file in memory at a time
 # Kinds of columns, by pyarrow's name of their type; the library datasets keeps bytes and path of a picture.
 KINDS = {"image": r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary", "number": r"u?int[0-9]+",
          "words": r"(large_)?string|(large_)?list<[a-z]+: (large_)?string"}
@@ -186,7 +185,7 @@ def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)             # 0 would read a whole group
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         return file.schema_arrow, groups, lambda group, column: (batch.column(0) for batch in file.iter_batches(
-            BATCH, row_groups=[group], columns=[column], use_threads=False))
+            16, row_groups=[group], columns=[column], use_threads=False))         # rows in memory
     table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk
     return table.schema, [table.num_rows], lambda _, column: iter(table.column(column).chunks)
 

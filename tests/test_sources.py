@@ -203,6 +203,8 @@ def test_encode_reads_images_of_the_right_size(form, vae_folder, tmp_path):
     named = ["--label-column=label", "--caption-column=text"] if form != "webdataset" else []
     encode(source, tmp_path / "found", f"--model-url={vae_folder}", "--workers=1", *named)
     assert told(tmp_path / "found") == told(tmp_path / "expected")
+    assert {(label, words) for _, label, words in told(tmp_path / "found")[0]} == {
+        (label, tuple(words)) for label, words in zip(LABELS, WORDS, strict=True)}
     stem = {"parquet": "train-00000-of-00001/", "webdataset": "", "csv": "flat/"}[form]
     assert f"{stem}img-mean-std-00000003.npy" in data_files(tmp_path / "found")
 
@@ -356,7 +358,7 @@ REFUSED = {
     "leads out, inside": (tarred(("c.tar", FILE, inner_tar("../a.png"))), [], ["../a.png"]),
     "a link inside": (tarred(("c.tar", FILE, inner_tar("a.png", tarfile.LNKTYPE))), [], ["a.png"]),
     "cut inside": (tarred(("c.tar", FILE, inner_tar("a.png", size=900)[:700]), ("d.tar", FILE, inner_tar("b.png"))), [],
-                   ["a.tar", "a.png", "cut"]),
+                   ["a.tar", "a.png: a link, no file, cut off"]),
     "no tar inside": (tarred(("c.tar", FILE, b"junk" * 200)), [], ["a.tar", "uncompressed"]),
     "damaged later": (overwritten(tarred(("a.png", FILE, b"x"), ("b.png", FILE, b"x"))), [], ["a.tar", "byte 1024"]),
     "some labels": (tarred(("a.png", FILE, b"x"), ("b.png", FILE, b"x"), ("a.cls", FILE, b"0")), [], ["b.png", "None"]),
