@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from runtime import stores
 from runtime.catalogue import Catalogue, key_of, read_captions, require_all, tidy, write_catalogue
 from runtime.files import read_patiently, write_whole
 from runtime.messages import UserError, say
+from runtime.sources import TarStore
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, FolderStore, Store, few, parse_json, shown
 
 # Of a record, the first of each that it has.
@@ -98,20 +99,20 @@ def read_beside(store: Store, names: np.ndarray, others: np.ndarray) -> tuple[di
 
 
 def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadata: dict, file: str | None,
-                    begun: np.ndarray) -> dict[bytes, list[str]] | None:
+                    begun: np.ndarray, key: Callable[[bytes], bytes] = bytes) -> dict[bytes, list[str]] | None:
     """Captions of the pictures `names` (n,), None if there are none. A notice counts the files that are passed over.
 
-    From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`; else from
-    those of the files `others` that lie beside pictures; in class folders only if most pictures have one.
+    From `file`, which may also name pictures of `begun`; else from dataset.json, whose content is `metadata`, by `key`;
+    else from those of the files `others` that lie beside pictures; in class folders only if most pictures have one.
     """
-    used = []
+    used, keys = [], np.array([key(name) for name in names.tolist()], dtype=bytes)
     if file:
         found = read_file(file, index_of(begun))
-    elif listed := read_captions(store, names, bytes, metadata):
+    elif listed := read_captions(store, keys, key, metadata):
         found = {name: listed[i].split("\n") for i, name in enumerate(names.tolist())}
     else:
         found, used = read_beside(store, names, others)
-        classes = not isinstance(store, stores.TarStore) and all(b"/" in name for name in names.tolist())
+        classes = not isinstance(store, TarStore) and all(b"/" in name for name in names.tolist())
         if classes and len(found) < len(names) / 2:               # class folders with stray text files
             found, used = {}, []
     stores.pass_over(store, others[~np.isin(others, used)])

@@ -18,9 +18,10 @@ from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
 from runtime.messages import MayPass, UserError, notice, say
-from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, TarStore, few, open_source, shown, split_names
+from runtime.sources import TableStore, TarStore, open_source
+from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, shown, split_names
 
-CHUNK = 16  # pictures that a worker converts at a time
+CHUNK, RUN = 16, 128  # pictures that a worker converts at a time; of a table, of whose row groups it skips the rest
 LOOKED_AT = 64  # pictures that must be square before anything is written
 
 
@@ -48,7 +49,7 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
         labels = read_labels(store, keys, key, metadata)
         if labels is not None:
             classes_with_images(labels, int(labels.max()) + 1, where)
-        return labels, metadata.get("classes"), "from its dataset.json"
+        return labels, metadata.get("classes"), "none" if labels is None else "as the source lists them"
     folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
     loose = folders == b""
     if loose.all() or (captioned and (loose.any() or isinstance(store, TarStore))):
@@ -99,15 +100,20 @@ def to_png(image: np.ndarray) -> bytes:
         for kind, data in chunks)
 
 
-def convert_chunk(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
-                  chunk: np.ndarray) -> tuple[int, dict[int, str]]:
-    """Convert and write the pictures with the indices in `chunk`; return their number and what is wrong with some."""
+def convert_picture(store: Store, resolution: int, transform: str | None, name: bytes) -> bytes:
+    """A picture as the PNG of a square RGB image. Raises UserError if it cannot be converted."""
+    where = store.where(name)
+    image = to_rgb(stores.decode_image(store.read(name), where), where)
+    return to_png(np.asarray(to_square(image, resolution, transform, where)))
+
+
+def convert_chunk(names: np.ndarray, destination: Destination, convert_one: Callable[[bytes], bytes], chunk: np.ndarray
+                  ) -> tuple[int, dict[int, str]]:
+    """Convert and write the names with the indices in `chunk`; return their number and what is wrong with some."""
     faults = {}
     for i in chunk.tolist():
-        where = store.where(names[i])
         try:
-            image = to_rgb(stores.decode_image(store.read(names[i]), where), where)
-            image = to_square(image, resolution, transform, where)
+            data = convert_one(names[i])
         except NotSquare as error:                                # the choice of a transform is for all pictures
             raise NotSquare(f"{error}, and continues {destination.where}; remove that for another") from error
         except MayPass:                                           # the picture may be good
@@ -115,7 +121,7 @@ def convert_chunk(store: Store, names: np.ndarray, destination: Destination, res
         except UserError as error:
             faults[i] = str(error)
             continue
-        destination.write(destination.names[i], to_png(np.asarray(image)))
+        destination.write(destination.names[i], data)
     return len(chunk), faults
 
 
@@ -132,16 +138,17 @@ def require_squares(store: Store, names: np.ndarray) -> None:
         require_square(image, where)
 
 
-def convert_missing(store: Store, names: np.ndarray, destination: Destination, resolution: int, transform: str | None,
-                    workers: int, skip_bad: int) -> np.ndarray:
-    """Convert what is missing of the pictures `names` (n,); return whether each image (n,) exists now.
+def convert_missing(store: Store, names: np.ndarray, destination: Destination, convert_one: Callable[[bytes], bytes],
+                    workers: int, skip_bad: int, kind: str = "pictures") -> np.ndarray:
+    """Write `convert_one(name)` for what is missing of `names` (n,); return whether each (n,) exists now.
 
-    Goes on over pictures that cannot be converted, and names them. Raises UserError at the end if they are more than
-    `skip_bad`, or no image exists.
+    Goes on over those that cannot be converted, and names them. Raises UserError at the end if they are more than
+    `skip_bad`, or none exists.
     """
     missing = np.flatnonzero(destination.is_missing())
-    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), CHUNK)]
-    work = partial(convert_chunk, store, names, destination, resolution, transform)
+    size = RUN if isinstance(store, TableStore) else CHUNK
+    chunks = [missing[part.start:part.stop] for part in blocks(len(missing), size)]
+    work = partial(convert_chunk, names, destination, convert_one)
     bad: list[int] = []
     with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
         for count, found in in_workers(work, chunks, workers, in_order=False):
@@ -152,27 +159,28 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, r
             bar.update(count)
     exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
-        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" if exists.any() else ""
-        raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} pictures cannot be converted "
+        enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" * bool(exists.any() and kind == "pictures")
+        raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} {kind} cannot be converted "
                         f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
                         f"again{enough}")
     return exists
 
 
 def convert(source: str, dest: str, resolution: int, workers: int, transform: str | None = None,
-            max_images: int | None = None, skip_bad: int = 0, captions: str | None = None) -> None:
+            max_images: int | None = None, skip_bad: int = 0, captions: str | None = None, **columns: str) -> None:
     """Write the pictures of `source` to `dest` as `00000/img00000000.png`, ... and dataset.json; both folder or zip.
 
-    The source may be tars (`open_source`). Captions are those of the file `captions`, or what `source_captions` finds.
+    The source is what `open_source` reads, with `columns` for it. Captions are those of the file `captions`, or what
+    `source_captions` finds.
     At most `skip_bad` pictures that cannot be read are left out; their numbers, and those of pictures removed from the
     source since the work was begun, stay free. Raises UserError if source or settings are wrong, `dest` holds something
     else, or, after all others are done, more pictures cannot be read.
     """
-    store = open_source(source)
+    store = open_source(source, **columns)
     (present, others), metadata = split_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
     if not len(present):
         raise UserError(f"--source {shown(source)}: holds no pictures; "
-                        f"expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}")
+                        f"expected {', '.join(map(os.fsdecode, IMAGE_EXTENSIONS))}, or shards directly in it")
     all_names = names_when_begun(dest, present)
     texts = source_captions(store, present, others, metadata, captions, all_names)
     labels, classes, origin = source_labels(store, all_names, metadata, captioned=texts is not None)
@@ -200,7 +208,8 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
         require_squares(store, names)
     destination.begin(all_names)
     destination.leave_out(gone)
-    exists = convert_missing(store, names, destination, resolution, transform, workers, skip_bad)
+    convert_one = partial(convert_picture, store, resolution, transform)
+    exists = convert_missing(store, names, destination, convert_one, workers, skip_bad)
     destination.leave_out(outputs[~exists])
     kept = captioned and {"captions": {name: captioned[name] for name in map(os.fsdecode, outputs[exists].tolist())}}
     destination.finish({**kept, "labels": listed(outputs[exists], None if labels is None else labels[exists]),

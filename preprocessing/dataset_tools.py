@@ -5,10 +5,13 @@
     python -m preprocessing.dataset_tools encode --source=DATA/images --dest=DATA/features-dinov2-vit-b \
         --enc-type=dinov2-vit-b
     python -m preprocessing.dataset_tools captions --source=DATA --captions=captions.json
+    python -m preprocessing.dataset_tools import-latents --source=LATENTS --dest=DATA/vae-sd --format=lightningdit \
+        --vae=va-vae
     python -m preprocessing.dataset_tools stats-latents --source=DATA/vae-sd --output=stats.npz
     python -m preprocessing.dataset_tools check --source=DATA
 
-The same command continues an interrupted one. Source and destination are folders or zip files; pictures may be in tars.
+The same command continues an interrupted one. Source and destination are folders or zip files; docs/data.md has other
+forms of sources.
 Several GPUs: `accelerate launch -m preprocessing.dataset_tools encode ...`.
 """
 
@@ -29,6 +32,7 @@ from preprocessing.captions import captions
 from preprocessing.check import check
 from preprocessing.convert import convert, parse_resolution
 from preprocessing.crop import TRANSFORMS
+from preprocessing.latents import FORMATS, import_latents
 from runtime.arguments import Parser, at_least
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, without_traceback
@@ -38,7 +42,7 @@ from runtime.stores import shown
 def encode(source: str, dest: str, batch_size: int, workers: int, vae: str | None = None,
            latent_stats: Path | None = None, dtype: str | None = None, precision: str | None = None,
            compile: bool | None = None, enc_type: str | None = None, encoder_weights: str | None = None,
-           max_images: int | None = None) -> None:
+           max_images: int | None = None, **columns: str) -> None:
     """Encode moments or, with `enc_type`, features. Raises UserError as both do, and for flags of the other one."""
     if enc_type is None:
         if encoder_weights is not None:
@@ -60,14 +64,14 @@ def encode(source: str, dest: str, batch_size: int, workers: int, vae: str | Non
         if Path(dest).name.removesuffix(".zip") != name:
             raise UserError(f"--dest {shown(dest)}: training looks for DATA/{name} or DATA/{name}.zip; use that name")
         network = encoding.Features(enc_type, encoder_weights, dtype or "float16", join_processes().device)
-    encoding.encode(source, dest, network, batch_size, workers, max_images)
+    encoding.encode(source, dest, network, batch_size, workers, max_images, **columns)
 
 
 def build_parser() -> Parser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                   # of this process
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="convert | encode | captions | stats-latents | check")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     optional = {"default": argparse.SUPPRESS}                     # the functions know it; no "(default: None)"
 
     def command(function, text: str, **paths: str) -> Parser:
@@ -78,7 +82,7 @@ def build_parser() -> Parser:
         return added
 
     one = command(convert, "crop and resize pictures to square RGB images",
-                  source="pictures: a folder, a zip or tars; labels from its dataset.json or its top-level folders",
+                  source="pictures: a folder, a zip, tars, parquet or Arrow shards, or a list: see docs/data.md",
                   dest="images: a folder or a name ending in .zip")
     one.add_argument("--resolution", type=parse_resolution, default="256x256", help="of the images, square, in pixels")
     one.add_argument("--transform", **optional, choices=TRANSFORMS,
@@ -90,7 +94,7 @@ def build_parser() -> Parser:
     one.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that convert; 0: this one")
 
     two = command(encode, "encode images to VAE moments, or with --enc-type to an encoder's features",
-                  source="images, as written by convert: a folder or a zip",
+                  source="images, as written by convert, or in any form that it reads",
                   dest="moments or features: a folder or a name ending in .zip")
     two.add_argument("--vae", "--model-url", **optional,
                      help=f"VAE: a hub id, a local folder, or one of {', '.join(VAES)} (default: mse)")
@@ -111,8 +115,21 @@ def build_parser() -> Parser:
     two.add_argument("--workers", type=at_least(0, 1000), default=min(cores, 8) if torch.cuda.is_available() else 0,
                      help="processes that read, per process that encodes; 0: none, which suits a CPU")
 
+    for added in (one, two):
+        for column in ("image", "label", "caption"):
+            added.add_argument(f"--{column}-column", **optional, metavar="NAME",
+                               help="in parquet, Arrow or a list (default: the only one of a usual name or type)")
+
     command(captions, "add captions to a prepared data set", source="the data folder with images, vae-sd or both",
             captions="COCO's captions_*.json, other JSON or JSON lines")
+
+    four = command(import_latents, "turn latents that other programs stored into moments",
+                   source="a folder of their files, or one file", dest="moments: a folder or a name ending in .zip")
+    four.add_argument("--format", required=True, choices=FORMATS, **optional, help="of the files: see docs/data.md")
+    four.add_argument("--vae", required=True, **optional, help="that wrote the latents, as for encode")
+    four.add_argument("--normalised", action="store_true", help="they are multiplied by the scaling factor already")
+    four.add_argument("--flips", action="store_true", help="take latents_flip, too, as further entries")
+    four.add_argument("--workers", type=at_least(0, 1000), default=cores, help="processes that write; 0: this one")
 
     stats = command(encoding.stats_latents, "measure mean and std of each latent channel, for --latent-stats",
                     source="moments, as written by encode: a folder or a zip", output="the statistics, a name in .npz")

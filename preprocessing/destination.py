@@ -136,6 +136,8 @@ class Destination:
         text = os.fsdecode(name)
         if max(map(len, name.split(b"/"))) > LONGEST_NAME:
             raise UserError(f"{self.where}: {shown(name)} is longer than {LONGEST_NAME} bytes; rename its image")
+        if text.startswith("/") or ".." in text.split("/"):
+            raise UserError(f"{self.where}: {shown(name)} leads out of it; `convert` numbers images, `encode` those")
         if self.zipped and (not stores.is_zip_name(text) or text != name.decode(errors="replace")):
             raise UserError(f"{self.where}: {shown(name)} cannot be in a zip, which takes UTF-8 without backslashes "
                             "or drive letters; give a folder, or rename its image")

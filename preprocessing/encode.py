@@ -15,15 +15,17 @@ from dataset import MOMENTS_EXTENSIONS, read_image, read_moments
 from models.cached_features import FeaturesRecord, file_size, pack
 from models.encoders import load_encoder, sha256_of_named
 from models.vae import SHORTHANDS, load_codec, read_statistics
+from preprocessing.captions import source_captions
 from preprocessing.convert import source_labels, spread
 from preprocessing.destination import Destination, digest, in_workers, listed
 from runtime import speed
-from runtime.catalogue import key_of, list_keyed, read_captions
+from runtime.catalogue import key_of, keyed, list_keyed
 from runtime.files import as_size, sha256, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
 from runtime.npz import write_npz
-from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown
+from runtime.sources import open_source
+from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown, split_names
 
 # Precision of the VAE's arithmetic. With the toy's VAE, the images' means differ from fp32's by 0.0003 (tf32) and 0.004
 # (bf16) on average, and their stds by 0.00002 and 0.0004; storing them as float16 changes them by 0.0002 and 0.00001.
@@ -164,20 +166,21 @@ def encode_batches(compute: Callable[[torch.Tensor], Any], batches: Iterable[tup
 
 
 def encode(source: str, dest: str, network: Moments | Features, batch_size: int, workers: int,
-           max_images: int | None = None) -> None:
-    """Encode images of `source` (see `spread`), all RGB of one size, into `dest`, with any number of processes.
+           max_images: int | None = None, **columns: str) -> None:
+    """Encode images of `source` (see `open_source`), all RGB of one size, into `dest`, with any number of processes.
 
     Writes one npy file per image, and dataset.json with what made them; moments have the labels, captions and names of
     classes of the source, see `source_labels`. Batches are the same consecutive images however the work is divided or
     interrupted, because results may differ by float noise between batch sizes. Raises UserError as `convert` does.
     """
-    store = open_store(source)
-    keys, names = list_keyed(store, IMAGE_EXTENSIONS)
-    if not len(keys):
+    store = open_source(source, **columns)
+    names, others = split_names(store, IMAGE_EXTENSIONS)
+    if not len(names):
         raise UserError(f"--source {shown(source)}: holds no images; expected those that `convert` writes")
     metadata = read_metadata(store)
-    values, classes, _ = source_labels(store, names, metadata, key_of)
-    texts = read_captions(store, keys, metadata=metadata)
+    keys, names = keyed(store, names)
+    texts = source_captions(store, names, others, metadata, None, names, key_of)
+    values, classes, _ = source_labels(store, names, metadata, key_of, captioned=texts is not None)
     chosen = spread(values, len(names), max_images)
     keys, names = keys[chosen], names[chosen]
     resolution = read_image(store, names[0]).shape[-1]
@@ -189,7 +192,8 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     labels = {} if network.kind != "moments" else {
         "labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}
     if labels and texts is not None:
-        labels["captions"] = {os.fsdecode(name): texts[i].split("\n") for name, i in zip(outputs, chosen, strict=True)}
+        labels["captions"] = {os.fsdecode(output): texts[name]
+                              for output, name in zip(outputs.tolist(), names.tolist(), strict=True)}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         if state.is_main_process:

@@ -44,8 +44,12 @@ def key_of(name: bytes) -> bytes:
 
 
 def list_keyed(store: Store, extensions: tuple[bytes, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """List the keys (n,), sorted, and their names (n,). Raises UserError if two files share a key."""
-    names = list_names(store, extensions)
+    """List the keys (n,), sorted, and their names (n,). Raises UserError as `keyed` does."""
+    return keyed(store, list_names(store, extensions))
+
+
+def keyed(store: Store, names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The keys (n,) of names (n,), and these, both sorted by key. Raises UserError if two files share a key."""
     keys = np.array([key_of(name) for name in names.tolist()], dtype=bytes)
     order = np.argsort(keys, kind="stable")
     keys, names = keys[order], names[order]

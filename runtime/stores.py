@@ -1,11 +1,10 @@
-"""A folder, a zip or tars as named bytes; refuses hostile names, decompression bombs and pictures too large."""
+"""A folder or a zip as named bytes; refuses hostile names, decompression bombs and pictures too large."""
 
 import functools
 import io
 import json
 import os
 import struct
-import tarfile
 import warnings
 import zipfile
 import zlib
@@ -226,59 +225,7 @@ class ZipStore:
         return data
 
 
-class TarStore(ZipStore):
-    """The files of an uncompressed tar, or of several as TAR/NAME (WebDataset), read by offset like those of a zip."""
-
-    def __init__(self, path: str | Path, tars: list[str]):
-        super().__init__(path)
-        self._tars = tars
-
-    @functools.cached_property
-    def directory(self) -> tuple[np.ndarray, np.ndarray]:
-        """Names (n,) of all files, sorted; and (n, 3) int64: index of the tar, offset, size."""
-        names, table = [], []
-        for i, tar in enumerate(self._tars):
-            folder = "" if tar == self.path else f"{Path(tar).stem}/"
-            try:
-                with tarfile.open(tar, "r:") as archive:
-                    while (member := archive.next()) is not None:
-                        archive.members.clear()                   # it keeps all of them
-                        name = member.name.removeprefix("./")
-                        if member.isreg() and not member.issparse() and member.size >= 0 and is_zip_name(name):
-                            names.append(os.fsencode(folder + name))
-                            table.append((i, member.offset_data, member.size))
-                        elif not member.isdir():
-                            raise ValueError(f'{name}: a link, no file, or no relative name without ".."')
-            except (*UNREADABLE, tarfile.TarError) as error:
-                raise UserError(f"{shown(tar)}: not a tar of plain files, uncompressed ({shown(str(error))}); write it "
-                                "again") from error
-        return self._sorted(names, table, 3)
-
-    def read(self, name: bytes | str) -> bytes:
-        tar, offset, size = self._entry(name)
-
-        def fetch() -> bytes:
-            with open(self._tars[tar], "rb") as file:
-                return os.pread(file.fileno(), size, offset)
-
-        if len(data := read_patiently(fetch, self.where(name))) != size:
-            raise UserError(f"{self.where(name)}: the tar was cut since it was listed; write it again")
-        return data
-
-
-Store = FolderStore | ZipStore | TarStore
-
-
-def open_source(path: str | Path) -> Store:
-    """As `open_store`, and a .tar file, or a folder of them that holds neither pictures nor folders."""
-    if os.path.isfile(path) and str(path).endswith(".tar"):
-        return TarStore(path, [str(path)])
-    inside = [*map(os.fsdecode, os.listdir(path))] if os.path.isdir(path) else []
-    inside = [os.path.join(path, name) for name in sorted(inside) if name[0] != "."]
-    tars = [name for name in inside if name.endswith(".tar")]
-    if tars and not any(os.fsencode(name).lower().endswith(IMAGE_EXTENSIONS) or os.path.isdir(name) for name in inside):
-        return TarStore(path, tars)
-    return open_store(path)
+Store = FolderStore | ZipStore                            # and their subclasses in runtime.sources
 
 
 def open_store(path: str | Path) -> Store:
@@ -317,9 +264,12 @@ def parse_json(data: bytes, where: str) -> object:
 
 
 def read_metadata(store: Store) -> dict:
-    """The content of the store's dataset.json, {} without one. Raises UserError if it is not a JSON object."""
+    """The content of the store's dataset.json, or what a source that has none `described`, or {}.
+
+    Raises UserError if it is not a JSON object.
+    """
     if METADATA not in store:
-        return {}
+        return store.described() if hasattr(store, "described") else {}
     metadata = parse_json(store.read(METADATA), store.where(METADATA))
     if not isinstance(metadata, dict):
         raise UserError(f'{store.where(METADATA)}: must be an object like '

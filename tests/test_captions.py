@@ -22,7 +22,8 @@ from preprocessing.dataset_tools import main
 from runtime.catalogue import Catalogue, catalogue_file, write_catalogue
 from runtime.messages import UserError
 from runtime.pictures import grid_of
-from runtime.stores import IMAGE_EXTENSIONS, METADATA, open_source, open_store
+from runtime.sources import open_source
+from runtime.stores import IMAGE_EXTENSIONS, METADATA, open_store
 from tests import test_preprocessing
 from tests.test_catalogue import edit, stores, write_catalogues
 from tests.test_dataset import COUNT, image_name, moments_name, refuse, relabel, to_zip, write_data
