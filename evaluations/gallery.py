@@ -2,14 +2,14 @@
 
     python -m evaluations.gallery EXP_DIR
 
-EXP_DIR/gallery.html is made from the run's files alone. It holds its pictures and loads nothing: it can be sent as it
-is. Letters: G generated images, K training images, E encoder width.
+EXP_DIR/gallery.html is made from the run's files alone. It holds its pictures and loads nothing: send it as it is.
 """
 
 import argparse
 import base64
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from dataset import IMAGES, find_store, read_image
 from evaluations.class_tokens import read_class_tokens
 from evaluations.clip import read_captions
 from evaluations.images import READERS
-from evaluations.report import PROTOCOL, SETTINGS, as_text, read_rows, scores_of, words
+from evaluations.report import as_text, read_rows, scores_of, words
 from models.cached_features import Features, features_folder, features_path
 from runtime.arguments import Parser
 from runtime.catalogue import Catalogue
@@ -37,45 +37,42 @@ from runtime.stores import IMAGE_EXTENSIONS, decode_image, parse_json, shown
 
 # What keeps the page below 20 MB: numbers of pictures, and the most bytes of each.
 GRIDS, GRID_BYTES = 40, 150_000
-BEST, SAMPLES, EACH, SAMPLE_BYTES = 3, 144, 6, 25_000      # settings; images of all, and of one class or prompt
-TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000                 # generated tokens, images of each, training images compared
-POINTS, CURVES, TEXT = 300, 40, 300                        # of a curve; letters of a caption or a setting
-WIDTH, HEIGHT = 200, 60                                    # of a curve
-LARGEST = 1e15                                             # of a number in a curve
+BEST, SAMPLES, EACH, SAMPLE_BYTES = 3, 144, 6, 25_000             # settings; images of all, and of a class or caption
+TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000       # generated tokens, images of each, training images to choose from
+CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # largest number; letters of a caption or setting
+WIDTH, HEIGHT = 200, 60                                           # of a curve
+SAID = ("step", "weights", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
+FORMS = tuple(itertools.product((1, 2, 4, 8, 16, 32), ({"lossless": True}, {"quality": 85}, {"quality": 60})))
 
 STYLE = """
-:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}
-body{max-width:1280px;margin:2rem auto;padding:0 1rem}
-h1{margin:0}h2{margin:2.5rem 0 .5rem}p,pre,dl{margin:.5rem 0}pre{overflow-x:auto;font-size:12px}
-small,figcaption,.missing,dt{color:GrayText;font-size:12px}.missing{border-left:3px solid orange;padding:.3rem .8rem}
-figure{margin:0}.row{display:flex;flex-wrap:wrap;gap:1rem 1.4rem}.row img{width:92px;margin-right:3px}
-.row figure{max-width:min-content;min-width:92px}.few figure{max-width:max-content}.row .token{margin-right:1rem}
-.small{image-rendering:pixelated}#training{display:grid;gap:0 2rem}#training img,input{width:100%}
-@media(min-width:900px){#training{grid-template-columns:2fr 3fr;align-items:start}#grids{position:sticky;top:0}}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:1rem}
-svg{width:100%;overflow:visible;fill:none;stroke:#2a78c8;stroke-width:1.5;border-bottom:1px solid GrayText}
-.at{stroke:orange}circle{fill:#2a78c8}b{float:right}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem}dd{margin:0;overflow-wrap:anywhere}
+:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} body{max-width:1280px;margin:2rem auto;padding:0 1rem}
+h1,figure,dd{margin:0} h2{margin:2.5rem 0 .5rem} pre{overflow-x:auto} pre,small,figcaption,dt,.missing{font-size:12px}
+small,figcaption,dt{color:GrayText} .missing{border-left:3px solid orange;padding:.3rem .8rem} b{float:right}
+#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px}
+#grids img,input,svg{width:100%} .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem}
+.row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row div{display:flex;gap:3px}
+.row img{width:92px;min-width:92px} .small{image-rendering:pixelated} #sweep img{width:640px;max-width:100%}
+svg{overflow:visible;fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} circle{fill:#2a78c8}
+.at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem} dd{overflow-wrap:anywhere}
 """
 
 SCRIPT = """
 const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
-const step = grid => grid.dataset.step
+const steps = grids.map(grid => grid.dataset.step)
 const show = () => {
   grids.forEach((grid, i) => grid.hidden = i != slider.value)
-  const now = step(grids[slider.value])
-  document.querySelector("output").textContent = `step ${now}`
-  for (const line of document.querySelectorAll(".at"))
-    line.setAttribute("transform", `translate(${now / document.body.dataset.last * line.dataset.width})`)
+  document.querySelector("output").textContent = "step " + steps[slider.value]
+  document.body.style.setProperty("--step", steps[slider.value])
 }
 const jump = () => {
-  const i = grids.findIndex(grid => location.hash == `#step=${step(grid)}`)
+  const i = steps.indexOf(location.hash.replace("#step=", ""))
   if (i >= 0) slider.value = i
   show()
 }
 if (slider) {
   slider.oninput = show
-  slider.onchange = () => location.replace(`#step=${step(grids[slider.value])}`)
+  slider.onchange = () => location.replace("#step=" + steps[slider.value])
   onhashchange = jump
   jump()
 }
@@ -88,31 +85,29 @@ class Html(str):
     """Text that is HTML already. `tag` escapes every other text."""
 
 
-def tag(name: str, *inside: object, **attributes: object) -> Html:
-    """An element with what is inside of it; an underscore in an attribute's name is a hyphen, the last one is none."""
+def tag(name: str, /, *inside: object, **attributes: object) -> Html:
+    """An element; `data_step=1` becomes data-step="1", and `class_` class."""
     given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
     content = "".join(part if isinstance(part, Html) else escape(str(part)) for part in inside)
     return Html(f"<{name}{given}>{content}" + f"</{name}>" * (name not in ("img", "input", "meta")))
 
 
-def picture(image: Image.Image, limit: int, alt: str, **attributes: object) -> Html:
-    """An image as WebP of at most `limit` bytes: lossless if that fits, else at a lower quality, else smaller."""
+def picture(image: Image.Image | Path, limit: int, alt: str, **attributes: object) -> Html:
+    """An image as WebP of at most `limit` bytes: lossless if that fits, else at a lower quality, else smaller.
+
+    Raises UserError for a missing or damaged file.
+    """
+    if isinstance(image, Path):
+        image = decode_image(read_patiently(image.read_bytes, str(image)), str(image))
     image = image.convert("RGB")
     image.thumbnail((2048, 2048))
-    look = {"class_": "small"} if min(image.size) <= 300 else {}
-    while True:
-        for how in ({"lossless": True}, {"quality": 85}, {"quality": 60}):
-            data = io.BytesIO()
-            image.save(data, "webp", **how)
-            if data.tell() <= limit:
-                source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-                return tag("img", src=source, alt=alt, **look, **attributes)
-        image = image.reduce(2)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture of the run. Raises UserError if it is missing or damaged."""
-    return decode_image(read_patiently(path.read_bytes, str(path)), str(path))
+    for smaller, how in FORMS:
+        data = io.BytesIO()
+        image.reduce(smaller).save(data, "webp", **how)
+        if data.tell() <= limit:
+            break
+    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return tag("img", src=source, alt=alt, class_="small" * (image.width <= 300), **attributes)
 
 
 def spaced(items: Sequence, count: int) -> list:
@@ -121,34 +116,38 @@ def spaced(items: Sequence, count: int) -> list:
 
 
 def words_of(what: int | str) -> str:
-    """A class or a caption."""
     return what[:TEXT] if isinstance(what, str) else f"class {what}"
+
+
+def figure(text: str, *images: Html) -> Html:
+    return tag("figure", tag("div", *images), tag("figcaption", text))
 
 
 # ------------------------------------------------------------------------------------------------------------- chapters
 
-def chapter(title: str, build: Callable[..., Sequence[Html]], *given: object, **attributes: object) -> Html:
+def chapter(name: str, title: str, build: Callable[..., Sequence[Html]], *given: object) -> Html:
     """A chapter of the page, which says in its place what is missing or damaged."""
     try:
         inside = build(*given)
     except UserError as error:
         notice(f"{title}: {error}")
         inside = [tag("p", str(error), class_="missing")]
-    return tag("section", tag("h2", title), *inside, **attributes)
+    return tag("section", tag("h2", title), *inside, id=name)
 
 
 def curves(path: Path, lines: list[dict], last: int) -> list[Html]:
     """A panel for each number in the lines of metrics.jsonl: scores of samples first, then what training logs."""
     if not lines:
-        raise UserError(f"{path}: no line of a log; --logging-steps writes them")
-    written = sum(bool(line.strip()) for line in path.read_bytes().splitlines())
-    scores, logs = ([line for line in lines if ("loss" in line) == logged] for logged in (False, True))
-    note = "" if scores else "No scores while training: --eval-steps and --ref-batch log them. "
-    note += f"{written - len(lines)} damaged lines are left out." * (written > len(lines))
-    names = dict.fromkeys(name for line in scores + logs for name in line if name != "step")
-    points = {name: [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)
-                     and abs(line[name]) < LARGEST] for name in names}                    # a nan is not below
-    panels = [curve(name, found, last) for name, found in points.items() if found]
+        raise UserError(f"{path}: no lines; train.py writes one every --logging-steps")
+    lines = sorted(lines, key=lambda line: ("loss" in line, line["step"]))
+    left = sum(map(bool, map(bytes.strip, path.read_bytes().splitlines()))) - len(lines)
+    note = (f"Steps 0 to {last:,}; orange: the step of the grid." + f" {left} damaged lines are left out." * (left > 0)
+            + " No scores while training: --eval-steps and --ref-batch log them." * ("loss" in lines[0]))
+    panels = []
+    for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
+        points = [(line["step"], line[name]) for line in lines
+                  if isinstance(line.get(name), int | float) and abs(line[name]) < LARGEST]          # a nan is not
+        panels += [curve(name, points, last)] if points else []
     return [tag("p", note), tag("div", *panels[:CURVES], class_="panels")]
 
 
@@ -158,170 +157,146 @@ def curve(name: str, points: list[tuple[int, float]], last: int) -> Html:
     low, high = min(values), max(values)
     places = [(f"{step / last * WIDTH:.1f}", f"{HEIGHT - (value - low) / (high - low or 1) * HEIGHT:.1f}")
               for step, value in spaced(points, POINTS)]
-    dots = [tag("circle", cx=x, cy=y, r=2) for x, y in places] if len(places) <= 20 else []
+    dots = [tag("circle", cx=x, cy=y, r=2) for x, y in places if len(places) <= 20]
     drawing = tag("svg", tag("polyline", points=" ".join(map(",".join, places))), *dots,
-                  tag("line", class_="at", y2=HEIGHT, data_width=WIDTH), viewBox=f"0 0 {WIDTH} {HEIGHT}")
+                  tag("line", class_="at", y2=HEIGHT), viewBox=f"0 0 {WIDTH} {HEIGHT}")
     return tag("figure", tag("b", f"{values[-1]:.4g}"), name[:TEXT], drawing,
                tag("figcaption", f"{low:.4g} to {high:.4g}"))
 
 
-def grids(files: dict[int, Path]) -> list[Html]:
+def grids(drawn: dict[int, Path]) -> list[Html]:
     """The grids of EMA samples by step, of which a slider shows one."""
-    if not files:
-        raise UserError("no grids/ of samples while training; --sampling-steps writes them")
-    steps = spaced(list(files), GRIDS)
-    images = [picture(open_picture(files[step]), GRID_BYTES, f"samples at step {step}", data_step=step,
+    if not drawn:
+        raise UserError("no grids/; train.py draws one every --sampling-steps")
+    steps = spaced(list(drawn), GRIDS)
+    images = [picture(drawn[step], GRID_BYTES, f"samples at step {step}", data_step=step,
                       **({} if step == steps[-1] else {"hidden": ""})) for step in steps]
     slider = tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) - 1, aria_label="training step")
-    return [tag("p", tag("output", f"step {steps[-1]}"), tag("small", f" {len(steps)} of {len(files)} grids")), slider,
-            *images]
+    return [tag("output", f"step {steps[-1]}"), tag("small", f" ({len(steps)} of {len(drawn)} grids)"), slider, *images]
 
 
-def pick_samples(folder: Path, count: int, each: int) -> dict[int | str, dict[int, Image.Image]]:
-    """About `count` images, at most `each` of a class or caption: what they show -> index -> image.
+def best_of(folder: Path, rows: list[dict]) -> dict[Path, dict]:
+    """Folders and rows of the best among comparable rows; without scores the newest samples. Or raises UserError."""
+    newest = max(folder.glob("*/samples.npz"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(f"{folder}: no samples; make them with bash eval.sh {folder.parent}")
+    best = [(folder / row["folder"], row) for row in rows if row["best"]] or [(newest.parent, {})]
+    return dict(best[:BEST])
 
-    Raises UserError if samples.npz or the captions are missing or damaged.
+
+def pick_samples(path: Path, count: int, each: int) -> dict[int | str, dict[int, Image.Image]]:
+    """About `count` images of samples.npz, at most `each` of a class or caption: what they show -> index -> image.
+
+    Raises UserError if the file, or captions.jsonl beside it, is damaged.
     """
-    path = folder / "samples.npz"
-    shape, dtype = read_npz_shape(path)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-        raise UserError(f"{path}: {dtype} {shape}; expected uint8 (N, H, W, 3)")
-    labels = load_npz(path, ["arr_1"]).get("arr_1")
-    groups: dict[int | str, list[int]] = {}
-    for index, what in enumerate(read_captions(path, None, shape[0]) if labels is None else labels.tolist()):
+    (total, *size), dtype = read_npz_shape(path)
+    if dtype != np.uint8 or len(size) != 3 or size[2] != 3:
+        raise UserError(f"{path}: {dtype} {(total, *size)}, expected uint8 (N, H, W, 3); sample again")
+    labels, groups = load_npz(path, ["arr_1"]).get("arr_1"), {}
+    for index, what in enumerate(read_captions(path, None, total) if labels is None else labels.tolist()):
         groups.setdefault(what, []).append(index)
     each = min(each, max(map(len, groups.values())))
-    kinds = spaced(list(groups) if labels is None else sorted(groups), max(count // each, 1))
-    chosen = {what: groups[what][:each] for what in kinds}
-    indices = sorted(index for among in chosen.values() for index in among)
-    rows = read_npz_rows(path, (range(index, index + 1) for index in indices))
-    images = {index: Image.fromarray(row[0]) for index, row in zip(indices, rows, strict=True)}
-    return {what: {index: images[index] for index in among} for what, among in chosen.items()}
+    chosen = spaced(list(groups) if labels is None else sorted(groups), max(count // each, 1))
+    indices = sorted(index for what in chosen for index in groups[what][:each])
+    rows = dict(zip(indices, read_npz_rows(path, (range(i, i + 1) for i in indices)), strict=True))
+    return {what: {index: Image.fromarray(rows[index][0]) for index in groups[what][:each]} for what in chosen}
 
 
-def samples(best: dict[Path, dict]) -> list[Html]:
-    """Samples of each of the best settings by class or caption, with the settings and scores of `best` rows."""
-    inside = []
-    for folder, row in best.items():
-        about = [words(name, row[name]) for name in (*SETTINGS, *scores_of([row]))
-                 if row.get(name) is not None and name not in ("checkpoint", "experiment", *PROTOCOL[3:])]
-        figures = [tag("figure", *(picture(image, SAMPLE_BYTES, f"sample {i}") for i, image in images.items()),
-                       tag("figcaption", words_of(what)), class_=f"of{len(images)}")
-                   for what, images in pick_samples(folder, SAMPLES // len(best), EACH).items()]
-        inside += [tag("p", " · ".join(about) or "not scored: give REF_BATCH to eval.sh"),
-                   tag("small", folder.name), tag("div", *figures, class_="row few")]
+def samples(folder: Path, rows: list[dict]) -> list[Html]:
+    """Samples of each best setting by class or caption, with its scores."""
+    inside, best = [], best_of(folder, rows)
+    for place, row in best.items():
+        about = [words(name, row[name]) for name in (*scores_of([row]), *SAID) if row.get(name) is not None]
+        figures = [figure(words_of(what), *(picture(image, SAMPLE_BYTES, f"sample {i}") for i, image in one.items()))
+                   for what, one in pick_samples(place / "samples.npz", SAMPLES // len(best), EACH).items()]
+        inside += [tag("p", " · ".join(about) or "Not scored: give REF_BATCH to eval.sh."), tag("small", place.name),
+                   tag("div", *figures, class_="row")]
     return inside
 
 
-def neighbours(folder: Path, settings: dict) -> list[Html]:
-    """Generated images with the training images whose stored class tokens have the largest cosine to the generated one.
+def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
+    """Generated images with the training images whose stored class tokens are nearest to the generated one, by cosine.
 
     Raises UserError naming what is missing and the command that makes it.
     """
     if settings.get("method") != "reg":
         raise UserError(f"method {settings.get('method')}: only REG generates a class token")
-    data, enc_type = Path(str(settings.get("data_dir"))), str(settings.get("enc_type")).split(",")[0].strip()
-    if not (folder / "class_tokens.npz").exists():
-        raise UserError(f"{folder.name}: no class_tokens.npz; give its eval.sh or generate.py command again with "
-                        "--save-cls-tokens")
-    source, path = find_store(data, IMAGES), features_path(data, enc_type)
+    place = next(iter(best_of(folder, rows)))
+    if not (place / "class_tokens.npz").exists():
+        raise UserError(f"{place.name}: no class_tokens.npz; give the command of these samples with --save-cls-tokens")
+    data, name = Path(str(settings.get("data_dir"))), str(settings.get("enc_type")).split(",")[0].strip()
+    source, path = find_store(data, IMAGES), features_path(data, name)
     if path is None:
-        raise UserError(f"{data}: no stored class tokens of the training images; python -m preprocessing.dataset_tools "
-                        f"encode --source={source.path} --dest={data / features_folder(enc_type)} --enc-type={enc_type}")
+        raise UserError(f"{data}: no stored class tokens of the training images; make them: python -m "
+                        f"preprocessing.dataset_tools encode --source={shown(source.path)} "
+                        f"--dest={data / features_folder(name)} --enc-type={name}")
     features, images = Features(path), Catalogue(source, IMAGE_EXTENSIONS)
-    tokens, _ = read_class_tokens(folder / "class_tokens.npz", read_npz_shape(folder / "samples.npz")[0][0])
-    if not features.record.class_token or features.record.width != tokens.shape[1]:
+    tokens, _ = read_class_tokens(place / "class_tokens.npz", read_npz_shape(place / "samples.npz")[0][0])  # (N, E)
+    if features.record.class_token * features.record.width != tokens.shape[1]:
         raise UserError(f"{path}: holds no class tokens of {tokens.shape[1]} numbers; encode again")
-    rows = spaced(range(len(features.names)), CANDIDATES)
+    if not np.isin(features.keys, images.keys).all():
+        raise UserError(f"{path}: of other images than {shown(source.path)}; encode again")
+    chosen = spaced(range(len(features.names)), CANDIDATES)
     with ThreadPoolExecutor(READERS) as pool:
-        known = torch.stack([*pool.map(lambda row: features.read(features.names[row])["class_token"], rows)])     # (K, E)
-
-    inside = [tag("p", f"A generated image, and the training images nearest to its generated class token by cosine, among "
-                       f"{len(rows):,} of {len(features.names):,}.")]
-    for what, among in pick_samples(folder, TOKENS, 1).items():
-        (index, image), = among.items()
-        cosines, nearest = F.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(rows)))
-        figures = [tag("figure", picture(image, SAMPLE_BYTES, f"sample {index}"), tag("figcaption", words_of(what)),
-                       class_="token")]
-        for cosine, key in zip(cosines.tolist(), (features.keys[rows[i]] for i in nearest.tolist()), strict=True):
-            at = np.flatnonzero(images.keys == key)
-            if not len(at):
-                raise UserError(f"{source.path}: lacks the image {shown(key)} of {path}; encode again")
-            found = images.captions[at[0]] if isinstance(what, str) else int(images.labels[at[0]])
-            near = Image.fromarray(read_image(source, images.names[at[0]]).transpose(1, 2, 0))
-            figures.append(tag("figure", picture(near, SAMPLE_BYTES, shown(key)),
-                               tag("figcaption", tag("strong", f"{cosine:.3f}"), f" {words_of(found)}")))
-        inside.append(tag("div", *figures, class_="row"))
+        known = torch.stack([*pool.map(lambda i: features.read(features.names[i])["class_token"], chosen)])  # (K, E)
+    inside = [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
+                       f"with it: cosine, among {len(chosen):,} of {len(features.names):,}.")]
+    for what, one in pick_samples(place / "samples.npz", TOKENS, 1).items():
+        (index, image), = one.items()
+        cosines, nearest = F.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))
+        told = images.captions if isinstance(what, str) else images.labels
+        row = [figure(f"generated: {words_of(what)}", picture(image, SAMPLE_BYTES, f"sample {index}"))]
+        for cosine, i in zip(cosines.tolist(), nearest.tolist(), strict=True):
+            at = int(np.searchsorted(images.keys, features.keys[chosen[i]]))
+            near = Image.fromarray(read_image(source, images.names[at]).transpose(1, 2, 0))
+            text = f"{cosine:.3f}" + (f" {words_of(told[at])}" if told is not None else "")
+            row.append(figure(text, picture(near, SAMPLE_BYTES, shown(images.names[at]))))
+        inside.append(tag("div", *row, class_="row"))
     return inside
 
 
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
-    """The plot and the table of everything that was scored."""
+    """Plot and table of everything that was scored."""
     if not rows:
         raise UserError(f"{folder}: no scores; give REF_BATCH to eval.sh")
-    return [picture(open_picture(folder / "sweep.png"), 4 * GRID_BYTES, "distance over guidance scale"),
-            tag("pre", as_text(rows))]
+    return [picture(folder / "sweep.png", 2 * GRID_BYTES, "distance over guidance scale"), tag("pre", as_text(rows))]
 
 
-def settings_table(settings: dict) -> list[Html]:
+def settings_of(settings: dict) -> list[Html]:
     """The content of args.json."""
     if not settings:
         raise UserError("no args.json; train.py writes it")
-    pairs = [(tag("dt", name), tag("dd", str(value)[:TEXT])) for name, value in settings.items()]
-    return [tag("details", tag("summary", f"{len(settings)} settings of train.py"),
-                tag("dl", *(part for pair in pairs for part in pair)))]
+    pairs = [tag("dt", name) + tag("dd", str(value)[:TEXT]) for name, value in settings.items()]
+    return [tag("details", tag("summary", f"{len(settings)} flags of train.py"), tag("dl", Html("".join(pairs))))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
-def read_settings(path: Path) -> dict:
-    """The content of args.json, {} without one. Raises UserError if it is damaged."""
-    settings = parse_json(read_patiently(path.read_bytes, str(path)), str(path)) if path.exists() else {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: not an object; train.py writes it again when it goes on")
-    return settings
-
-
-def best_of(folder: Path, rows: list[dict]) -> dict[Path, dict]:
-    """The folders of the best of comparable rows and their rows; without scores the newest samples, with no row."""
-    if rows:
-        return {folder / row["folder"]: row for row in reversed(rows) if row["best"]}
-    made = sorted(folder.glob("*/samples.npz"), key=lambda path: path.stat().st_mtime)
-    return {path.parent: {} for path in made[-1:]}
-
-
 def page(experiment: Path) -> str:
-    """The page of an experiment's folder. Raises UserError if it is none, or its args.json is damaged."""
-    parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
+    """The page of an experiment's folder. Raises UserError if it is none, or if its args.json is damaged."""
+    args, log, drawn, made = parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
     if not any(path.exists() for path in parts):
-        raise UserError(f"{experiment}: no experiment, has none of {', '.join(path.name for path in parts)}; name the "
-                        "folder of a run, as exps/reg-toy")
-    settings, lines = read_settings(parts[0]), [line for line in read_lines(parts[1]) if 0 <= line["step"] < LARGEST]
-    drawn = {int(path.stem): path for path in sorted(parts[2].glob("*.png")) if re.fullmatch("[0-9]{7,15}", path.stem)}
-    last = max([1, *drawn, *(line["step"] for line in lines)])
-    rows = read_rows(parts[3])
-    best = dict([*best_of(parts[3], rows).items()][:BEST])
-
-    def of_best(build: Callable, *given: object) -> list[Html]:
-        if not best:
-            raise UserError(f"{parts[3]}: no samples; make them with bash eval.sh {experiment}")
-        return build(*given)
-
-    name = experiment.resolve().name
-    about = [str(settings.get(key))[:TEXT] for key in ("method", "model", "data_dir", "enc_type") if settings.get(key)]
-    training = tag("div", chapter("Grids", grids, drawn, id="grids"), chapter("Curves", curves, parts[1], lines, last),
-                   id="training")
+        raise UserError(f"{experiment}: has no {', '.join(path.name for path in parts)}; name a run's folder")
+    settings = parse_json(read_patiently(args.read_bytes, str(args)), str(args)) if args.exists() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{args}: not an object; remove it, train.py writes it again")
+    lines, rows = [line for line in read_lines(log) if 0 <= line["step"] < LARGEST], read_rows(made)
+    pictures = {int(path.stem): path for path in sorted(drawn.glob("*.png")) if re.fullmatch("[0-9]{7,15}", path.stem)}
+    last = max([1, *pictures, *(line["step"] for line in lines)])
+    about = [str(settings[name])[:TEXT] for name in ("method", "model", "data_dir", "enc_type") if settings.get(name)]
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
     head = [tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=policy),
-            tag("meta", name="viewport", content="width=device-width"), tag("title", name), tag("style", Html(STYLE))]
-    body = [tag("h1", name), tag("p", " · ".join([*about, f"step {last:,}"])), training,
-            chapter("Samples of the best setting", of_best, samples, best),
-            chapter("Nearest training images of the class token", of_best,
-                    lambda: neighbours(next(iter(best)), settings)),
-            chapter("Sweep", sweep, parts[3], rows), chapter("Settings", settings_table, settings),
+            tag("meta", name="viewport", content="width=device-width"), tag("title", experiment.resolve().name),
+            tag("style", Html(STYLE))]
+    body = [tag("h1", experiment.resolve().name), tag("p", " · ".join([*about, f"step {last:,}"])),
+            tag("div", chapter("grids", "Samples while training", grids, pictures),
+                chapter("curves", "Curves", curves, log, lines, last), id="training"),
+            chapter("samples", "Samples of the best setting", samples, made, rows),
+            chapter("neighbours", "Training images nearest to the class token", neighbours, made, rows, settings),
+            chapter("sweep", "Sweep", sweep, made, rows), chapter("settings", "Settings", settings_of, settings),
             tag("script", Html(SCRIPT))]
-    return "<!doctype html>" + tag("html", *head, tag("body", *body, data_last=last), lang="en")
+    return "<!doctype html>" + tag("html", *head, tag("body", *body, style=f"--last:{last};--step:{last}"), lang="en")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
