@@ -10,9 +10,8 @@ import base64
 import hashlib
 import io
 import itertools
-import re
+import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from PIL import Image
 from dataset import IMAGES, find_store, read_image
 from evaluations.class_tokens import read_class_tokens
 from evaluations.clip import read_captions
-from evaluations.images import READERS
 from evaluations.report import as_text, read_rows, scores_of, words
 from models.cached_features import Features, features_folder, features_path
 from runtime.arguments import Parser
@@ -33,50 +31,46 @@ from runtime.files import as_size, read_patiently, write_whole
 from runtime.log import read_lines
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.npz import load_npz, read_npz_rows, read_npz_shape
-from runtime.stores import IMAGE_EXTENSIONS, decode_image, parse_json, shown
+from runtime.stores import IMAGE_EXTENSIONS, decode_image, parse_json
 
 # What keeps the page below 20 MB: numbers of pictures, and the most bytes of each.
 GRIDS, GRID_BYTES = 40, 150_000
 BEST, SAMPLES, EACH, SAMPLE_BYTES = 3, 144, 6, 25_000             # settings; images of all, and of a class or caption
 TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000       # generated tokens, images of each, training images to choose from
-CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # largest number; letters of a caption or setting
+CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, their points and largest number; letters
 WIDTH, HEIGHT = 200, 60                                           # of a curve
-SAID = ("step", "weights", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 FORMS = tuple(itertools.product((1, 2, 4, 8, 16, 32), ({"lossless": True}, {"quality": 85}, {"quality": 60})))
+SAID = ("step", "weights", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 
 STYLE = """
 :root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} body{max-width:1280px;margin:2rem auto;padding:0 1rem}
-h1,figure,dd{margin:0} h2{margin:2.5rem 0 .5rem} pre{overflow-x:auto} pre,small,figcaption,dt,.missing{font-size:12px}
-small,figcaption,dt{color:GrayText} .missing{border-left:3px solid orange;padding:.3rem .8rem} b{float:right}
-#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px}
-#grids img,input,svg{width:100%} .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem}
-.row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row div{display:flex;gap:3px}
-.row img{width:92px;min-width:92px} .small{image-rendering:pixelated} #sweep img{width:640px;max-width:100%}
-svg{overflow:visible;fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} circle{fill:#2a78c8}
+h1,figure{margin:0} h2{margin:2.5rem 0 .5rem} pre{overflow-x:auto} pre,small,figcaption{font-size:12px} b{float:right}
+small,figcaption{color:GrayText} .missing{border-left:3px solid orange;padding:.3rem .8rem;font-size:13px}
+#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} svg{overflow:visible}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{max-width:640px}
+.row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row img{width:92px}
+.row div{display:flex;gap:3px} .small{image-rendering:pixelated} #grids img,#grids input,svg{width:100%}
+svg{fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} circle{fill:#2a78c8}
 .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem} dd{overflow-wrap:anywhere}
 """
 
 SCRIPT = """
 const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
-const steps = grids.map(grid => grid.dataset.step)
-const show = () => {
+const link = grid => "#step=" + grid.dataset.step
+const show = event => {
+  const linked = grids.findIndex(grid => link(grid) == location.hash)
+  if (event.type != "input" && linked >= 0) slider.value = linked
   grids.forEach((grid, i) => grid.hidden = i != slider.value)
-  document.querySelector("output").textContent = "step " + steps[slider.value]
-  document.body.style.setProperty("--step", steps[slider.value])
-}
-const jump = () => {
-  const i = steps.indexOf(location.hash.replace("#step=", ""))
-  if (i >= 0) slider.value = i
-  show()
+  document.querySelector("output").textContent = "step " + grids[slider.value].dataset.step
+  document.body.style.setProperty("--step", grids[slider.value].dataset.step)
 }
 if (slider) {
-  slider.oninput = show
-  slider.onchange = () => location.replace("#step=" + steps[slider.value])
-  onhashchange = jump
-  jump()
+  slider.oninput = onhashchange = onload = show
+  slider.onchange = () => location.replace(link(grids[slider.value]))
 }
 """
+DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{DIGEST}'"
 
 
 # ------------------------------------------------------------------------------------------------------------- elements
@@ -89,10 +83,10 @@ def tag(name: str, /, *inside: object, **attributes: object) -> Html:
     """An element; `data_step=1` becomes data-step="1", and `class_` class."""
     given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
     content = "".join(part if isinstance(part, Html) else escape(str(part)) for part in inside)
-    return Html(f"<{name}{given}>{content}" + f"</{name}>" * (name not in ("img", "input", "meta")))
+    return Html(f"<{name}{given}>{content}" + f"</{name}>" * (name not in ("img", "input")))
 
 
-def picture(image: Image.Image | Path, limit: int, alt: str, **attributes: object) -> Html:
+def picture(image: Image.Image | Path, limit: int, **attributes: object) -> Html:
     """An image as WebP of at most `limit` bytes: lossless if that fits, else at a lower quality, else smaller.
 
     Raises UserError for a missing or damaged file.
@@ -107,7 +101,7 @@ def picture(image: Image.Image | Path, limit: int, alt: str, **attributes: objec
         if data.tell() <= limit:
             break
     source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return tag("img", src=source, alt=alt, class_="small" * (image.width <= 300), **attributes)
+    return tag("img", src=source, class_="small" * (image.width <= 300), **attributes)
 
 
 def spaced(items: Sequence, count: int) -> list:
@@ -119,8 +113,9 @@ def words_of(what: int | str) -> str:
     return what[:TEXT] if isinstance(what, str) else f"class {what}"
 
 
-def figure(text: str, *images: Html) -> Html:
-    return tag("figure", tag("div", *images), tag("figcaption", text))
+def figure(text: str, *images: Image.Image) -> Html:
+    pictures = (picture(image, SAMPLE_BYTES, alt=text) for image in images)
+    return tag("figure", tag("div", *pictures), tag("figcaption", text))
 
 
 # ------------------------------------------------------------------------------------------------------------- chapters
@@ -139,9 +134,9 @@ def curves(path: Path, lines: list[dict], last: int) -> list[Html]:
     """A panel for each number in the lines of metrics.jsonl: scores of samples first, then what training logs."""
     if not lines:
         raise UserError(f"{path}: no lines; train.py writes one every --logging-steps")
-    lines = sorted(lines, key=lambda line: ("loss" in line, line["step"]))
     left = sum(map(bool, map(bytes.strip, path.read_bytes().splitlines()))) - len(lines)
-    note = (f"Steps 0 to {last:,}; orange: the step of the grid." + f" {left} damaged lines are left out." * (left > 0)
+    lines = sorted(lines, key=lambda line: ("loss" in line, line["step"]))
+    note = (f"Steps 0 to {last:,}; orange: the step of the grid." + f" {left} damaged line(s) left out." * (left > 0)
             + " No scores while training: --eval-steps and --ref-batch log them." * ("loss" in lines[0]))
     panels = []
     for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
@@ -164,12 +159,12 @@ def curve(name: str, points: list[tuple[int, float]], last: int) -> Html:
                tag("figcaption", f"{low:.4g} to {high:.4g}"))
 
 
-def grids(drawn: dict[int, Path]) -> list[Html]:
+def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
     """The grids of EMA samples by step, of which a slider shows one."""
     if not drawn:
-        raise UserError("no grids/; train.py draws one every --sampling-steps")
-    steps = spaced(list(drawn), GRIDS)
-    images = [picture(drawn[step], GRID_BYTES, f"samples at step {step}", data_step=step,
+        raise UserError(f"{folder}: no grids; train.py draws one every --sampling-steps")
+    steps = spaced(sorted(drawn), GRIDS)
+    images = [picture(drawn[step], GRID_BYTES, data_step=step, alt=f"step {step}",
                       **({} if step == steps[-1] else {"hidden": ""})) for step in steps]
     slider = tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) - 1, aria_label="training step")
     return [tag("output", f"step {steps[-1]}"), tag("small", f" ({len(steps)} of {len(drawn)} grids)"), slider, *images]
@@ -189,10 +184,8 @@ def pick_samples(path: Path, count: int, each: int) -> dict[int | str, dict[int,
 
     Raises UserError if the file, or captions.jsonl beside it, is damaged.
     """
-    (total, *size), dtype = read_npz_shape(path)
-    if dtype != np.uint8 or len(size) != 3 or size[2] != 3:
-        raise UserError(f"{path}: {dtype} {(total, *size)}, expected uint8 (N, H, W, 3); sample again")
     labels, groups = load_npz(path, ["arr_1"]).get("arr_1"), {}
+    total = read_npz_shape(path)[0][0]
     for index, what in enumerate(read_captions(path, None, total) if labels is None else labels.tolist()):
         groups.setdefault(what, []).append(index)
     each = min(each, max(map(len, groups.values())))
@@ -207,10 +200,9 @@ def samples(folder: Path, rows: list[dict]) -> list[Html]:
     inside, best = [], best_of(folder, rows)
     for place, row in best.items():
         about = [words(name, row[name]) for name in (*scores_of([row]), *SAID) if row.get(name) is not None]
-        figures = [figure(words_of(what), *(picture(image, SAMPLE_BYTES, f"sample {i}") for i, image in one.items()))
-                   for what, one in pick_samples(place / "samples.npz", SAMPLES // len(best), EACH).items()]
+        groups = pick_samples(place / "samples.npz", SAMPLES // len(best), EACH)
         inside += [tag("p", " · ".join(about) or "Not scored: give REF_BATCH to eval.sh."), tag("small", place.name),
-                   tag("div", *figures, class_="row")]
+                   tag("div", *(figure(words_of(what), *one.values()) for what, one in groups.items()), class_="row")]
     return inside
 
 
@@ -227,30 +219,27 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
     data, name = Path(str(settings.get("data_dir"))), str(settings.get("enc_type")).split(",")[0].strip()
     source, path = find_store(data, IMAGES), features_path(data, name)
     if path is None:
-        raise UserError(f"{data}: no stored class tokens of the training images; make them: python -m "
-                        f"preprocessing.dataset_tools encode --source={shown(source.path)} "
-                        f"--dest={data / features_folder(name)} --enc-type={name}")
-    features, images = Features(path), Catalogue(source, IMAGE_EXTENSIONS)
+        raise UserError(f"{data}: no stored class tokens of the training images; python -m preprocessing.dataset_tools "
+                        f"encode --source={source.path} --dest={data / features_folder(name)} --enc-type={name}")
+    features, images, groups = Features(path), Catalogue(source, IMAGE_EXTENSIONS), pick_samples(
+        place / "samples.npz", TOKENS, 1)
     tokens, _ = read_class_tokens(place / "class_tokens.npz", read_npz_shape(place / "samples.npz")[0][0])  # (N, E)
-    if features.record.class_token * features.record.width != tokens.shape[1]:
-        raise UserError(f"{path}: holds no class tokens of {tokens.shape[1]} numbers; encode again")
-    if not np.isin(features.keys, images.keys).all():
-        raise UserError(f"{path}: of other images than {shown(source.path)}; encode again")
+    if (features.record.class_token * features.record.width != tokens.shape[1]
+            or not np.isin(features.keys, images.keys).all()):
+        raise UserError(f"{path}: of other images, or no class tokens of {tokens.shape[1]} numbers; encode again")
     chosen = spaced(range(len(features.names)), CANDIDATES)
-    with ThreadPoolExecutor(READERS) as pool:
-        known = torch.stack([*pool.map(lambda i: features.read(features.names[i])["class_token"], chosen)])  # (K, E)
+    known = torch.stack([features.read(features.names[i])["class_token"] for i in chosen])                  # (K, E)
     inside = [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
                        f"with it: cosine, among {len(chosen):,} of {len(features.names):,}.")]
-    for what, one in pick_samples(place / "samples.npz", TOKENS, 1).items():
+    for what, one in groups.items():
         (index, image), = one.items()
-        cosines, nearest = F.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))
         told = images.captions if isinstance(what, str) else images.labels
-        row = [figure(f"generated: {words_of(what)}", picture(image, SAMPLE_BYTES, f"sample {index}"))]
-        for cosine, i in zip(cosines.tolist(), nearest.tolist(), strict=True):
+        row = [figure(f"{words_of(what)}, generated", image)]
+        for cosine, i in zip(*map(torch.Tensor.tolist, F.cosine_similarity(tokens[index], known).topk(
+                min(NEAREST, len(known)))), strict=True):
             at = int(np.searchsorted(images.keys, features.keys[chosen[i]]))
             near = Image.fromarray(read_image(source, images.names[at]).transpose(1, 2, 0))
-            text = f"{cosine:.3f}" + (f" {words_of(told[at])}" if told is not None else "")
-            row.append(figure(text, picture(near, SAMPLE_BYTES, shown(images.names[at]))))
+            row.append(figure(f"{cosine:.3f}" + ("" if told is None else f" {words_of(told[at])}"), near))
         inside.append(tag("div", *row, class_="row"))
     return inside
 
@@ -259,44 +248,35 @@ def sweep(folder: Path, rows: list[dict]) -> list[Html]:
     """Plot and table of everything that was scored."""
     if not rows:
         raise UserError(f"{folder}: no scores; give REF_BATCH to eval.sh")
-    return [picture(folder / "sweep.png", 2 * GRID_BYTES, "distance over guidance scale"), tag("pre", as_text(rows))]
-
-
-def settings_of(settings: dict) -> list[Html]:
-    """The content of args.json."""
-    if not settings:
-        raise UserError("no args.json; train.py writes it")
-    pairs = [tag("dt", name) + tag("dd", str(value)[:TEXT]) for name, value in settings.items()]
-    return [tag("details", tag("summary", f"{len(settings)} flags of train.py"), tag("dl", Html("".join(pairs))))]
+    plot = picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance over guidance scale")
+    return [plot, tag("pre", as_text(rows))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
 def page(experiment: Path) -> str:
     """The page of an experiment's folder. Raises UserError if it is none, or if its args.json is damaged."""
-    args, log, drawn, made = parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
+    args, log, grid, made = parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
     if not any(path.exists() for path in parts):
         raise UserError(f"{experiment}: has no {', '.join(path.name for path in parts)}; name a run's folder")
     settings = parse_json(read_patiently(args.read_bytes, str(args)), str(args)) if args.exists() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{args}: not an object; remove it, train.py writes it again")
-    lines, rows = [line for line in read_lines(log) if 0 <= line["step"] < LARGEST], read_rows(made)
-    pictures = {int(path.stem): path for path in sorted(drawn.glob("*.png")) if re.fullmatch("[0-9]{7,15}", path.stem)}
-    last = max([1, *pictures, *(line["step"] for line in lines)])
-    about = [str(settings[name])[:TEXT] for name in ("method", "model", "data_dir", "enc_type") if settings.get(name)]
-    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    head = [tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=policy),
-            tag("meta", name="viewport", content="width=device-width"), tag("title", experiment.resolve().name),
-            tag("style", Html(STYLE))]
-    body = [tag("h1", experiment.resolve().name), tag("p", " · ".join([*about, f"step {last:,}"])),
-            tag("div", chapter("grids", "Samples while training", grids, pictures),
-                chapter("curves", "Curves", curves, log, lines, last), id="training"),
-            chapter("samples", "Samples of the best setting", samples, made, rows),
-            chapter("neighbours", "Training images nearest to the class token", neighbours, made, rows, settings),
-            chapter("sweep", "Sweep", sweep, made, rows), chapter("settings", "Settings", settings_of, settings),
-            tag("script", Html(SCRIPT))]
-    return "<!doctype html>" + tag("html", *head, tag("body", *body, style=f"--last:{last};--step:{last}"), lang="en")
+    lines, rows, name = read_lines(log), read_rows(made), experiment.resolve().name
+    drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
+    last = max([1, *drawn, *(line["step"] for line in lines)])
+    about = [str(settings[key])[:TEXT] for key in ("method", "model", "data_dir", "enc_type") if settings.get(key)]
+    flags = tag("pre", json.dumps(settings, indent=2)[:TEXT * TEXT]) if settings else "No args.json."
+    body = tag("body", tag("h1", name), tag("p", " · ".join([*about, f"step {last:,}"])),
+               tag("div", chapter("grids", "Samples while training", grids, grid, drawn),
+                   chapter("curves", "Curves", curves, log, lines, last), id="training"),
+               chapter("samples", "Samples of the best setting", samples, made, rows),
+               chapter("neighbours", "Training images nearest to the class token", neighbours, made, rows, settings),
+               chapter("sweep", "Sweep", sweep, made, rows), tag("h2", "Settings"), tag("details", flags),
+               style=f"--last:{last};--step:{last}")
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+            f'content="{POLICY}"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
+            f"<style>{STYLE}</style>{body}<script>{SCRIPT}</script></html>")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
