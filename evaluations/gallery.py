@@ -9,15 +9,12 @@ import argparse
 import base64
 import hashlib
 import io
-import itertools
-import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from dataset import IMAGES, find_store, read_image
@@ -35,11 +32,11 @@ from runtime.stores import IMAGE_EXTENSIONS, decode_image, parse_json
 
 # What keeps the page below 20 MB: numbers of pictures, and the most bytes of each.
 GRIDS, GRID_BYTES = 40, 150_000
-BEST, SAMPLES, EACH, SAMPLE_BYTES = 3, 144, 6, 25_000             # settings; images of all, and of a class or caption
+SAMPLES, EACH, SAMPLE_BYTES = 144, 6, 25_000     # images of all best settings, and of a class or caption
 TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000       # generated tokens, images of each, training images to choose from
 CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, their points and largest number; letters
 WIDTH, HEIGHT = 200, 60                                           # of a curve
-FORMS = tuple(itertools.product((1, 2, 4, 8, 16, 32), ({"lossless": True}, {"quality": 85}, {"quality": 60})))
+FORMS = [(smaller, how) for smaller in (1, 2, 4, 8, 16, 32) for how in ({"lossless": True}, {"quality": 80})]
 SAID = ("step", "weights", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 
 STYLE = """
@@ -50,24 +47,20 @@ small,figcaption{color:GrayText} .missing{border-left:3px solid orange;padding:.
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{max-width:640px}
 .row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row img{width:92px}
 .row div{display:flex;gap:3px} .small{image-rendering:pixelated} #grids img,#grids input,svg{width:100%}
-svg{fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} circle{fill:#2a78c8}
+svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
 .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}
 """
 
 SCRIPT = """
 const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
-const link = grid => "#step=" + grid.dataset.step
 const show = event => {
-  const linked = grids.findIndex(grid => link(grid) == location.hash)
+  const linked = grids.findIndex(grid => "#" + grid.id == location.hash)
   if (event.type != "input" && linked >= 0) slider.value = linked
   grids.forEach((grid, i) => grid.hidden = i != slider.value)
-  document.querySelector("output").textContent = "step " + grids[slider.value].dataset.step
-  document.body.style.setProperty("--step", grids[slider.value].dataset.step)
+  document.querySelector("output").textContent = grids[slider.value].alt
+  document.body.style.setProperty("--step", grids[slider.value].id.slice(4))
 }
-if (slider) {
-  slider.oninput = onhashchange = onload = show
-  slider.onchange = () => location.replace(link(grids[slider.value]))
-}
+if (slider) slider.oninput = onhashchange = onload = show
 """
 DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{DIGEST}'"
@@ -109,13 +102,9 @@ def spaced(items: Sequence, count: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
-def words_of(what: int | str) -> str:
-    return what[:TEXT] if isinstance(what, str) else f"class {what}"
-
-
 def figure(text: str, *images: Image.Image) -> Html:
-    pictures = (picture(image, SAMPLE_BYTES, alt=text) for image in images)
-    return tag("figure", tag("div", *pictures), tag("figcaption", text))
+    pictures = (picture(image, SAMPLE_BYTES, alt="") for image in images)
+    return tag("figure", tag("div", *pictures), tag("figcaption", text[:TEXT]))
 
 
 # ------------------------------------------------------------------------------------------------------------- chapters
@@ -150,10 +139,9 @@ def curve(name: str, points: list[tuple[int, float]], last: int) -> Html:
     """One number over steps from 0 to `last`."""
     values = [value for _, value in points]
     low, high = min(values), max(values)
-    places = [(f"{step / last * WIDTH:.1f}", f"{HEIGHT - (value - low) / (high - low or 1) * HEIGHT:.1f}")
+    places = [f"{step / last * WIDTH:.1f},{HEIGHT - (value - low) / (high - low or 1) * HEIGHT:.1f}"
               for step, value in spaced(points, POINTS)]
-    dots = [tag("circle", cx=x, cy=y, r=2) for x, y in places if len(places) <= 20]
-    drawing = tag("svg", tag("polyline", points=" ".join(map(",".join, places))), *dots,
+    drawing = tag("svg", tag("polyline", points=" ".join(places[:1] + places)),           # twice: a dot if it is alone
                   tag("line", class_="at", y2=HEIGHT), viewBox=f"0 0 {WIDTH} {HEIGHT}")
     return tag("figure", tag("b", f"{values[-1]:.4g}"), name[:TEXT], drawing,
                tag("figcaption", f"{low:.4g} to {high:.4g}"))
@@ -164,35 +152,34 @@ def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
     if not drawn:
         raise UserError(f"{folder}: no grids; train.py draws one every --sampling-steps")
     steps = spaced(sorted(drawn), GRIDS)
-    images = [picture(drawn[step], GRID_BYTES, data_step=step, alt=f"step {step}",
-                      **({} if step == steps[-1] else {"hidden": ""})) for step in steps]
+    images = [picture(drawn[step], GRID_BYTES, id=f"step{step}", alt=f"step {step}") for step in steps]
     slider = tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) - 1, aria_label="training step")
-    return [tag("output", f"step {steps[-1]}"), tag("small", f" ({len(steps)} of {len(drawn)} grids)"), slider, *images]
+    return [tag("output"), tag("small", f" ({len(steps)} of {len(drawn)} grids)"), slider, *images]
 
 
 def best_of(folder: Path, rows: list[dict]) -> dict[Path, dict]:
     """Folders and rows of the best among comparable rows; without scores the newest samples. Or raises UserError."""
-    newest = max(folder.glob("*/samples.npz"), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    made = sorted(folder.glob("*/samples.npz"), key=lambda path: path.stat().st_mtime)
+    if not made:
         raise UserError(f"{folder}: no samples; make them with bash eval.sh {folder.parent}")
-    best = [(folder / row["folder"], row) for row in rows if row["best"]] or [(newest.parent, {})]
-    return dict(best[:BEST])
+    return {folder / row["folder"]: row for row in rows if row["best"]} or {made[-1].parent: {}}
 
 
-def pick_samples(path: Path, count: int, each: int) -> dict[int | str, dict[int, Image.Image]]:
+def pick_samples(path: Path, count: int, each: int) -> dict[str, dict[int, Image.Image]]:
     """About `count` images of samples.npz, at most `each` of a class or caption: what they show -> index -> image.
 
     Raises UserError if the file, or captions.jsonl beside it, is damaged.
     """
     labels, groups = load_npz(path, ["arr_1"]).get("arr_1"), {}
-    total = read_npz_shape(path)[0][0]
-    for index, what in enumerate(read_captions(path, None, total) if labels is None else labels.tolist()):
+    shown = (dict(enumerate(read_captions(path, None, read_npz_shape(path)[0][0]))) if labels is None else
+             {index: f"class {labels[index]}" for index in np.argsort(labels, kind="stable").tolist()})
+    for index, what in shown.items():
         groups.setdefault(what, []).append(index)
     each = min(each, max(map(len, groups.values())))
-    chosen = spaced(list(groups) if labels is None else sorted(groups), max(count // each, 1))
-    indices = sorted(index for what in chosen for index in groups[what][:each])
+    chosen = {what: groups[what][:each] for what in spaced(list(groups), max(count // each, 1))}
+    indices = sorted(index for among in chosen.values() for index in among)
     rows = dict(zip(indices, read_npz_rows(path, (range(i, i + 1) for i in indices)), strict=True))
-    return {what: {index: Image.fromarray(rows[index][0]) for index in groups[what][:each]} for what in chosen}
+    return {what: {index: Image.fromarray(rows[index][0]) for index in among} for what, among in chosen.items()}
 
 
 def samples(folder: Path, rows: list[dict]) -> list[Html]:
@@ -202,7 +189,7 @@ def samples(folder: Path, rows: list[dict]) -> list[Html]:
         about = [words(name, row[name]) for name in (*scores_of([row]), *SAID) if row.get(name) is not None]
         groups = pick_samples(place / "samples.npz", SAMPLES // len(best), EACH)
         inside += [tag("p", " · ".join(about) or "Not scored: give REF_BATCH to eval.sh."), tag("small", place.name),
-                   tag("div", *(figure(words_of(what), *one.values()) for what, one in groups.items()), class_="row")]
+                   tag("div", *(figure(what, *one.values()) for what, one in groups.items()), class_="row")]
     return inside
 
 
@@ -213,35 +200,32 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
     """
     if settings.get("method") != "reg":
         raise UserError(f"method {settings.get('method')}: only REG generates a class token")
-    place = next(iter(best_of(folder, rows)))
-    if not (place / "class_tokens.npz").exists():
-        raise UserError(f"{place.name}: no class_tokens.npz; give the command of these samples with --save-cls-tokens")
+    npz = next(iter(best_of(folder, rows))) / "samples.npz"
+    if not npz.with_name("class_tokens.npz").exists():
+        raise UserError(f"{npz.parent}: no class_tokens.npz; sample again with --save-cls-tokens")
     data, name = Path(str(settings.get("data_dir"))), str(settings.get("enc_type")).split(",")[0].strip()
     source, path = find_store(data, IMAGES), features_path(data, name)
     if path is None:
         raise UserError(f"{data}: no stored class tokens of the training images; python -m preprocessing.dataset_tools "
                         f"encode --source={source.path} --dest={data / features_folder(name)} --enc-type={name}")
-    features, images, groups = Features(path), Catalogue(source, IMAGE_EXTENSIONS), pick_samples(
-        place / "samples.npz", TOKENS, 1)
-    tokens, _ = read_class_tokens(place / "class_tokens.npz", read_npz_shape(place / "samples.npz")[0][0])  # (N, E)
-    if (features.record.class_token * features.record.width != tokens.shape[1]
-            or not np.isin(features.keys, images.keys).all()):
+    features, images, groups = Features(path), Catalogue(source, IMAGE_EXTENSIONS), pick_samples(npz, TOKENS, 1)
+    tokens, _ = read_class_tokens(npz.with_name("class_tokens.npz"), read_npz_shape(npz)[0][0])             # (N, E)
+    fits = features.record.class_token and features.record.width == tokens.shape[1]
+    if not fits or not np.isin(features.keys, images.keys).all():
         raise UserError(f"{path}: of other images, or no class tokens of {tokens.shape[1]} numbers; encode again")
-    chosen = spaced(range(len(features.names)), CANDIDATES)
-    known = torch.stack([features.read(features.names[i])["class_token"] for i in chosen])                  # (K, E)
-    inside = [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
-                       f"with it: cosine, among {len(chosen):,} of {len(features.names):,}.")]
+    chosen = np.array(spaced(range(len(features.names)), CANDIDATES))
+    known = torch.stack([features.read(name)["class_token"] for name in features.names[chosen]])            # (K, E)
+    inside, told = [], images.labels if images.captions is None else images.captions
     for what, one in groups.items():
         (index, image), = one.items()
-        told = images.captions if isinstance(what, str) else images.labels
-        row = [figure(f"{words_of(what)}, generated", image)]
-        for cosine, i in zip(*map(torch.Tensor.tolist, F.cosine_similarity(tokens[index], known).topk(
-                min(NEAREST, len(known)))), strict=True):
-            at = int(np.searchsorted(images.keys, features.keys[chosen[i]]))
+        cosines, nearest = torch.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))
+        row = [figure(f"generated: {what}", image)]
+        for cosine, at in zip(cosines, np.searchsorted(images.keys, features.keys[chosen[nearest]]), strict=True):
             near = Image.fromarray(read_image(source, images.names[at]).transpose(1, 2, 0))
-            row.append(figure(f"{cosine:.3f}" + ("" if told is None else f" {words_of(told[at])}"), near))
+            row.append(figure(f"{cosine:.3f} · {'' if told is None else told[int(at)]}", near))
         inside.append(tag("div", *row, class_="row"))
-    return inside
+    return [tag("p", "A generated image, and the training images whose class token is nearest to the one generated with "
+                     f"it: cosine · class or caption, among {len(known):,} of {len(features.names):,}."), *inside]
 
 
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
@@ -266,7 +250,7 @@ def page(experiment: Path) -> str:
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
     last = max([1, *drawn, *(line["step"] for line in lines)])
     about = [str(settings[key])[:TEXT] for key in ("method", "model", "data_dir", "enc_type") if settings.get(key)]
-    flags = tag("pre", json.dumps(settings, indent=2)[:TEXT * TEXT]) if settings else "No args.json."
+    flags = tag("pre", "\n".join(f"{key}: {str(value)[:TEXT]}" for key, value in settings.items()) or "no args.json")
     body = tag("body", tag("h1", name), tag("p", " · ".join([*about, f"step {last:,}"])),
                tag("div", chapter("grids", "Samples while training", grids, grid, drawn),
                    chapter("curves", "Curves", curves, log, lines, last), id="training"),
