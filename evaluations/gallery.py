@@ -35,24 +35,19 @@ GRIDS, GRID_BYTES = 40, 150_000
 SAMPLES, EACH, SAMPLE_BYTES = 144, 6, 25_000     # images of all best settings, and of a class or caption
 TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000       # generated tokens, images of each, training images to choose from
 CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, their points and largest number; letters
-WIDTH, HEIGHT = 200, 60                                           # of a curve
 FORMS = [(smaller, how) for smaller in (1, 2, 4, 8, 16, 32) for how in ({"lossless": True}, {"quality": 80})]
-SAID = ("step", "weights", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 
-STYLE = """
-:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} body{max-width:1280px;margin:2rem auto;padding:0 1rem}
-h1,figure{margin:0} h2{margin:2.5rem 0 .5rem} pre{overflow-x:auto} pre,small,figcaption{font-size:12px} b{float:right}
-small,figcaption{color:GrayText} .missing{border-left:3px solid orange;padding:.3rem .8rem;font-size:13px}
-#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} svg{overflow:visible}
+STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} svg{overflow:visible} b{float:right}
+body{max-width:1280px;margin:2rem auto;padding:0 1rem} h1,figure{margin:0} h2{margin:2.5rem 0 .5rem} pre{overflow-x:auto}
+pre,small,figcaption{font-size:12px} small,figcaption{color:GrayText} .missing{border-left:3px solid orange;padding:4px 1em}
+#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} .row div{display:flex}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{max-width:640px}
 .row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row img{width:92px}
-.row div{display:flex;gap:3px} .small{image-rendering:pixelated} #grids img,#grids input,svg{width:100%}
+.row div{gap:3px} .small{image-rendering:pixelated} #grids img,#grids input,svg{width:100%}
 svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
-.at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}
-"""
+.at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}"""
 
-SCRIPT = """
-const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
+SCRIPT = """const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
 const show = event => {
   const linked = grids.findIndex(grid => "#" + grid.id == location.hash)
   if (event.type != "input" && linked >= 0) slider.value = linked
@@ -60,10 +55,8 @@ const show = event => {
   document.querySelector("output").textContent = grids[slider.value].alt
   document.body.style.setProperty("--step", grids[slider.value].id.slice(4))
 }
-if (slider) slider.oninput = onhashchange = onload = show
-"""
+if (slider) slider.oninput = onhashchange = onload = show"""
 DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{DIGEST}'"
 
 
 # ------------------------------------------------------------------------------------------------------------- elements
@@ -93,8 +86,8 @@ def picture(image: Image.Image | Path, limit: int, **attributes: object) -> Html
         image.reduce(smaller).save(data, "webp", **how)
         if data.tell() <= limit:
             break
-    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return tag("img", src=source, class_="small" * (image.width <= 300), **attributes)
+    return tag("img", src=f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}",
+               class_="small" * (image.width <= 300), **attributes)
 
 
 def spaced(items: Sequence, count: int) -> list:
@@ -123,10 +116,8 @@ def curves(path: Path, lines: list[dict], last: int) -> list[Html]:
     """A panel for each number in the lines of metrics.jsonl: scores of samples first, then what training logs."""
     if not lines:
         raise UserError(f"{path}: no lines; train.py writes one every --logging-steps")
-    left = sum(map(bool, map(bytes.strip, path.read_bytes().splitlines()))) - len(lines)
     lines = sorted(lines, key=lambda line: ("loss" in line, line["step"]))
-    note = (f"Steps 0 to {last:,}; orange: the step of the grid." + f" {left} damaged line(s) left out." * (left > 0)
-            + " No scores while training: --eval-steps and --ref-batch log them." * ("loss" in lines[0]))
+    note = f"Steps 0 to {last:,}. Orange: the grid's." + " No scores: --eval-steps logs them." * ("loss" in lines[0])
     panels = []
     for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
         points = [(line["step"], line[name]) for line in lines
@@ -139,10 +130,10 @@ def curve(name: str, points: list[tuple[int, float]], last: int) -> Html:
     """One number over steps from 0 to `last`."""
     values = [value for _, value in points]
     low, high = min(values), max(values)
-    places = [f"{step / last * WIDTH:.1f},{HEIGHT - (value - low) / (high - low or 1) * HEIGHT:.1f}"
+    places = [f"{step / last * 200:.1f},{60 - (value - low) / (high - low or 1) * 60:.1f}"
               for step, value in spaced(points, POINTS)]
     drawing = tag("svg", tag("polyline", points=" ".join(places[:1] + places)),           # twice: a dot if it is alone
-                  tag("line", class_="at", y2=HEIGHT), viewBox=f"0 0 {WIDTH} {HEIGHT}")
+                  tag("line", class_="at", y2=60), viewBox="0 0 200 60")
     return tag("figure", tag("b", f"{values[-1]:.4g}"), name[:TEXT], drawing,
                tag("figcaption", f"{low:.4g} to {high:.4g}"))
 
@@ -198,11 +189,9 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
 
     Raises UserError naming what is missing and the command that makes it.
     """
-    if settings.get("method") != "reg":
-        raise UserError(f"method {settings.get('method')}: only REG generates a class token")
     npz = next(iter(best_of(folder, rows))) / "samples.npz"
     if not npz.with_name("class_tokens.npz").exists():
-        raise UserError(f"{npz.parent}: no class_tokens.npz; sample again with --save-cls-tokens")
+        raise UserError(f"{npz.parent}: no class tokens; only --method reg generates them, with --save-cls-tokens")
     data, name = Path(str(settings.get("data_dir"))), str(settings.get("enc_type")).split(",")[0].strip()
     source, path = find_store(data, IMAGES), features_path(data, name)
     if path is None:
@@ -210,9 +199,8 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
                         f"encode --source={source.path} --dest={data / features_folder(name)} --enc-type={name}")
     features, images, groups = Features(path), Catalogue(source, IMAGE_EXTENSIONS), pick_samples(npz, TOKENS, 1)
     tokens, _ = read_class_tokens(npz.with_name("class_tokens.npz"), read_npz_shape(npz)[0][0])             # (N, E)
-    fits = features.record.class_token and features.record.width == tokens.shape[1]
-    if not fits or not np.isin(features.keys, images.keys).all():
-        raise UserError(f"{path}: of other images, or no class tokens of {tokens.shape[1]} numbers; encode again")
+    if features.record.width != tokens.shape[1] or not np.isin(features.keys, images.keys).all():
+        raise UserError(f"{path}: of another encoder, or of other images than {source.path}; encode again")
     chosen = np.array(spaced(range(len(features.names)), CANDIDATES))
     known = torch.stack([features.read(name)["class_token"] for name in features.names[chosen]])            # (K, E)
     inside, told = [], images.labels if images.captions is None else images.captions
@@ -224,16 +212,15 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
             near = Image.fromarray(read_image(source, images.names[at]).transpose(1, 2, 0))
             row.append(figure(f"{cosine:.3f} · {'' if told is None else told[int(at)]}", near))
         inside.append(tag("div", *row, class_="row"))
-    return [tag("p", "A generated image, and the training images whose class token is nearest to the one generated with "
-                     f"it: cosine · class or caption, among {len(known):,} of {len(features.names):,}."), *inside]
+    return [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
+                     f"with it: cosine · class or caption, among {len(known):,} of {len(features.names):,}."), *inside]
 
 
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
     """Plot and table of everything that was scored."""
     if not rows:
         raise UserError(f"{folder}: no scores; give REF_BATCH to eval.sh")
-    plot = picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance over guidance scale")
-    return [plot, tag("pre", as_text(rows))]
+    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance over guidance scale"), tag("pre", as_text(rows))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -250,17 +237,17 @@ def page(experiment: Path) -> str:
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
     last = max([1, *drawn, *(line["step"] for line in lines)])
     about = [str(settings[key])[:TEXT] for key in ("method", "model", "data_dir", "enc_type") if settings.get(key)]
-    flags = tag("pre", "\n".join(f"{key}: {str(value)[:TEXT]}" for key, value in settings.items()) or "no args.json")
+    flags = "\n".join(f"{key}: {str(value)[:TEXT]}" for key, value in settings.items()) or "no args.json"
     body = tag("body", tag("h1", name), tag("p", " · ".join([*about, f"step {last:,}"])),
                tag("div", chapter("grids", "Samples while training", grids, grid, drawn),
                    chapter("curves", "Curves", curves, log, lines, last), id="training"),
                chapter("samples", "Samples of the best setting", samples, made, rows),
                chapter("neighbours", "Training images nearest to the class token", neighbours, made, rows, settings),
-               chapter("sweep", "Sweep", sweep, made, rows), tag("h2", "Settings"), tag("details", flags),
+               chapter("sweep", "Sweep", sweep, made, rows), tag("h2", "Settings"), tag("details", tag("pre", flags)),
                style=f"--last:{last};--step:{last}")
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-            f'content="{POLICY}"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
-            f"<style>{STYLE}</style>{body}<script>{SCRIPT}</script></html>")
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+script-src 'sha256-{DIGEST}'"><title>{escape(name)}</title><style>{STYLE}</style>{body}<script>{SCRIPT}</script></html>"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
