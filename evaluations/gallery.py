@@ -35,16 +35,17 @@ GRIDS, GRID_BYTES = 40, 150_000
 SAMPLES, EACH, SAMPLE_BYTES = 144, 6, 25_000     # images of all best settings, and of a class or caption
 TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000       # generated tokens, images of each, training images to choose from
 CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, their points and largest number; letters
+SAID = ("step", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 FORMS = [(smaller, how) for smaller in (1, 2, 4, 8, 16, 32) for how in ({"lossless": True}, {"quality": 80})]
 
-STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} svg{overflow:visible} b{float:right}
-body{max-width:1280px;margin:2rem auto;padding:0 1rem} h1,figure{margin:0} h2{margin:2.5rem 0 .5rem} pre{overflow-x:auto}
-pre,small,figcaption{font-size:12px} small,figcaption{color:GrayText} .missing{border-left:3px solid orange;padding:4px 1em}
-#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} .row div{display:flex}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{max-width:640px}
+STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} b{float:right} h1{margin:0}
+body{max-width:1280px;margin:2rem auto;padding:0 1rem} figure{margin:0} h2{margin:2.5rem 0 .5rem}
+.missing{border-left:3px solid orange;padding:4px 1em} small,figcaption{color:GrayText} pre{overflow-x:auto}
+#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} svg{overflow:visible}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem}
 .row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row img{width:92px}
-.row div{gap:3px} .small{image-rendering:pixelated} #grids img,#grids input,svg{width:100%}
-svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
+.row div{display:flex;gap:3px} pre,small,figcaption{font-size:12px} .small{image-rendering:pixelated} #sweep img{max-width:640px}
+#grids img,#grids input,svg{width:100%} svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
 .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}"""
 
 SCRIPT = """const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
@@ -220,7 +221,7 @@ def sweep(folder: Path, rows: list[dict]) -> list[Html]:
     """Plot and table of everything that was scored."""
     if not rows:
         raise UserError(f"{folder}: no scores; give REF_BATCH to eval.sh")
-    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance over guidance scale"), tag("pre", as_text(rows))]
+    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance by scale"), tag("pre", as_text(rows))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -247,7 +248,7 @@ def page(experiment: Path) -> str:
                style=f"--last:{last};--step:{last}")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
-script-src 'sha256-{DIGEST}'"><title>{escape(name)}</title><style>{STYLE}</style>{body}<script>{SCRIPT}</script></html>"""
+script-src 'sha256-{DIGEST}'"><title>{escape(name)}</title><style>{STYLE}</style>{body}<script>{SCRIPT}</script>"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
