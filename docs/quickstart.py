@@ -1,3 +1,5 @@
+# Source of quickstart.ipynb, which `python -m tests.notebook` writes.
+# ruff: noqa: E402
 # %% [markdown]
 # # From a checkpoint to a score
 #
@@ -7,16 +9,13 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 EXPERIMENT = "exps/reg-toy"                       # a folder of train.py, or a checkpoint file
 REFERENCE = "data/toy/reference.npz"              # real images to score against
 FEATURES = "local-dir:toy/networks/features"      # the network that scores; "inception" for a FID
 
-root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "generate.py").exists())
-os.chdir(root)
-sys.path.insert(0, str(root))
+os.chdir(next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "generate.py").exists()))
 
 # %% [markdown]
 # ## Load

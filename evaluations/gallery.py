@@ -16,36 +16,36 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
-from dataset import IMAGES, find_store, read_image
+from dataset import LatentDataset
 from evaluations.class_tokens import read_class_tokens
 from evaluations.clip import read_captions
 from evaluations.report import as_text, read_rows, scores_of, words
 from models.cached_features import Features, features_folder, features_path
 from runtime.arguments import Parser
-from runtime.catalogue import Catalogue
 from runtime.files import as_size, read_patiently, write_whole
 from runtime.log import read_lines
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.npz import load_npz, read_npz_rows, read_npz_shape
-from runtime.stores import IMAGE_EXTENSIONS, decode_image, parse_json
+from runtime.stores import decode_image, parse_json
 
 # What keeps the page below 20 MB: numbers of pictures, and the most bytes of each.
 GRIDS, GRID_BYTES = 40, 150_000
-SAMPLES, EACH, SAMPLE_BYTES = 144, 6, 25_000     # images of all best settings, and of a class or caption
-TOKENS, NEAREST, CANDIDATES = 8, 5, 10_000       # generated tokens, images of each, training images to choose from
+SAMPLES, EACH, SAMPLE_BYTES = 144, 6, 25_000     # images, and of a class or caption
+TOKENS, NEAREST, CANDIDATES = 8, 5, 5000         # generated tokens, images of each, training images to choose from
 CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, their points and largest number; letters
 SAID = ("step", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
-FORMS = [(smaller, how) for smaller in (1, 2, 4, 8, 16, 32) for how in ({"lossless": True}, {"quality": 80})]
+FORMS = [(side, how) for side in (2048, 1024, 512, 256, 128, 64) for how in ({"lossless": True}, {"quality": 80})]
 
-STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} b{float:right} h1{margin:0}
-body{max-width:1280px;margin:2rem auto;padding:0 1rem} figure{margin:0} h2{margin:2.5rem 0 .5rem}
-.missing{border-left:3px solid orange;padding:4px 1em} small,figcaption{color:GrayText} pre{overflow-x:auto}
-#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} svg{overflow:visible}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem}
+STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} b{float:right} h1,figure{margin:0}
+body{max-width:1280px;margin:2rem auto;padding:0 1rem} h2{margin:2.5rem 0 .5rem} small,figcaption{color:GrayText}
+.missing{border-left:3px solid orange;padding:4px 1em} pre{overflow-x:auto} pre,small,figcaption{font-size:12px}
+#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} .small{image-rendering:pixelated}
 .row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row img{width:92px}
-.row div{display:flex;gap:3px} pre,small,figcaption{font-size:12px} .small{image-rendering:pixelated} #sweep img{max-width:640px}
-#grids img,#grids input,svg{width:100%} svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
+.row div{display:flex;gap:3px} #sweep img{max-width:640px} #grids img,#grids input,svg{width:100%} svg{overflow:visible}
+svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
 .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}"""
 
 SCRIPT = """const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
@@ -81,10 +81,10 @@ def picture(image: Image.Image | Path, limit: int, **attributes: object) -> Html
     if isinstance(image, Path):
         image = decode_image(read_patiently(image.read_bytes, str(image)), str(image))
     image = image.convert("RGB")
-    image.thumbnail((2048, 2048))
-    for smaller, how in FORMS:
+    for side, how in FORMS:
+        image.thumbnail((side, side))
         data = io.BytesIO()
-        image.reduce(smaller).save(data, "webp", **how)
+        image.save(data, "webp", **how)
         if data.tell() <= limit:
             break
     return tag("img", src=f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}",
@@ -97,8 +97,7 @@ def spaced(items: Sequence, count: int) -> list:
 
 
 def figure(text: str, *images: Image.Image) -> Html:
-    pictures = (picture(image, SAMPLE_BYTES, alt="") for image in images)
-    return tag("figure", tag("div", *pictures), tag("figcaption", text[:TEXT]))
+    return tag("figure", tag("div", *(picture(one, SAMPLE_BYTES, alt="") for one in images)), tag("figcaption", text))
 
 
 # ------------------------------------------------------------------------------------------------------------- chapters
@@ -123,20 +122,14 @@ def curves(path: Path, lines: list[dict], last: int) -> list[Html]:
     for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
         points = [(line["step"], line[name]) for line in lines
                   if isinstance(line.get(name), int | float) and abs(line[name]) < LARGEST]          # a nan is not
-        panels += [curve(name, points, last)] if points else []
+        low, high = min((value for _, value in points), default=0), max((value for _, value in points), default=0)
+        places = [f"{step / last * 200:.1f},{60 - (value - low) / (high - low or 1) * 60:.1f}"
+                  for step, value in spaced(points, POINTS)]
+        drawing = tag("svg", tag("polyline", points=" ".join(places[:1] + places)),       # twice: a dot if it is alone
+                      tag("line", class_="at", y2=60), viewBox="0 0 200 60")
+        panels += [tag("figure", tag("b", f"{value:.4g}"), name[:TEXT], drawing,
+                       tag("figcaption", f"{low:.4g} to {high:.4g}")) for _, value in points[-1:]]
     return [tag("p", note), tag("div", *panels[:CURVES], class_="panels")]
-
-
-def curve(name: str, points: list[tuple[int, float]], last: int) -> Html:
-    """One number over steps from 0 to `last`."""
-    values = [value for _, value in points]
-    low, high = min(values), max(values)
-    places = [f"{step / last * 200:.1f},{60 - (value - low) / (high - low or 1) * 60:.1f}"
-              for step, value in spaced(points, POINTS)]
-    drawing = tag("svg", tag("polyline", points=" ".join(places[:1] + places)),           # twice: a dot if it is alone
-                  tag("line", class_="at", y2=60), viewBox="0 0 200 60")
-    return tag("figure", tag("b", f"{values[-1]:.4g}"), name[:TEXT], drawing,
-               tag("figcaption", f"{low:.4g} to {high:.4g}"))
 
 
 def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
@@ -149,12 +142,13 @@ def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
     return [tag("output"), tag("small", f" ({len(steps)} of {len(drawn)} grids)"), slider, *images]
 
 
-def best_of(folder: Path, rows: list[dict]) -> dict[Path, dict]:
-    """Folders and rows of the best among comparable rows; without scores the newest samples. Or raises UserError."""
+def best_of(folder: Path, rows: list[dict]) -> tuple[Path, dict]:
+    """Folder and row of the best setting with the most samples; without scores the newest samples, with {}."""
     made = sorted(folder.glob("*/samples.npz"), key=lambda path: path.stat().st_mtime)
     if not made:
         raise UserError(f"{folder}: no samples; make them with bash eval.sh {folder.parent}")
-    return {folder / row["folder"]: row for row in rows if row["best"]} or {made[-1].parent: {}}
+    best = max((row for row in rows if row["best"]), key=lambda row: row["num_samples"], default={})
+    return folder / best.get("folder", made[-1].parent.name), best
 
 
 def pick_samples(path: Path, count: int, each: int) -> dict[str, dict[int, Image.Image]]:
@@ -166,7 +160,7 @@ def pick_samples(path: Path, count: int, each: int) -> dict[str, dict[int, Image
     shown = (dict(enumerate(read_captions(path, None, read_npz_shape(path)[0][0]))) if labels is None else
              {index: f"class {labels[index]}" for index in np.argsort(labels, kind="stable").tolist()})
     for index, what in shown.items():
-        groups.setdefault(what, []).append(index)
+        groups.setdefault(what[:TEXT], []).append(index)
     each = min(each, max(map(len, groups.values())))
     chosen = {what: groups[what][:each] for what in spaced(list(groups), max(count // each, 1))}
     indices = sorted(index for among in chosen.values() for index in among)
@@ -175,14 +169,12 @@ def pick_samples(path: Path, count: int, each: int) -> dict[str, dict[int, Image
 
 
 def samples(folder: Path, rows: list[dict]) -> list[Html]:
-    """Samples of each best setting by class or caption, with its scores."""
-    inside, best = [], best_of(folder, rows)
-    for place, row in best.items():
-        about = [words(name, row[name]) for name in (*scores_of([row]), *SAID) if row.get(name) is not None]
-        groups = pick_samples(place / "samples.npz", SAMPLES // len(best), EACH)
-        inside += [tag("p", " · ".join(about) or "Not scored: give REF_BATCH to eval.sh."), tag("small", place.name),
-                   tag("div", *(figure(what, *one.values()) for what, one in groups.items()), class_="row")]
-    return inside
+    """Samples of the best setting by class or caption, with its scores."""
+    place, row = best_of(folder, rows)
+    about = [words(name, row[name]) for name in (*scores_of([row]), *SAID) if row.get(name) is not None]
+    groups = pick_samples(place / "samples.npz", SAMPLES, EACH)
+    return [tag("p", " · ".join(about) or "Not scored: give REF_BATCH to eval.sh."), tag("small", place.name),
+            tag("div", *(figure(what, *one.values()) for what, one in groups.items()), class_="row")]
 
 
 def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
@@ -190,31 +182,28 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
 
     Raises UserError naming what is missing and the command that makes it.
     """
-    npz = next(iter(best_of(folder, rows))) / "samples.npz"
+    npz = best_of(folder, rows)[0] / "samples.npz"
     if not npz.with_name("class_tokens.npz").exists():
         raise UserError(f"{npz.parent}: no class tokens; only --method reg generates them, with --save-cls-tokens")
-    data, name = Path(str(settings.get("data_dir"))), str(settings.get("enc_type")).split(",")[0].strip()
-    source, path = find_store(data, IMAGES), features_path(data, name)
-    if path is None:
-        raise UserError(f"{data}: no stored class tokens of the training images; python -m preprocessing.dataset_tools "
-                        f"encode --source={source.path} --dest={data / features_folder(name)} --enc-type={name}")
-    features, images, groups = Features(path), Catalogue(source, IMAGE_EXTENSIONS), pick_samples(npz, TOKENS, 1)
+    data_dir, name = str(settings.get("data_dir")), str(settings.get("enc_type")).split(",")[0].strip()
+    if (path := features_path(data_dir, name)) is None:
+        raise UserError(f"{data_dir}: no stored class tokens of the training images; python -m preprocessing."
+                        f"dataset_tools encode --source={data_dir}/images --dest={data_dir}/{features_folder(name)} "
+                        f"--enc-type={name}")
+    data = LatentDataset(data_dir, features=[Features(path)], captions=settings.get("text_encoder") is not None)
     tokens, _ = read_class_tokens(npz.with_name("class_tokens.npz"), read_npz_shape(npz)[0][0])             # (N, E)
-    if features.record.width != tokens.shape[1] or not np.isin(features.keys, images.keys).all():
-        raise UserError(f"{path}: of another encoder, or of other images than {source.path}; encode again")
-    chosen = np.array(spaced(range(len(features.names)), CANDIDATES))
-    known = torch.stack([features.read(name)["class_token"] for name in features.names[chosen]])            # (K, E)
-    inside, told = [], images.labels if images.captions is None else images.captions
-    for what, one in groups.items():
+    chosen = spaced(range(len(data)), CANDIDATES)
+    known = torch.stack([data[i][3]["class_token"] for i in chosen])                                        # (K, E)
+    inside = [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
+                       f"with it: cosine · class or caption, among {len(known):,} of {len(data):,}.")]
+    for what, one in pick_samples(npz, TOKENS, 1).items():
         (index, image), = one.items()
         cosines, nearest = torch.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))
         row = [figure(f"generated: {what}", image)]
-        for cosine, at in zip(cosines, np.searchsorted(images.keys, features.keys[chosen[nearest]]), strict=True):
-            near = Image.fromarray(read_image(source, images.names[at]).transpose(1, 2, 0))
-            row.append(figure(f"{cosine:.3f} · {'' if told is None else told[int(at)]}", near))
+        for cosine, (near, _, told, _) in zip(cosines, (data[chosen[i]] for i in nearest), strict=True):
+            row.append(figure(f"{cosine:.3f} · {told}"[:TEXT], to_pil_image(near)))
         inside.append(tag("div", *row, class_="row"))
-    return [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
-                     f"with it: cosine · class or caption, among {len(known):,} of {len(features.names):,}."), *inside]
+    return inside
 
 
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
@@ -232,8 +221,6 @@ def page(experiment: Path) -> str:
     if not any(path.exists() for path in parts):
         raise UserError(f"{experiment}: has no {', '.join(path.name for path in parts)}; name a run's folder")
     settings = parse_json(read_patiently(args.read_bytes, str(args)), str(args)) if args.exists() else {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{args}: not an object; remove it, train.py writes it again")
     lines, rows, name = read_lines(log), read_rows(made), experiment.resolve().name
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
     last = max([1, *drawn, *(line["step"] for line in lines)])
