@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 
 from dataset import LatentDataset
 from evaluations.class_tokens import read_class_tokens
@@ -26,7 +25,7 @@ from models.cached_features import Features, features_folder, features_path
 from runtime.arguments import Parser
 from runtime.files import as_size, read_patiently, write_whole
 from runtime.log import read_lines
-from runtime.messages import UserError, notice, say, without_traceback
+from runtime.messages import UserError, say, without_traceback
 from runtime.npz import load_npz, read_npz_rows, read_npz_shape
 from runtime.stores import decode_image, parse_json
 
@@ -42,10 +41,10 @@ STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif} b{f
 body{max-width:1280px;margin:2rem auto;padding:0 1rem} h2{margin:2.5rem 0 .5rem} small,figcaption{color:GrayText}
 .missing{border-left:3px solid orange;padding:4px 1em} pre{overflow-x:auto} pre,small,figcaption{font-size:12px}
 #training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} .small{image-rendering:pixelated}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} svg{overflow:visible}
 .row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1rem} .row figure{width:min-content} .row img{width:92px}
-.row div{display:flex;gap:3px} #sweep img{max-width:640px} #grids img,#grids input,svg{width:100%} svg{overflow:visible}
-svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText}
+.row div{display:flex;gap:3px} #sweep img{max-width:640px} #grids img,#grids input,svg{width:100%}
+svg{fill:none;stroke:#2a78c8;stroke-width:1.5;stroke-linecap:round;border-bottom:1px solid GrayText} .small{image-rendering:pixelated}
 .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}"""
 
 SCRIPT = """const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
@@ -91,6 +90,11 @@ def picture(image: Image.Image | Path, limit: int, **attributes: object) -> Html
                class_="small" * (image.width <= 300), **attributes)
 
 
+def require(found: object, message: str) -> None:
+    if not found:
+        raise UserError(message)
+
+
 def spaced(items: Sequence, count: int) -> list:
     """At most `count` of the items, evenly spaced, with the first and the last one."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
@@ -107,35 +111,33 @@ def chapter(name: str, title: str, build: Callable[..., Sequence[Html]], *given:
     try:
         inside = build(*given)
     except UserError as error:
-        notice(f"{title}: {error}")
         inside = [tag("p", str(error), class_="missing")]
     return tag("section", tag("h2", title), *inside, id=name)
 
 
 def curves(path: Path, lines: list[dict], last: int) -> list[Html]:
     """A panel for each number in the lines of metrics.jsonl: scores of samples first, then what training logs."""
-    if not lines:
-        raise UserError(f"{path}: no lines; train.py writes one every --logging-steps")
+    require(lines, f"{path}: no lines; train.py writes one every --logging-steps")
     lines = sorted(lines, key=lambda line: ("loss" in line, line["step"]))
     note = f"Steps 0 to {last:,}. Orange: the grid's." + " No scores: --eval-steps logs them." * ("loss" in lines[0])
-    panels = []
-    for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
-        points = [(line["step"], line[name]) for line in lines
-                  if isinstance(line.get(name), int | float) and abs(line[name]) < LARGEST]          # a nan is not
-        low, high = min((value for _, value in points), default=0), max((value for _, value in points), default=0)
+    numbers, panels = {}, []
+    for step, name, value in ((line["step"], *pair) for line in lines for pair in line.items()):
+        if name != "step" and isinstance(value, int | float) and abs(value) < LARGEST:    # a nan is not
+            numbers.setdefault(name[:TEXT], []).append((step, value))
+    for name, points in [*numbers.items()][:CURVES]:
+        low, high = min(value for _, value in points), max(value for _, value in points)
         places = [f"{step / last * 200:.1f},{60 - (value - low) / (high - low or 1) * 60:.1f}"
                   for step, value in spaced(points, POINTS)]
         drawing = tag("svg", tag("polyline", points=" ".join(places[:1] + places)),       # twice: a dot if it is alone
                       tag("line", class_="at", y2=60), viewBox="0 0 200 60")
-        panels += [tag("figure", tag("b", f"{value:.4g}"), name[:TEXT], drawing,
-                       tag("figcaption", f"{low:.4g} to {high:.4g}")) for _, value in points[-1:]]
-    return [tag("p", note), tag("div", *panels[:CURVES], class_="panels")]
+        text = tag("figcaption", f"{low:.4g} to {high:.4g}")
+        panels.append(tag("figure", tag("b", f"{points[-1][1]:.4g}"), name, drawing, text))
+    return [tag("p", note), tag("div", *panels, class_="panels")]
 
 
 def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
     """The grids of EMA samples by step, of which a slider shows one."""
-    if not drawn:
-        raise UserError(f"{folder}: no grids; train.py draws one every --sampling-steps")
+    require(drawn, f"{folder}: no grids; train.py draws one every --sampling-steps")
     steps = spaced(sorted(drawn), GRIDS)
     images = [picture(drawn[step], GRID_BYTES, id=f"step{step}", alt=f"step {step}") for step in steps]
     slider = tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) - 1, aria_label="training step")
@@ -145,8 +147,7 @@ def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
 def best_of(folder: Path, rows: list[dict]) -> tuple[Path, dict]:
     """Folder and row of the best setting with the most samples; without scores the newest samples, with {}."""
     made = sorted(folder.glob("*/samples.npz"), key=lambda path: path.stat().st_mtime)
-    if not made:
-        raise UserError(f"{folder}: no samples; make them with bash eval.sh {folder.parent}")
+    require(made, f"{folder}: no samples; make them with bash eval.sh {folder.parent}")
     best = max((row for row in rows if row["best"]), key=lambda row: row["num_samples"], default={})
     return folder / best.get("folder", made[-1].parent.name), best
 
@@ -183,33 +184,29 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
     Raises UserError naming what is missing and the command that makes it.
     """
     npz = best_of(folder, rows)[0] / "samples.npz"
-    if not npz.with_name("class_tokens.npz").exists():
-        raise UserError(f"{npz.parent}: no class tokens; only --method reg generates them, with --save-cls-tokens")
+    require(npz.with_name("class_tokens.npz").exists(), f"{npz.parent}: no class tokens; --save-cls-tokens writes REG's")
     data_dir, name = str(settings.get("data_dir")), str(settings.get("enc_type")).split(",")[0].strip()
-    if (path := features_path(data_dir, name)) is None:
-        raise UserError(f"{data_dir}: no stored class tokens of the training images; python -m preprocessing."
-                        f"dataset_tools encode --source={data_dir}/images --dest={data_dir}/{features_folder(name)} "
-                        f"--enc-type={name}")
+    path = features_path(data_dir, name)
+    require(path, f"{data_dir}: no stored class tokens of its images; python -m preprocessing.dataset_tools encode "
+                  f"--source={data_dir}/images --dest={data_dir}/{features_folder(name)} --enc-type={name}")
     data = LatentDataset(data_dir, features=[Features(path)], captions=settings.get("text_encoder") is not None)
     tokens, _ = read_class_tokens(npz.with_name("class_tokens.npz"), read_npz_shape(npz)[0][0])             # (N, E)
     chosen = spaced(range(len(data)), CANDIDATES)
     known = torch.stack([data[i][3]["class_token"] for i in chosen])                                        # (K, E)
-    inside = [tag("p", "A generated image, and the training images whose class token is nearest to the one generated "
-                       f"with it: cosine · class or caption, among {len(known):,} of {len(data):,}.")]
+    inside = [tag("p", f"The nearest of {len(known):,} of {len(data):,} images: cosine of the tokens, class or caption")]
     for what, one in pick_samples(npz, TOKENS, 1).items():
         (index, image), = one.items()
         cosines, nearest = torch.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))
         row = [figure(f"generated: {what}", image)]
         for cosine, (near, _, told, _) in zip(cosines, (data[chosen[i]] for i in nearest), strict=True):
-            row.append(figure(f"{cosine:.3f} · {told}"[:TEXT], to_pil_image(near)))
+            row.append(figure(f"{cosine:.3f} · {told}"[:TEXT], Image.fromarray(near.permute(1, 2, 0).numpy())))
         inside.append(tag("div", *row, class_="row"))
     return inside
 
 
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
     """Plot and table of everything that was scored."""
-    if not rows:
-        raise UserError(f"{folder}: no scores; give REF_BATCH to eval.sh")
+    require(rows, f"{folder}: no scores; give REF_BATCH to eval.sh")
     return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance by scale"), tag("pre", as_text(rows))]
 
 
@@ -218,8 +215,7 @@ def sweep(folder: Path, rows: list[dict]) -> list[Html]:
 def page(experiment: Path) -> str:
     """The page of an experiment's folder. Raises UserError if it is none, or if its args.json is damaged."""
     args, log, grid, made = parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
-    if not any(path.exists() for path in parts):
-        raise UserError(f"{experiment}: has no {', '.join(path.name for path in parts)}; name a run's folder")
+    require(any(path.exists() for path in parts), f"{experiment}: no run, has no args.json, metrics.jsonl, grids, samples")
     settings = parse_json(read_patiently(args.read_bytes, str(args)), str(args)) if args.exists() else {}
     lines, rows, name = read_lines(log), read_rows(made), experiment.resolve().name
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
