@@ -30,16 +30,15 @@ import torch
 from dataset import LatentDataset
 from evaluations.features import load_extractor
 from evaluations.scoring import evaluate
-from generate import latent_space
 from models import checkpoint
 from models.conditioning import ClassLabels
 from models.encoders import load_encoders
-from models.vae import load_codec
+from models.vae import LatentSpace, load_codec
 from runtime.pictures import grid_of
 from samplers import Sampling, sample_images
 
 state = checkpoint.read(EXPERIMENT)
-trained, space = state["args"], latent_space(state)
+trained, space = state["args"], LatentSpace.from_record(state["latent_space"])
 model = checkpoint.build_for_sampling(state)
 codec = load_codec(space.decoder)
 codec.use_space(space, EXPERIMENT)
@@ -74,20 +73,19 @@ grid_of(torch.cat([images[:8], known[cosines.argmax(dim=1)]]), 8)
 # %% [markdown]
 # ## Guide
 # Classifier-free guidance extrapolates from the unconditional velocity to the conditional one, of latents and class
-# token alike. Rows: scale 1 (none), 2.3 (the published one), 5; the noise of a column is the same.
+# token alike. Rows: scale 1 (none), 2.3 (the published one) and 5. The noise of a column is the same.
 
 # %%
-scales = (1.0, 2.3, 5.0)
-rows = [sample_images(model, codec, range(8), replace(how, cfg_scale=scale), conditions)[0] for scale in scales]
-grid_of(torch.cat(rows), 8)
+guided = {scale: sample_images(model, codec, range(256), replace(how, cfg_scale=scale), conditions)[0]
+          for scale in (1.0, 2.3, 5.0)}
+grid_of(torch.cat([made[:8] for made in guided.values()]), 8)
 
 # %% [markdown]
 # ## Score
-# The Frechet distance to the reference: lower is better, and it compares at equal numbers of samples only. 256 are
-# enough to see that guidance changes it; papers take 50,000 (`bash eval.sh EXP_DIR`).
+# The Frechet distance to the reference by scale: lower is better. It compares at equal numbers of samples only: these
+# are 256, papers take 50,000 (`bash eval.sh EXP_DIR`).
 
 # %%
 extractor = load_extractor(FEATURES)
-for scale in scales:
-    made = sample_images(model, codec, range(256), replace(how, cfg_scale=scale), conditions)[0]
-    print(f"scale {scale}:", evaluate(REFERENCE, made.permute(0, 2, 3, 1).numpy(), extractor)[extractor.key])
+{scale: evaluate(REFERENCE, made.permute(0, 2, 3, 1).numpy(), extractor)[extractor.key]
+ for scale, made in guided.items()}
