@@ -36,10 +36,10 @@ CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, thei
 SAID = ("step", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 FORMS = [(side, how) for side in (2048, 1024, 512, 256, 128, 64) for how in ({"lossless": True}, {"quality": 80})]
 
-STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui} b{float:right} h1,figure{margin:0} pre{overflow-x:auto}
+STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui} b{float:right} h1,figure{margin:0}
 body{max-width:1280px;margin:2rem auto;padding:0 1rem} h2{margin:2.5rem 0 .5rem} small,figcaption{color:GrayText}
-.missing{border-left:3px solid orange;padding:4px 1em} pre,small,figcaption{font-size:12px} #sweep img{max-width:640px}
-#training,.row{display:flex;flex-wrap:wrap;gap:1rem 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px}
+.missing{border-left:3px solid orange;padding:4px 1em} pre{overflow-x:auto} pre,small,figcaption{font-size:12px}
+#training,.row{display:flex;flex-wrap:wrap;gap:1rem 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} #sweep img{max-width:640px}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} .row{margin:.5rem 0 1.5rem}
 .row figure{width:min-content} .row img{width:92px} .row div{display:flex;gap:3px} .small{image-rendering:pixelated}
 #grids img,input,svg{width:100%} svg{fill:none;stroke:#2a78c8;stroke-linecap:round;border-bottom:1px solid GrayText}
@@ -183,14 +183,14 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
     npz = best_of(folder, rows)[0] / "samples.npz"
     require(npz.with_name("class_tokens.npz").exists(), f"{npz.parent}: no class tokens; REG's need --save-cls-tokens")
     data_dir, name = str(settings.get("data_dir")), str(settings.get("enc_type")).split(",")[0].strip()
-    path = features_path(data_dir, name)
-    require(path, f"{data_dir}: no stored class tokens of its images; python -m preprocessing.dataset_tools encode "
-                  f"--source={data_dir}/images --dest={data_dir}/{features_folder(name)} --enc-type={name}")
+    require(path := features_path(data_dir, name),
+            f"{data_dir}: no stored class tokens of its images; python -m preprocessing.dataset_tools encode "
+            f"--source={data_dir}/images --dest={data_dir}/{features_folder(name)} --enc-type={name}")
     data = LatentDataset(data_dir, features=[Features(path)], captions=settings.get("text_encoder") is not None)
     tokens, _ = read_class_tokens(npz.with_name("class_tokens.npz"), read_npz_shape(npz)[0][0])             # (N, E)
     chosen = spaced(range(len(data)), CANDIDATES)
     known = torch.stack([data[i][3]["class_token"] for i in chosen])                                        # (K, E)
-    inside = [tag("p", f"Nearest among {len(known):,} of {len(data):,} images: cosine of class tokens, class or caption")]
+    inside = [tag("p", f"Nearest among {len(known):,} of {len(data):,} images: cosine of class tokens; class or text")]
     for what, one in pick_samples(npz, TOKENS, 1).items():
         (index, image), = one.items()
         cosines, nearest = torch.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))
@@ -212,7 +212,7 @@ def sweep(folder: Path, rows: list[dict]) -> list[Html]:
 def page(experiment: Path) -> str:
     """The page of an experiment's folder. Raises UserError if it is none, or if its args.json is damaged."""
     args, log, grid, made = parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
-    require(any(map(Path.exists, parts)), f"{experiment}: has no {', '.join(path.name for path in parts)}; name a run's folder")
+    require(any(map(Path.exists, parts)), f"{experiment}: holds no run; name a folder of train.py, as exps/reg-toy")
     settings = parse_json(read_patiently(args.read_bytes, str(args)), str(args)) if args.exists() else {}
     lines, rows, name = read_lines(log), read_rows(made), experiment.resolve().name
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
