@@ -36,22 +36,25 @@ CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, thei
 SAID = ("step", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 FORMS = [(side, how) for side in (2048, 1024, 512, 256, 128, 64) for how in ({"lossless": True}, {"quality": 80})]
 
-STYLE = """<style>:root{color-scheme:light dark;font:15px/1.5 system-ui} b{float:right} h1,figure{margin:0}
-body{max-width:1280px;margin:2rem auto;padding:0 1rem} h2{margin:2.5rem 0 .5rem} small,figcaption{color:GrayText}
-.missing{border-left:3px solid orange;padding:4px 1em} pre{overflow-x:auto} pre,small,figcaption{font-size:12px}
-#training,.row{display:flex;flex-wrap:wrap;gap:1rem 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{max-width:640px}
-.row figure{width:min-content} .row img{width:92px} .row div{display:flex;gap:3px} .small{image-rendering:pixelated}
-#grids img,input,svg{width:100%} svg{fill:none;stroke:#2a78c8;stroke-linecap:round;border-bottom:1px solid GrayText}
-.at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))} .row{margin:.5rem 0 1.5rem}</style>"""
+HEAD = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>
+<meta http-equiv=Content-Security-Policy content="default-src 'unsafe-inline' data:"><style>h1,figure{margin:0}
+:root{color-scheme:light dark;font:15px/1.5 system-ui} body{max-width:1280px;margin:2rem auto;padding:0 1rem}
+h2{margin:2.5rem 0 .5rem} b{float:right} small,figcaption{color:GrayText} pre,small,figcaption{font:12px/1.4 system-ui}
+.missing{border-left:3px solid orange;padding:4px 1em} #sweep pre{overflow-x:auto;font-family:monospace}
+#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} img{max-width:100%}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{width:640px}
+.row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1.5rem} .row figure{width:min-content} .row img{min-width:92px}
+.row div{display:flex;gap:3px} .small{image-rendering:pixelated} #grids img,input,svg{width:100%} .at{stroke:orange}
+svg{fill:none;stroke:#2a78c8;stroke-linecap:round;border-bottom:1px solid GrayText}
+.at{transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""
 
 SCRIPT = """<script>const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
 const show = event => {
-  const linked = grids.findIndex(grid => "#" + grid.id == location.hash)
+  const linked = grids.findIndex(grid => "#step=" + grid.dataset.step == location.hash)
   if (event.type != "input" && linked >= 0) slider.value = linked
   grids.forEach((grid, i) => grid.hidden = i != slider.value)
   document.querySelector("output").textContent = grids[slider.value].alt
-  document.body.style.setProperty("--step", grids[slider.value].id.slice(4))
+  document.body.style.setProperty("--step", grids[slider.value].dataset.step)
 }
 if (slider) slider.oninput = onhashchange = onload = show</script>"""
 
@@ -136,7 +139,7 @@ def grids(folder: Path, drawn: dict[int, Path]) -> list[Html]:
     """The grids of EMA samples by step, of which a slider shows one."""
     require(drawn, f"{folder}: no grids; train.py draws one every --sampling-steps")
     steps = spaced(sorted(drawn), GRIDS)
-    images = [picture(drawn[step], GRID_BYTES, id=f"step{step}", alt=f"step {step}") for step in steps]
+    images = [picture(drawn[step], GRID_BYTES, data_step=step, alt=f"step {step}") for step in steps]
     slider = tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) - 1, aria_label="training step")
     return [tag("output"), tag("small", f" ({len(steps)} of {len(drawn)} grids)"), slider, *images]
 
@@ -226,8 +229,7 @@ def page(experiment: Path) -> str:
                chapter("neighbours", "Training images nearest to the class token", neighbours, made, rows, settings),
                chapter("sweep", "Sweep", sweep, made, rows), tag("h2", "Settings"), tag("details", tag("pre", flags)),
                style=f"--last:{last};--step:{last}")
-    return f"""<!doctype html><meta charset=utf-8><meta name=viewport content=width=device-width><title>{escape(name)}</title>
-<meta http-equiv=Content-Security-Policy content="default-src 'unsafe-inline' data:">{STYLE}{body}{SCRIPT}"""
+    return f"{HEAD}<title>{escape(name)}</title>{body}{SCRIPT}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
