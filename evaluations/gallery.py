@@ -37,16 +37,15 @@ SAID = ("step", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples"
 FORMS = [(side, how) for side in (2048, 1024, 512, 256, 128, 64) for how in ({"lossless": True}, {"quality": 80})]
 
 HEAD = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>
-<meta http-equiv=Content-Security-Policy content="default-src 'unsafe-inline' data:"><style>h1,figure{margin:0}
-:root{color-scheme:light dark;font:15px/1.5 system-ui} body{max-width:1280px;margin:2rem auto;padding:0 1rem}
-h2{margin:2.5rem 0 .5rem} b{float:right} small,figcaption{color:GrayText} pre,small,figcaption{font:12px/1.4 system-ui}
-.missing{border-left:3px solid orange;padding:4px 1em} #sweep pre{overflow-x:auto;font-family:monospace}
-#training{display:flex;flex-wrap:wrap;gap:0 2rem} #grids{flex:2 1 320px} #curves{flex:3 1 400px} img{max-width:100%}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} #sweep img{width:640px}
-.row{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0 1.5rem} .row figure{width:min-content} .row img{min-width:92px}
-.row div{display:flex;gap:3px} .small{image-rendering:pixelated} #grids img,input,svg{width:100%} .at{stroke:orange}
-svg{fill:none;stroke:#2a78c8;stroke-linecap:round;border-bottom:1px solid GrayText}
-.at{transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""
+<meta http-equiv=Content-Security-Policy content="default-src 'unsafe-inline' data:"><style>h2{margin:2.5rem 0 .5rem}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} .row figure{width:min-content}
+svg{fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} :root{color-scheme:light dark;font:15px/1.5 system-ui}
+body{max-width:1280px;margin:2rem auto;padding:0 1rem} .missing{border-left:3px solid orange;padding:4px 1em}
+#training,.row{display:flex;flex-wrap:wrap;gap:1rem} pre,small,figcaption{font-size:12px} .row img{min-width:92px}
+.small{image-rendering:pixelated} small,figcaption{color:GrayText} #grids img,input,svg{width:100%} h1,figure{margin:0}
+.row div{display:flex;gap:3px} .row{margin-bottom:2rem} #curves{flex:3 1 400px} #sweep img{width:640px} b{float:right}
+#grids{flex:2 1 320px} pre{overflow-x:auto}
+.at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""
 
 SCRIPT = """<script>const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
 const show = event => {
