@@ -41,11 +41,10 @@ HEAD = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} .row figure{width:min-content}
 svg{fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} :root{color-scheme:light dark;font:15px/1.5 system-ui}
 body{max-width:1280px;margin:2rem auto;padding:0 1rem} .missing{border-left:3px solid orange;padding:4px 1em}
-#training,.row{display:flex;flex-wrap:wrap;gap:1rem} pre,small,figcaption{font-size:12px} .row img{min-width:92px}
+#training,.row{display:flex;flex-wrap:wrap;gap:1rem} pre,small,figcaption{font-size:12px} .row img{flex:0 0 112px}
 .small{image-rendering:pixelated} small,figcaption{color:GrayText} #grids img,input,svg{width:100%} h1,figure{margin:0}
-.row div{display:flex;gap:3px} .row{margin-bottom:2rem} #curves{flex:3 1 400px} #sweep img{width:640px} b{float:right}
-#grids{flex:2 1 320px} pre{overflow-x:auto}
-.at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""
+.row div{display:flex;gap:3px} .row{margin-bottom:2rem} #curves{flex:3 1 400px} pre{overflow-x:auto} b{float:right}
+#grids{flex:2 1 320px} .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""
 
 SCRIPT = """<script>const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
 const show = event => {
@@ -206,7 +205,7 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
     """Plot and table of everything that was scored."""
     require(rows, f"{folder}: no scores; give REF_BATCH to eval.sh")
-    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance by scale"), tag("pre", as_text(rows))]
+    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance by scale", width=640), tag("pre", as_text(rows))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
