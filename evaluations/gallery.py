@@ -205,7 +205,7 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
 def sweep(folder: Path, rows: list[dict]) -> list[Html]:
     """Plot and table of everything that was scored."""
     require(rows, f"{folder}: no scores; give REF_BATCH to eval.sh")
-    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distance by scale", width=640), tag("pre", as_text(rows))]
+    return [picture(folder / "sweep.png", 2 * GRID_BYTES, alt="distances", width=640), tag("pre", as_text(rows))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
