@@ -218,15 +218,15 @@ def page(experiment: Path) -> str:
     lines, rows, name = read_lines(log), read_rows(made), experiment.resolve().name
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
     last = max([1, *drawn, *(line["step"] for line in lines)])
-    about = [str(settings[key])[:TEXT] for key in ("method", "model", "data_dir", "enc_type") if settings.get(key)]
-    flags = "\n".join(f"{key}: {str(value)[:TEXT]}" for key, value in settings.items()) or "no args.json"
+    about = [str(settings.get(key, "no args.json"))[:TEXT] for key in ("method", "model", "data_dir")]
+    flags = "\n".join(f"{key}: {str(value)[:TEXT]}" for key, value in settings.items())
     body = tag("body", tag("h1", name), tag("p", " · ".join([*about, f"step {last:,}"])),
                tag("div", chapter("grids", "Samples while training", grids, grid, drawn),
                    chapter("curves", "Curves", curves, log, lines, last), id="training"),
                chapter("samples", "Samples of the best setting", samples, made, rows),
                chapter("neighbours", "Training images nearest to the class token", neighbours, made, rows, settings),
-               chapter("sweep", "Sweep", sweep, made, rows), tag("h2", "Settings"), tag("details", tag("pre", flags)),
-               style=f"--last:{last};--step:{last}")
+               chapter("sweep", "Sweep", sweep, made, rows),
+               tag("details", tag("summary", "Settings"), tag("pre", flags)), style=f"--last:{last};--step:{last}")
     return f"{HEAD}<title>{escape(name)}</title>{body}{SCRIPT}"
 
 
