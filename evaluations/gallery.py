@@ -31,7 +31,7 @@ from runtime.stores import decode_image, parse_json
 # What keeps the page below 20 MB: numbers of pictures, and the most bytes of each.
 GRIDS, GRID_BYTES = 40, 150_000
 SAMPLES, EACH, SAMPLE_BYTES = 144, 6, 25_000     # images, and of a class or caption
-TOKENS, NEAREST, CANDIDATES = 8, 5, 5000         # generated tokens, images of each, training images to choose from
+TOKENS, NEAREST, CANDIDATES = 8, 8, 5000         # generated tokens, images of each, training images to choose from
 CURVES, POINTS, LARGEST, TEXT = 40, 300, 1e15, 300                # curves, their points and largest number; letters
 SAID = ("step", "mode", "num_steps", "cfg_scale", "guidance_high", "num_samples", "labels", "reference")
 FORMS = [(side, how) for side in (2048, 1024, 512, 256, 128, 64) for how in ({"lossless": True}, {"quality": 80})]
@@ -41,7 +41,7 @@ HEAD = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem} .row figure{width:min-content}
 svg{fill:none;stroke:#2a78c8;border-bottom:1px solid GrayText} :root{color-scheme:light dark;font:15px/1.5 system-ui}
 body{max-width:1280px;margin:2rem auto;padding:0 1rem} .missing{border-left:3px solid orange;padding:4px 1em}
-#training,.row{display:flex;flex-wrap:wrap;gap:1rem} pre,small,figcaption{font-size:12px} .row img{flex:0 0 112px}
+#training,.row{display:flex;flex-wrap:wrap;gap:1rem} pre,small,figcaption{font-size:12px} .row img{flex:0 0 96px}
 .small{image-rendering:pixelated} small,figcaption{color:GrayText} #grids img,input,svg{width:100%} h1,figure{margin:0}
 .row div{display:flex;gap:3px} .row{margin-bottom:2rem} #curves{flex:3 1 400px} pre{overflow-x:auto} b{float:right}
 #grids{flex:2 1 320px} .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""

@@ -256,6 +256,7 @@ def hostile(captioned):
 
 
 def test_texts_of_files_are_escaped(hostile):
+    assert gallery.tag("p", "<", gallery.Html("<b>"), data_x='"<') == '<p data-x="&quot;&lt;">&lt;<b></p>'
     page = page_of(hostile)
     assert page.text.count('<script>document.title="owned"</script>') >= 6
     assert [name for name, _ in page.elements].count("script") == 1
