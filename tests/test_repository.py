@@ -33,6 +33,7 @@ ALLOWED = {
     "generate": {"samplers", "dataset", "models", "runtime"},
     "preprocessing": {"preprocessing", "dataset", "models", "runtime"},
     "evaluations.sweep": {"evaluations", "generate", "models.checkpoint", "runtime"},
+    "evaluations.gallery": {"evaluations", "dataset", "models.cached_features", "runtime"},
     "evaluations": {"evaluations", "models.encoders", "models.text", "preprocessing.crop", "runtime"},
     "train": EVERYTHING - {"generate"},
     "benchmarks": EVERYTHING | {"benchmarks", "toy"},
