@@ -37,7 +37,7 @@ def inputs(model: SiT, batch: int = 2) -> tuple:
 
 
 def test_names():
-    assert SiT_models.keys() == {f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (2, 4, 8)}
+    assert SiT_models.keys() == {f"SiT-{size}/{patch}" for size in ("T", "S", "B", "L", "XL") for patch in (1, 2, 4, 8)}
 
 
 @pytest.mark.parametrize("name", ["SiT-T/2", "SiT-S/4", "SiT-B/8", "SiT-L/2", "SiT-XL/2"])
