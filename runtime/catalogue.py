@@ -96,8 +96,7 @@ def _match(entries: Iterable, what: str, where: str, keys: np.ndarray, key: Call
     given = dict(pairs)
     for one, value in pairs if len(given) < len(pairs) else ():
         if given[one] != value and one in keys:
-            both = " and ".join(f"{what} {shown(str(each))[:80]}" for each in (value, given[one]))
-            raise UserError(f"{where}: {shown(one)} has {both}; remove one")
+            raise UserError(f"{where}: {shown(one)} has {what} {value!r:.80} and {what} {given[one]!r:.80}; remove one")
     require_all(given, what, where, keys)
     return [given[one] for one in keys.tolist()]
 
@@ -106,9 +105,8 @@ def require_all(given: Container[bytes], what: str, where: str, keys: np.ndarray
     """Raise UserError naming those of `keys` (n,) of which nothing is given."""
     lacking = keys[[one not in given for one in keys.tolist()]]
     if len(lacking):
-        remedy = {"label": 'complete it, or set "labels" to null',
-                  "caption": "add them, to a prepared data set with `preprocessing.dataset_tools captions`"}[what]
-        raise UserError(f"{where}: no {what} for {len(lacking)} of {len(keys)} files ({few(lacking)}); {remedy}")
+        how = ', or set "labels" to null' if what == "label" else " (in prepared data by `dataset_tools captions`)"
+        raise UserError(f"{where}: no {what} for {len(lacking)} of {len(keys)} files ({few(lacking)}); add it{how}")
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
