@@ -67,7 +67,7 @@ print("cosine of the pair:", torch.cosine_similarity(tokens, encoder(images)[0])
 
 data = LatentDataset(trained["data_dir"])
 known = torch.stack([data[i][0] for i in range(min(len(data), 1024))])                # (K, 3, R, R)
-values, nearest = torch.cosine_similarity(tokens[:8, None], encoder(known)[0], dim=2).max(dim=1)             # (8,), (8,)
+values, nearest = torch.cosine_similarity(tokens[:8, None], encoder(known)[0], dim=2).max(dim=1)       # (8,), (8,)
 grid_of(torch.cat([images[:8], known[nearest]]), 8, ["generated"] * 8 + [f"cosine {one:.2f}" for one in values])
 
 # %% [markdown]
