@@ -59,14 +59,14 @@ grid_of(images, 8, [f"class {label}" for label in labels])
 # ## Look at the pair
 # Do image and class token agree? The encoder reads the token off the finished image; the cosine to the generated
 # token says how well the two halves of the pair fit. Then the training image whose class token is nearest to the
-# generated one: generated images above, their neighbours below.
+# generated one, among 1,024 from all over the data: generated images above, their neighbours below.
 
 # %%
 encoder = load_encoders(trained["enc_type"], "cpu", images.shape[-1])[0]
 print("cosine of the pair:", torch.cosine_similarity(tokens, encoder(images)[0]).numpy().round(2))
 
 data = LatentDataset(trained["data_dir"])
-known = torch.stack([data[i][0] for i in range(min(len(data), 1024))])                # (K, 3, R, R)
+known = torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // 1024))])  # (K, 3, R, R), of every class
 values, nearest = torch.cosine_similarity(tokens[:8, None], encoder(known)[0], dim=2).max(dim=1)       # (8,), (8,)
 grid_of(torch.cat([images[:8], known[nearest]]), 8, ["generated"] * 8 + [f"cosine {one:.2f}" for one in values])
 
