@@ -4,7 +4,7 @@
 # # From a checkpoint to a score
 #
 # REG denoises a pair: the image's latents, and the *class token* of a frozen image encoder. This notebook loads a
-# checkpoint, samples pairs, looks at them, guides them and scores them, on two CPU cores in about a minute.
+# checkpoint, samples pairs, looks at them, guides them and scores them, in a few minutes on two CPU cores.
 # `make toy` (12 minutes) makes the files that it reads. For another run change the three names below.
 
 # %%
@@ -51,24 +51,24 @@ print(trained["method"], trained["model"], "step", state["steps"], model.config)
 
 # %%
 conditions = ClassLabels(model.num_classes, labels="balanced")
-how = Sampling(mode="ode", num_steps=50)
+how = Sampling(mode="ode", num_steps=25)
 images, labels, tokens = sample_images(model, codec, range(16), how, conditions)      # (16, 3, R, R), 16, (16, E)
-grid_of(images, 8)
+grid_of(images, 8, [f"class {label}" for label in labels])
 
 # %% [markdown]
 # ## Look at the pair
 # Do image and class token agree? The encoder reads the token off the finished image; the cosine to the generated
 # token says how well the two halves of the pair fit. Then the training image whose class token is nearest to the
-# generated one: generated images above, their neighbours below.
+# generated one, among 1,024 from all over the data: generated images above, their neighbours below.
 
 # %%
 encoder = load_encoders(trained["enc_type"], "cpu", images.shape[-1])[0]
 print("cosine of the pair:", torch.cosine_similarity(tokens, encoder(images)[0]).numpy().round(2))
 
 data = LatentDataset(trained["data_dir"])
-known = torch.stack([data[i][0] for i in range(min(len(data), 1024))])                # (K, 3, R, R)
-cosines = torch.cosine_similarity(tokens[:8, None], encoder(known)[0], dim=2)         # (8, K)
-grid_of(torch.cat([images[:8], known[cosines.argmax(dim=1)]]), 8)
+known = torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // 1024))])  # (K, 3, R, R), of every class
+values, nearest = torch.cosine_similarity(tokens[:8, None], encoder(known)[0], dim=2).max(dim=1)       # (8,), (8,)
+grid_of(torch.cat([images[:8], known[nearest]]), 8, ["generated"] * 8 + [f"cosine {one:.2f}" for one in values])
 
 # %% [markdown]
 # ## Guide
@@ -78,7 +78,7 @@ grid_of(torch.cat([images[:8], known[cosines.argmax(dim=1)]]), 8)
 # %%
 guided = {scale: sample_images(model, codec, range(256), replace(how, cfg_scale=scale), conditions)[0]
           for scale in (1.0, 2.3, 5.0)}
-grid_of(torch.cat([made[:8] for made in guided.values()]), 8)
+grid_of(torch.cat([made[:8] for made in guided.values()]), 8, [f"scale {one}" for one in guided for _ in range(8)])
 
 # %% [markdown]
 # ## Score

@@ -31,7 +31,7 @@ def test_the_notebook_runs(trained, encoder_folder, tmp_path):
     text = SCRIPT.read_text(encoding="utf-8")
     for usual, small in (('"exps/reg-toy"', f'"{checkpoint}"'), ('"data/toy/reference.npz"', f'"{reference}"'),
                          ('"local-dir:toy/networks/features"', f'"local-dir:{encoder_folder}"'),
-                         ("num_steps=50", "num_steps=2"), ("range(256)", "range(12)")):
+                         ("num_steps=25", "num_steps=2"), ("range(256)", "range(12)")):
         assert usual in text
         text = text.replace(usual, small)
     notebook = nbformat.reads(notebook_of(text), as_version=4)
