@@ -215,11 +215,12 @@ def page(experiment: Path) -> str:
     args, log, grid, made = parts = [experiment / name for name in ("args.json", "metrics.jsonl", "grids", "samples")]
     require(any(map(Path.exists, parts)), f"{experiment}: holds no run; name a folder of train.py, as exps/reg-toy")
     settings = parse_json(read_patiently(args.read_bytes, str(args)), str(args)) if args.exists() else {}
+    require(isinstance(settings, dict), f"{args}: holds no settings; correct it, or remove it")
     lines, rows, name = read_lines(log), read_rows(made), experiment.resolve().name
     drawn = {int(path.stem): path for path in grid.glob("*.png") if path.stem.isdecimal()}
     last = max([1, *drawn, *(line["step"] for line in lines)])
     about = [str(settings.get(key, "no args.json"))[:TEXT] for key in ("method", "model", "data_dir")]
-    flags = "\n".join(f"{key}: {str(value)[:TEXT]}" for key, value in settings.items())
+    flags = "\n".join(f"{key[:TEXT]}: {str(value)[:TEXT]}" for key, value in settings.items())
     body = tag("body", tag("h1", name), tag("p", " · ".join([*about, f"step {last:,}"])),
                tag("div", chapter("grids", "Samples while training", grids, grid, drawn),
                    chapter("curves", "Curves", curves, log, lines, last), id="training"),

@@ -70,9 +70,13 @@ def read_row(metrics: Path, result: dict) -> dict:
 
 def read_rows(samples: Path) -> list[dict]:
     """A row for everything scored below the folder, sorted; `best` marks the lowest distance among comparable rows."""
-    results = ((path, read_result(path)) for path in sorted(samples.glob(f"*/{METRICS}")))
-    rows = sorted((read_row(path, result) for path, result in results if result is not None),
-                  key=lambda row: [(row[name] is not None, row[name]) for name in SETTINGS])
+    rows = []
+    for path in sorted(samples.glob(f"*/{METRICS}")):
+        try:
+            rows += [read_row(path, result) for result in [read_result(path)] if result is not None]
+        except (LookupError, TypeError, AttributeError) as error:
+            notice(f"{path}: not what the evaluator writes ({error!r:.80}); left out")
+    rows.sort(key=lambda row: [(row[name] is not None, row[name]) for name in SETTINGS])
     lowest: dict[tuple, float] = {}
     for row in rows:
         lowest[protocol(row)] = min(lowest.get(protocol(row), math.inf), row.get(distance_of(row), math.inf))

@@ -224,13 +224,16 @@ def test_damaged_lines_and_pictures_do_not_cost_the_page(run):
     (run / "metrics.jsonl").write_text("\n".join(lines))
     (run / "grids" / "0000002.png").write_bytes(b"no picture")
     (run / "grids" / "notes.png").write_bytes(b"other")
+    for file in run.glob("samples/*/metrics.json"):
+        file.write_text('{"asked": {}, "settings": {}, "weights_sha256": "0"}')
     page = page_of(run)
     assert [len(attributes["points"].split()) for name, attributes in page.elements if name == "polyline"] == [3]
     assert "0000002.png: not a readable image" in page.text and "class 0" in page.text
 
 
 @pytest.mark.parametrize(("name", "content", "word"), [
-    ("nothing", None, "no run"), ("checkpoints/0000002.pt", None, "no run"), ("args.json", "{", "not JSON")])
+    ("nothing", None, "no run"), ("checkpoints/0000002.pt", None, "no run"), ("args.json", "{", "not JSON"),
+    ("args.json", "[]", "no settings")])
 def test_refusals(run, capsys, name, content, word):
     folder = run if content else run / name
     if content:
