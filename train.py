@@ -405,8 +405,8 @@ def main(argv: list[str] | None = None) -> None:
                                 pin_memory=accelerator.device.type == "cuda")
             batches = to_device(run.meter.timed(batches_of(loader)), accelerator.device, len(encoders))
             say(f"{args.model}, {args.method}: {len(data):,} images, {conditions}, "
-                f"{accelerator.num_processes} process(es), mixed precision {args.mixed_precision}, step {start} "
-                f"of {args.max_train_steps}")
+                f"{accelerator.num_processes} process(es), mixed precision {args.mixed_precision}, "
+                f"time shift {shift:g}, step {start} of {args.max_train_steps}")
             train(args, run, run.read_ahead(batches, args.gradient_accumulation_steps), space, encoders, conditions,
                   model, ema, objective, optimizer, accelerator)
             if run.interrupted:

@@ -27,7 +27,7 @@ SAME = ("weights", "mode", "heun", "num_steps", "cfg_scale", *GUIDANCE, "time_sh
 DESCRIBED = ("method", "model", "enc_type", "encoder_depth", "proj_coeff", "cls", "align", "path_type", "weighting",
              "time_shift", "learning_rate", "batch_size", "ema_decay", "mixed_precision", "seed", "resolution",
              "images", "processes", "hardware")
-NEVER, EARLY = "not reached", "reached before the first scored checkpoint"        # no curve tells where
+NEVER, EARLY = "not reached", "reached at or before the first scored checkpoint"        # no curve tells where
 
 
 def crossing(curve: dict[float, float], target: float) -> float | None:

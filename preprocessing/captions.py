@@ -89,7 +89,10 @@ def read_beside(store: Store, names: np.ndarray, others: np.ndarray) -> tuple[di
         (stem, extension), where = os.path.splitext(file), store.where(file)
         texts = None
         if stem in stems and extension == b".txt":
-            texts = [line for line in store.read(file).decode("utf-8-sig", "replace").splitlines() if line.strip()]
+            try:
+                texts = [line for line in store.read(file).decode("utf-8-sig").splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
         elif stem in stems and extension == b".json":
             texts = _first(parse_json(store.read(file), where), FIELDS)
         if texts is not None:                                     # else it holds something else

@@ -65,10 +65,9 @@ class Moments:
         wanted = self.precision == "bf16" and on_gpu if compiled is None else compiled
         self.compiled = wanted and speed.compiler_works(device.type)
         speed.require_same_everywhere(self.compiled)
-        self.settings = {"vae": self.name, "dtype": dtype, "precision": self.precision, "compiled": self.compiled}
         self.latent_stats, self.statistics = latent_stats, latent_stats and read_statistics(latent_stats)
-        if latent_stats:
-            self.settings["latent_stats"] = sha256(latent_stats)
+        self.settings = {"vae": self.name, "dtype": dtype, "precision": self.precision, "compiled": self.compiled,
+                         "latent_stats": latent_stats and sha256(latent_stats)}
 
     def open(self, resolution: int, batch_size: int) -> int:
         """Load the VAE and return the bytes of one file. Raises UserError if it fails or R does not fit."""

@@ -355,7 +355,7 @@ def test_json_without_captions_and_tars_of_classes_are_what_they_were(photos, tm
 
 @pytest.mark.parametrize(("files", "word"), [
     ({f"{stem(name)}.txt": b"words" for name in PICTURES if name != "a/p3.jpg"}, "a/p3.jpg"),
-    ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.json": b"{"}, "a/p1.json"),
+    ({"a/p1.txt": b"\n \n"}, "a/p1.txt"), ({"a/p1.txt": b"Caf\xe9"}, "UTF-8"), ({"a/p1.json": b"{"}, "a/p1.json"),
     ({"a/p1.json": b'{"text": [""]}'}, "a/p1.json")])
 def test_every_picture_needs_a_caption_beside_it(photos, tmp_path, refused, files, word):
     fill(photos, files)

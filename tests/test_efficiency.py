@@ -37,7 +37,7 @@ def test_the_curve_of_a_run(experiment, capsys):
     assert curve["points"][2] == {"step": 400, "samples": 4000, "epochs": 8.0, "fid": 5.0,
                                   "gpu_hours": pytest.approx(2 * (100 + 150) / 3600)}
     at = curve["crossings"]
-    assert "before the first" in at["50"] and curve["reference"] == "adm:b3273271"
+    assert "at or before" in at["50"] and curve["reference"] == "adm:b3273271"
     assert at["8"]["samples"] == pytest.approx(10 * (100 / 8) ** 2) and at["2"] == "not reached"
     assert curve["EP_FID@5"] == pytest.approx(8) and curve["Samples-to-FID-5"] == pytest.approx(4000)
     assert not {"EP_FID@2", "EP_FID@50"} & curve.keys() and not any(name.startswith("EP_FID") for name in guided)

@@ -405,8 +405,9 @@ def test_a_space_per_channel_from_encoding_to_pictures(folders, data_dir, train_
     assert list((tmp_path / "other/grids").iterdir())
     dataset_tools.main(["check", f"--source={tmp_path / 'measured'}", f"--output={tmp_path / 'check.png'}",
                         "--workers=0"])
-    with pytest.raises(SystemExit):                               # the same destination with other statistics
-        prepare(data_dir, tmp_path / "data", vae, "--latent-stats", tmp_path / "x.npz")
+    for folder, flags in (("data", ["--latent-stats", tmp_path / "x.npz"]), ("measured", [])):
+        with pytest.raises(SystemExit):                           # the same destination with other statistics
+            prepare(data_dir, tmp_path / folder, vae, *flags)
 
 
 def test_an_rae_encodes_images_of_its_side_only(folders, data_dir, tmp_path, capsys):
