@@ -331,6 +331,11 @@ class ListStore(RowStore):
         return {name: record.get(column) for name, record in self._records.items()}
 
 
+def image_column(store: Store) -> str | None:
+    """The column of the pictures, None without columns; another one holds other pictures under the same names."""
+    return store.columns["image"] if isinstance(store, RowStore) else None
+
+
 def open_source(path: str | Path, image_column: str | None = None, label_column: str | None = None,
                 caption_column: str | None = None) -> Store:
     """As `open_store`, and what others keep pictures in: a list (LISTS), or shards (SHARDS) of one data set.

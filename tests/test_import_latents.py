@@ -138,7 +138,7 @@ def test_flips_are_further_entries(raw, vae, tmp_path, capsys):
         assert torch.equal(moments, one[i][1].flip(-1)) and label == one[i][2] == LABELS[i]
 
 
-def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys):
+def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys, refused):
     source = lightningdit(tmp_path / "source", raw)
     for dest in ("whole", "begun"):
         import_latents(source, tmp_path / dest, "lightningdit", vae)
@@ -152,6 +152,8 @@ def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys):
         n: d for n, d in whole.items() if "catalogue" not in n}
     import_latents(source, tmp_path / "begun", "lightningdit", vae)
     assert "finished already" in capsys.readouterr().out
+    other = lightningdit(tmp_path / "other", -raw)
+    assert "source" in refused(import_latents, other, tmp_path / "begun", "lightningdit", vae)
 
 
 def test_sit_trains_on_moments_alone(raw, vae, tmp_path):

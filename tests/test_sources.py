@@ -255,6 +255,21 @@ def test_a_killed_conversion_of_parquet_continues(images, tmp_path):
     assert told(dest)[0] == told(tmp_path / "folder/out")[0]
 
 
+@pytest.mark.parametrize("command", [convert, encode])
+def test_another_column_of_pictures_does_not_continue(command, vae_folder, tmp_path, refused, capsys):
+    files = [as_file(picture(32, 32, i), "png") for i in range(4)]
+    source = shards(tmp_path / "pq", pa.table({"image": files[:2], "mask": files[2:], "label": [0, 1]}))
+    flags = [f"--model-url={vae_folder}"] * (command is encode)
+    command(source, tmp_path / "dest", "--image-column=image", *flags)
+    line = refused(command, source, tmp_path / "dest", "--image-column=mask", *flags)
+    assert "image_column image, now image_column mask" in line
+    (one,) = shards(tmp_path / "one", pa.table({"image": files[:2], "label": [0, 1]})).iterdir()
+    if command is encode:                                         # the same column, found instead of named
+        one.rename(source / one.name)
+        command(source, tmp_path / "dest", *flags)
+        assert "finished already" in capsys.readouterr().out
+
+
 def test_shards_by_pattern_and_one_split_of_a_folder(pictures, tmp_path, refused):
     """As ImageNet lies on the hub: train, validation and test in one folder."""
     source = shards(tmp_path / "pq", row_table(pictures, ""), rows=4)
