@@ -18,7 +18,7 @@ from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
 from runtime.messages import MayPass, UserError, notice, say
-from runtime.sources import TableStore, TarStore, image_column, open_source
+from runtime.sources import TableStore, TarStore, open_source
 from runtime.stores import IMAGE_EXTENSIONS, MAX_PIXELS, Store, few, shown, split_names
 
 CHUNK, RUN = 16, 128  # pictures that a worker converts at a time; of a table, of whose row groups it skips the rest
@@ -187,8 +187,8 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     chosen = spread(labels, len(all_names), max_images)
     names, labels = all_names[chosen], None if labels is None else labels[chosen]
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(names, metadata),
-                "image_column": image_column(store), "images": len(names), "transform": transform or TRANSFORMS[0],
-                "resolution": resolution}
+                "image_column": getattr(store, "columns", {}).get("image"), "images": len(names),
+                "transform": transform or TRANSFORMS[0], "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     here = np.isin(names, present)
     gone, outputs = outputs[~here], outputs[here]

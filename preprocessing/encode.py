@@ -24,7 +24,7 @@ from runtime.files import as_size, sha256, to_npy
 from runtime.launch import blocks, join_processes
 from runtime.messages import UserError, say
 from runtime.npz import write_npz
-from runtime.sources import image_column, open_source
+from runtime.sources import open_source
 from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, shown, split_names
 
 # Precision of the VAE's arithmetic. With the toy's VAE, the images' means differ from fp32's by 0.0003 (tf32) and 0.004
@@ -187,7 +187,7 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     state = join_processes()
     # Not the images' path: the data folder may move meanwhile.
     settings = {"command": "encode", "source_contents": digest(names, metadata), "images": len(names),
-                "image_column": image_column(store), **network.settings}
+                "image_column": getattr(store, "columns", {}).get("image"), **network.settings}
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {} if network.kind != "moments" else {
         "labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}

@@ -157,7 +157,8 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {"labels": listed(outputs, read_labels(store, keys, key_of, metadata)), "classes": metadata.get("classes")}
     settings = {"command": "import-latents", "source": os.path.realpath(source), "images": len(names),
-                "source_contents": digest(outputs, labels), "format": format, "normalised": normalised, "flips": flips, "vae": space.to_record()}
+                "source_contents": digest(outputs, labels), "format": format, "flips": flips, "normalised": normalised,
+                "vae": space.to_record()}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         destination.close()

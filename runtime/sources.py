@@ -24,6 +24,9 @@ from runtime.messages import MayPass, UserError
 from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
+SQUEEZED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
+CACHE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")                # the library datasets leaves them beside its shards
+SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}|(train|test|valid|validation|val|dev)(?![a-z])")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
 # Kinds of columns, by pyarrow's name of their type; the library datasets keeps bytes and path of a picture.
 KINDS = {"image": r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary", "number": r"u?int[0-9]+",
@@ -331,29 +334,29 @@ class ListStore(RowStore):
         return {name: record.get(column) for name, record in self._records.items()}
 
 
-def image_column(store: Store) -> str | None:
-    """The column of the pictures, None without columns; another one holds other pictures under the same names."""
-    return store.columns["image"] if isinstance(store, RowStore) else None
-
-
 def open_source(path: str | Path, image_column: str | None = None, label_column: str | None = None,
                 caption_column: str | None = None) -> Store:
     """As `open_store`, and what others keep pictures in: a list (LISTS), or shards (SHARDS) of one data set.
 
     Shards are a file, a folder that holds neither pictures nor folders, or a pattern like DIR/train-*.parquet. Raises
-    UserError for shards of two forms or splits, for columns as `choose` does, and for columns where there are none.
+    UserError for shards of two forms or splits or with one name, for columns as `choose` does, and for columns where
+    there are none.
     """
     path, named = str(path), {"image": image_column, "label": label_column, "caption": caption_column}
     inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else (
         [path] if os.path.exists(path) else glob.glob(path))
     inside = sorted(name for name in inside if os.path.basename(name)[0] != ".")
     plain = os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside)
-    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name) and not plain]
-    forms = sorted({Path(name).suffix for name in shards})
-    splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
-    if len(forms) > 1 or len(splits) > 1:
-        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(forms if len(forms) > 1 else splits))}; "
-                        f"give those of one, as in --source '{splits[0] if splits else 'DIR/train'}-*{forms[0]}'")
+    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name) and not plain
+              and (name == path or not CACHE.match(os.path.basename(name)))]
+    forms, stems = sorted({Path(name).suffix for name in shards}), sorted(Path(name).stem for name in shards)
+    splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
+    twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})
+    if several := next((names for names in (forms, splits) if len(names) > 1), twice):
+        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
+                        f"--source '{splits[0] if splits else 'DIR/train'}*{forms[0]}'")
+    if squeezed := [name for name in inside if name.endswith(SQUEEZED) and not plain]:
+        raise UserError(f"{shown(squeezed[0])}: tars must be uncompressed, to be read in place; decompress it")
     if forms and forms[0] != ".tar":
         return TableStore(path, shards, named)
     if path.endswith(LISTS) and os.path.isfile(path):
