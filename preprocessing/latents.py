@@ -58,10 +58,12 @@ class LatentStore(RowStore):
         files = list_names(FolderStore(source), FORMATS[form]) if os.path.isdir(source) else [Path(source).name]
         for file in map(os.fsdecode, files):
             for array, one in self._arrays(file).items():
-                shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
-                flipped += shape[0] if array == FLIPPED else 0
+                with naming(f"{shown(os.path.join(self.path, file))}: {shown(array)}"):
+                    shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
                 if len(shape) in (3, 4) and (flips or array != FLIPPED):
                     self._add(file, array, shape)
+                elif len(shape) in (3, 4):
+                    flipped += shape[0]
         if flipped and not flips:
             notice(f"{shown(source)}: {flipped} latents of flipped images are left out; --flips takes them, too")
         self.columns = {"label": "label" if {*self._labels.values()} - {None} else None, "caption": None}
@@ -75,8 +77,9 @@ class LatentStore(RowStore):
         stem = os.path.splitext(file)[0] + f"/{array}" * (array not in ("", "latents"))
         for row, label in zip(rows, self._labels_of(file, array, len(rows)), strict=True):
             name = f"{(array or file).removesuffix('.npy')}.npy" if alone else f"{stem}/{row:08d}.npy"
-            if name in self.entries:
-                raise UserError(f"{self.where(name)}: {shown(file)} has another {shown(name)}; import them apart")
+            if name in self.entries or "\0" in name:
+                raise UserError(f"{self.where(name)}: {shown(file)} has another {shown(name)}, or that is no file's "
+                                "name; import them apart")
             self.entries[name], self._labels[name] = (file, array, row, shape[-3:]), label
 
     def _labels_of(self, file: str, array: str, count: int) -> list:
@@ -85,7 +88,8 @@ class LatentStore(RowStore):
         other, name = (file, twin) if array else (twin, array)
         if twin == (array or file) or other not in self or name not in (arrays := self._arrays(other)):
             return [None] * count
-        values = np.asarray(arrays[name][:]).flatten().tolist()
+        with naming(f"{super().where(other)}: {shown(name)}"):
+            values = arrays[name][:].flatten().tolist()           # of numpy or torch
         if len(values) != count:
             raise UserError(f"{self.where(other)}: {len(values)} labels for {count} latents; correct it")
         return values

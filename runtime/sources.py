@@ -41,7 +41,8 @@ def naming(where: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{where}: needs {error.name}; install it with `pip install {error.name}`") from None
+        name = (error.name or "").partition(".")[0] or "the library that it names"
+        raise UserError(f"{where}: {shown(str(error))}; `pip install {name}`, or install it again") from None
     except Exception as error:                                    # of any kind
         kind = MayPass if getattr(error, "errno", None) in PASSING else UserError
         raise kind(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
@@ -305,7 +306,9 @@ def _records(path: str) -> list[dict]:
 
 
 def _is_picture(value: object) -> bool:
-    return isinstance(value, str) and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS)
+    """Whether it can be a picture's name. JSON can hold NUL and half characters, which no file's name has."""
+    return (isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
+            and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS))
 
 
 def _kind(values: list) -> str:
@@ -326,9 +329,10 @@ class ListStore(RowStore):
         records = _records(path)
         kinds = {name: _kind([record[name] for record in records]) for name in (records or [{}])[0]}
         self.columns = choose(kinds, named, shown(path))
-        self._records = {record[self.columns["image"]]: record for record in records}
-        if len(self._records) < len(records) or not all(map(_is_picture, self._records)):
+        pictures = [record[self.columns["image"]] for record in records]
+        if not all(map(_is_picture, pictures)) or len({*pictures}) < len(pictures):
             raise UserError(f"{shown(path)}: names a picture twice, or something else than a picture; correct it")
+        self._records = dict(zip(pictures, records, strict=True))
 
     def values(self, column: str | None) -> dict[str, Any]:
         return {name: record.get(column) for name, record in self._records.items()}

@@ -57,7 +57,8 @@ def lightningdit(path: Path, raw: np.ndarray, labels: np.ndarray = LABELS, dtype
     for i in range(0, len(raw), 4):
         latents = torch.from_numpy(raw[i:i + 4]).to(dtype).contiguous()
         save_file({"latents": latents, "latents_flip": latents.flip(-1).contiguous(),
-                   "labels": torch.from_numpy(labels[i:i + 4])}, path / f"latents_rank00_shard{i // 4:03d}.safetensors")
+                   "labels": torch.from_numpy(labels[i:i + 4]).to(dtype if labels.dtype == float else torch.int64)},
+                  path / f"latents_rank00_shard{i // 4:03d}.safetensors")
     torch.save({"mean": torch.zeros(1, CHANNELS, 1, 1), "std": torch.ones(1, CHANNELS, 1, 1)}, path / "stats.pt")
     return path
 
@@ -171,6 +172,19 @@ def changed(raw: np.ndarray, value: float) -> np.ndarray:
     return raw
 
 
+def tensors(path: Path, arrays: dict) -> Path:
+    path.mkdir()
+    save_file({name: torch.tensor(one) for name, one in arrays.items()}, path / "a.safetensors")
+    return path
+
+
+def npz_as_npy(path: Path, raw: np.ndarray) -> Path:
+    path.mkdir()
+    with open(path / "a.npy", "wb") as file:
+        np.savez(file, raw)
+    return path
+
+
 REFUSED = {
     "another space": ("lightningdit", lambda path, raw: lightningdit(path, raw[:, :3]), [], ["(3, 8, 8)", "none"]),
     "more channels": ("sit-npy", lambda path, raw: one_npy(path, np.tile(raw, (1, 8, 1, 1))), [], ["va-vae"]),
@@ -184,6 +198,12 @@ REFUSED = {
     "labels of some": ("sit-npy", lambda path, raw: sit_npy(path, raw, LABELS[:5]), [], ["5.npy", "label None"]),
     "no arrays": ("sit-npy", lambda path, raw: sit_npy(path, raw[:0]), [], ["holds no arrays"]),
     "another form": ("repa-e", lightningdit, [], ["holds no arrays"]),
+    "labels of floats": ("lightningdit", lambda path, raw: lightningdit(path, raw, LABELS / 1, torch.bfloat16),
+                         [], ["label 0.0"]),
+    "NUL in a name": ("lightningdit", lambda path, raw: tensors(path, {"a\0": raw[0]}), [], ["no file's name"]),
+    "a single number": ("lightningdit", lambda path, raw: tensors(path, {"latents_flip": np.float32(0)}), [],
+                        ["holds no arrays"]),
+    "npz called npy": ("sit-npy", lambda path, raw: npz_as_npy(path, raw), [], ["a.npy", "cannot be read"]),
     "damaged": ("lightningdit", lambda path, raw: fill(path, {"a.safetensors": b"junk"}), [], ["cannot be read"]),
     "pickled": ("sit-npy", lambda path, raw: path.mkdir() or np.save(path / "a.npy", np.array([{}])) or path, [],
                 ["a.npy", "cannot be read"]),
@@ -201,7 +221,9 @@ def test_a_bad_row_is_named(raw, vae, tmp_path, capsys):
     source = lightningdit(tmp_path / "source", changed(raw, np.nan))
     with pytest.raises(SystemExit):
         import_latents(source, tmp_path / "vae-sd", "lightningdit", vae)
-    assert "latents_rank00_shard001.safetensors: latents, row 1: not finite" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "latents_rank00_shard001.safetensors: latents, row 1: not finite" in errors
+    assert "import-latents: " in errors and "convert: " not in errors             # the progress bar
 
 
 def test_hdf5_without_h5py(raw, vae, tmp_path, refused, monkeypatch):

@@ -19,7 +19,7 @@ import webdataset
 
 from preprocessing.dataset_tools import main
 from runtime.messages import UserError
-from runtime.sources import open_source
+from runtime.sources import naming, open_source
 from tests import test_preparation_kills, test_preprocessing
 from tests.test_preparation_kills import ROOT, arguments, everything
 from tests.test_preprocessing import as_file, convert, data_files, encode, fill, picture, record
@@ -389,6 +389,10 @@ REFUSED = {
     "no JSON": (listed("l.jsonl", '{"path": "a.png"}\n{'), [], ["line 2"]),
     "ragged": (listed("l.csv", "path,label\na.png,1\nb.png\n"), [], ["entry 2"]),
     "named twice": (listed("l.csv", "a.png,1\na.png,2\n"), [], ["twice"]),
+    "a list as name": (listed("l.jsonl", '{"p": "a.png"}\n{"p": ["x"]}'), [], ["something else"]),
+    "half a character": (listed("l.jsonl", '{"p": "a.png"}\n{"p": "\\ud800.png"}'), [], ["something else"]),
+    "half a character first": (listed("l.jsonl", '{"p": "\\ud800.png"}'), [], ["column of images"]),
+    "a NUL": (listed("l.jsonl", '{"p": "a.png"}\n{"p": "b\\u0000.png"}'), [], ["something else"]),
     "empty list": (listed("l.csv", ""), [], ["column of images"]),
     "nothing there": (listed("l.csv", "a.png,1\nb.png,2\n"), [], ["2 of 2"]),
     "negative": (listed("l.csv", "a.png,-1\nb.png,0\n"), [], ["label -1"]),
@@ -425,6 +429,11 @@ def test_parquet_without_pyarrow(pictures, folder, expected, tmp_path, refused, 
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install pyarrow" in refused(convert, source, tmp_path / "images")
     convert(folder, tmp_path / "images")                          # nothing else needs it
+
+
+def test_a_library_that_cannot_be_loaded_is_named():
+    with pytest.raises(UserError, match="a: libx.so: cannot open"), naming("a"):
+        raise ImportError("libx.so: cannot open")                 # the loader's errors have no name
 
 
 def test_paths_of_a_list_cannot_lead_out_of_the_destination(tmp_path, vae_folder, refused):
