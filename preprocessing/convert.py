@@ -150,8 +150,7 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, c
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), size)]
     work = partial(convert_chunk, names, destination, convert_one)
     bad: list[int] = []
-    program, done = destination.settings["command"], len(names) - len(missing)
-    with tqdm(total=len(names), initial=done, desc=program, unit="image") as bar:
+    with tqdm(total=len(names), initial=len(names) - len(missing), desc=kind, unit="image") as bar:
         for count, found in in_workers(work, chunks, workers, in_order=False):
             for i, fault in found.items():
                 bad.append(i)

@@ -17,7 +17,7 @@ from preprocessing.encode import moments_name
 from runtime.catalogue import key_of, list_keyed, read_labels
 from runtime.files import to_npy
 from runtime.messages import UserError, notice, say
-from runtime.sources import RowStore, naming
+from runtime.sources import RowStore, naming, require_ratio
 from runtime.stores import FolderStore, list_names, read_metadata, shown
 
 FORMATS = {"lightningdit": (b".safetensors",), "repa-e": (b".h5", b".hdf5"), "sit-npy": (b".npy",)}
@@ -40,6 +40,10 @@ def arrays_in(file: str, process: int) -> dict[str, Any]:
 
         found: dict[str, Any] = {}
         h5py.File(file).visititems(lambda name, one: found.update({name: one} if isinstance(one, h5py.Dataset) else {}))
+        for name, one in found.items():
+            if one.is_virtual or one.external:
+                raise ValueError(f"{name} lies in another file")
+            require_ratio(one.nbytes, one.id.get_storage_size())
         return found
 
 
@@ -60,10 +64,9 @@ class LatentStore(RowStore):
             for array, one in self._arrays(file).items():
                 with naming(f"{shown(os.path.join(self.path, file))}: {shown(array)}"):
                     shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
-                if len(shape) in (3, 4) and (flips or array != FLIPPED):
+                flipped += sum(shape[:1]) if array == FLIPPED else 0
+                if len(shape) in (3, 4) and all(shape) and (flips or array != FLIPPED):
                     self._add(file, array, shape)
-                elif len(shape) in (3, 4):
-                    flipped += shape[0]
         if flipped and not flips:
             notice(f"{shown(source)}: {flipped} latents of flipped images are left out; --flips takes them, too")
         self.columns = {"label": "label" if {*self._labels.values()} - {None} else None, "caption": None}

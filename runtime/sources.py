@@ -19,12 +19,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from runtime import stores
 from runtime.files import PASSING, read_patiently
 from runtime.messages import MayPass, UserError
 from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
-SQUEEZED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
 CACHE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")                # the library datasets leaves them beside its shards
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}|(train|test|valid|validation|val|dev)(?![a-z])")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
@@ -178,20 +178,31 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     return {"image": image, "label": label, "caption": caption}
 
 
-def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
-    """The schema of a parquet or Arrow file, the numbers of rows of its groups, and a function of group and column that
-    yields arrays of values. Raises what pyarrow does.
+def require_ratio(size: int, stored: int) -> None:
+    """Raise ValueError if `stored` bytes of a file from elsewhere would become too large a `size` in memory."""
+    if size > (limit := stores.SMALL + stores.MAX_RATIO * stored):
+        raise ValueError(f"{size} bytes, stored in {stored}; the limit is {limit}")
+
+
+def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str, int], Iterator]]:
+    """The schema of a parquet or Arrow file, the numbers of rows of its groups, and a function of group, column and
+    number of rows in memory that yields arrays of values. Raises what pyarrow does, and as `require_ratio`.
     """
     import pyarrow.ipc
     import pyarrow.parquet
 
+    if int(pyarrow.__version__.partition(".")[0]) < 15:           # earlier ones ran code of a file (CVE-2023-47248)
+        raise UserError(f"{shown(path)}: pyarrow {pyarrow.__version__} is too old; `pip install -U pyarrow`")
     if path.endswith(".parquet"):
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)             # 0 would read a whole group
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        return file.schema_arrow, groups, lambda group, column: (batch.column(0) for batch in file.iter_batches(
-            16, row_groups=[group], columns=[column], use_threads=False))         # rows in memory
-    table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk
-    return table.schema, [table.num_rows], lambda _, column: iter(table.column(column).chunks)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        # 100: the name of a row
+        require_ratio(sum(one.total_byte_size + 100 * one.num_rows for one in groups), os.path.getsize(path))
+        return file.schema_arrow, [one.num_rows for one in groups], lambda group, column, rows: (
+            batch.column(0) for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False))
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk, if uncompressed
+    require_ratio(table.nbytes + 100 * table.num_rows, os.path.getsize(path))
+    return table.schema, [table.num_rows], lambda _, column, rows: iter(table.column(column).chunks)
 
 
 def _columns(schema: Any) -> tuple[dict[str, str], dict[str, list]]:
@@ -226,7 +237,7 @@ class RowStore(FolderStore):
 class TableStore(RowStore):
     """The pictures in a column of parquet or Arrow shards. A row's name is SHARD/00000012.png, whatever its format.
 
-    Rows are read forwards, a few at a time, so nothing but those is in memory.
+    Rows are read forwards, one at a time; names, labels and captions are in memory.
     """
 
     def __init__(self, path: str | Path, shards: list[str], named: dict[str, str | None]):
@@ -254,7 +265,7 @@ class TableStore(RowStore):
             if column is not None:
                 with naming(f"{shown(path)}: column {shown(column)}"):
                     _, groups, batches = _shard(path)
-                    parts = (part for i in range(len(groups)) for part in batches(i, column))
+                    parts = (part for i in range(len(groups)) for part in batches(i, column, 1024))
                     values = [value for part in parts for value in part.to_pylist()]
             found |= {f"{stem}/{row:08d}.png": value for row, value in enumerate(values)}
         return found
@@ -274,7 +285,7 @@ class TableStore(RowStore):
             place = os.getpid(), stem, group                      # a file open in two processes has one position
             (before, after, values), self._cursor = self._cursor or (None, 0, None), None         # None after an error
             if before != place or row < after:
-                parts = _shard(self._shards[stem])[2](group, self.columns["image"])
+                parts = _shard(self._shards[stem])[2](group, self.columns["image"], 1)
                 after, values = int(self._bounds[stem][group]), itertools.chain.from_iterable(parts)
             value = next(itertools.islice(values, row - after, None)).as_py()
             self._cursor = place, row + 1, values
@@ -359,7 +370,7 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     if several := next((names for names in (forms, splits) if len(names) > 1), twice):
         raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
                         f"--source '{splits[0] if splits else 'DIR/train'}*{forms[0]}'")
-    if squeezed := [name for name in inside if name.endswith(SQUEEZED) and not plain]:
+    if squeezed := [name for name in inside if re.search(r"\.(tar\.\w+|tgz)$", name) and not plain]:
         raise UserError(f"{shown(squeezed[0])}: tars must be uncompressed, to be read in place; decompress it")
     if forms and forms[0] != ".tar":
         return TableStore(path, shards, named)

@@ -185,6 +185,13 @@ def npz_as_npy(path: Path, raw: np.ndarray) -> Path:
     return path
 
 
+def one_h5(path: Path, write) -> Path:
+    path.mkdir()
+    with h5py.File(path / "a.h5", "w") as file:
+        write(file)
+    return path
+
+
 REFUSED = {
     "another space": ("lightningdit", lambda path, raw: lightningdit(path, raw[:, :3]), [], ["(3, 8, 8)", "none"]),
     "more channels": ("sit-npy", lambda path, raw: one_npy(path, np.tile(raw, (1, 8, 1, 1))), [], ["va-vae"]),
@@ -204,6 +211,13 @@ REFUSED = {
     "a single number": ("lightningdit", lambda path, raw: tensors(path, {"latents_flip": np.float32(0)}), [],
                         ["holds no arrays"]),
     "npz called npy": ("sit-npy", lambda path, raw: npz_as_npy(path, raw), [], ["a.npy", "cannot be read"]),
+    "no numbers stored": ("repa-e", lambda path, raw: one_h5(path, lambda file: file.create_dataset(
+        "latents", (10**5, 4, 8, 8), "f4", chunks=(1, 4, 8, 8))), [], ["a.h5", "the limit is"]),
+    "other file": ("repa-e", lambda path, raw: one_h5(path, lambda file: file.create_dataset(
+        "latents", (1, 4, 8, 8), "f4", external=[(__file__, 0, 1024)])), [], ["a.h5", "another file"]),
+    "virtual": ("repa-e", lambda path, raw: one_h5(path, lambda file: file.create_virtual_dataset(
+        "latents", h5py.VirtualLayout((2, 4, 8, 8), "f4"))), [], ["a.h5", "another file"]),
+    "no size": ("sit-npy", lambda path, raw: one_npy(path, np.zeros((10**12, 4, 0, 0))), [], ["holds no arrays"]),
     "damaged": ("lightningdit", lambda path, raw: fill(path, {"a.safetensors": b"junk"}), [], ["cannot be read"]),
     "pickled": ("sit-npy", lambda path, raw: path.mkdir() or np.save(path / "a.npy", np.array([{}])) or path, [],
                 ["a.npy", "cannot be read"]),
@@ -223,7 +237,7 @@ def test_a_bad_row_is_named(raw, vae, tmp_path, capsys):
         import_latents(source, tmp_path / "vae-sd", "lightningdit", vae)
     errors = capsys.readouterr().err
     assert "latents_rank00_shard001.safetensors: latents, row 1: not finite" in errors
-    assert "import-latents: " in errors and "convert: " not in errors             # the progress bar
+    assert "latents:" in errors and "convert: " not in errors             # the progress bar
 
 
 def test_hdf5_without_h5py(raw, vae, tmp_path, refused, monkeypatch):

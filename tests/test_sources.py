@@ -436,6 +436,38 @@ def test_a_library_that_cannot_be_loaded_is_named():
         raise ImportError("libx.so: cannot open")                 # the loader's errors have no name
 
 
+def test_a_pyarrow_that_runs_code_is_refused(pictures, tmp_path, refused, monkeypatch):
+    source = shards(tmp_path / "pq", row_table(pictures, ""))
+    monkeypatch.setattr(pa, "__version__", "14.0.0")
+    assert "14.0.0" in refused(convert, source, tmp_path / "images")
+
+
+def arrow(path: Path, columns: dict) -> None:
+    rows = pa.table(columns)
+    with pa.ipc.new_stream(path, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(rows)
+
+
+def parquet(columns: dict, **options):
+    return lambda path: pq.write_table(pa.table(columns), f"{path}/a.parquet", compression="zstd", **options)
+
+
+LARGE = [bytes(5 << 20)] * 3
+BOMBS = {"pages": parquet({"image": LARGE}, use_dictionary=False), "a dictionary": parquet({"image": LARGE}),
+         "structs": parquet({"image": [{"bytes": one} for one in LARGE]}),
+         "words": parquet({"image": P, "text": ["a" * (5 << 20)] * 2}),
+         "rows": parquet({"image": pa.nulls(10**5, pa.binary())}),
+         "Arrow": lambda path: arrow(f"{path}/a.arrow", {"image": LARGE})}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_does_not_take_much_memory(kind, tmp_path):
+    BOMBS[kind](tmp_path)
+    with pytest.raises(UserError, match=r"a\.(parquet|arrow).*the limit is"):
+        (store := open_source(tmp_path)).described()
+        store.read(store.names()[0])
+
+
 def test_paths_of_a_list_cannot_lead_out_of_the_destination(tmp_path, vae_folder, refused):
     fill(tmp_path, {"a.png": as_file(picture(32, 32), "png"), "lists/l.csv": b"../a.png,0\n"})
     convert(tmp_path / "lists/l.csv", tmp_path / "images")        # numbers them
