@@ -177,4 +177,5 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     convert_missing(store, names, destination, convert_one, workers, 0, "latents")
     destination.finish({**labels, "vae": space.to_record(), "samples": samples})
     say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}"
+        f"{', without labels' * (labels['labels'] is None)}"
         f"{', samples: their std is 0, every epoch sees the same' * samples}")

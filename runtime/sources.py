@@ -48,10 +48,13 @@ def naming(where: str) -> Iterator[None]:
         raise kind(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
 
 
-def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None) -> dict:
+def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None,
+              found: str | None = None) -> dict:
     """"labels" and "classes" of dataset.json, from labels by name: whole numbers, or words, whose rank is the label.
 
-    `where(name)` names a picture in messages. Raises UserError for other labels, and for words that look like captions.
+    `where(name)` names a picture in messages; `classes` are names of whole numbers; `found` is the column if it was
+    found rather than named. Raises UserError for other labels, for other `classes`, and if those found in 32 rows or
+    more look like captions or like numbers of rows.
     """
     if values and all(isinstance(value, str) and re.fullmatch("-?[0-9]{1,9}", value) for value in values.values()):
         values = {name: int(value) for name, value in values.items()}
@@ -59,11 +62,14 @@ def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list
     for name, value in values.items():
         if type(value) is not kind or (value < 0 if kind is int else not value.strip()):
             raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected a name or a number >= 0")
+    several = sorted(set(values.values()))
+    if found and 2 * len(several) > len(values) >= 32 and (kind is str or not classes and found not in LABELS):
+        raise UserError(f"{where('')}: {len(several)} of {len(values)} values of {shown(found)} differ, as captions or "
+                        "numbers of rows do; give --label-column or --caption-column")
     if kind is str:
-        classes = sorted(set(values.values()))
-        if 2 * len(classes) > len(values):
-            raise UserError(f"{where('')}: {len(classes)} of {len(values)} labels differ, as captions do; name those "
-                            "with --caption-column, or another --label-column")
+        classes = several
+    elif classes and not (all(isinstance(one, str) for one in classes) and max(several, default=0) < len(classes)):
+        raise UserError(f"{where('')}: label {max(several)}, but names of {len(classes)} classes; write it again")
     rank = {value: i for i, value in enumerate(classes or ())}
     return {"labels": [[name, rank.get(value, value)] for name, value in values.items()], "classes": classes}
 
@@ -92,6 +98,11 @@ def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[
             raise ValueError(f"damaged at byte {archive.offset}")
 
 
+def _key(member: bytes) -> bytes:
+    """The key of a WebDataset's sample: a member's name up to the first dot of its last part."""
+    return re.sub(rb"\.[^/]*$", b"", member)
+
+
 class TarStore(ZipStore):
     """The files of an uncompressed tar, or of several as TAR/NAME (WebDataset), read by offset like those of a zip.
 
@@ -100,7 +111,7 @@ class TarStore(ZipStore):
 
     def __init__(self, path: str | Path, tars: list[str]):
         super().__init__(path)
-        self._tars = tars
+        self._tars, self.told = tars, []                          # `told`: members that gave labels
 
     @functools.cached_property
     def directory(self) -> tuple[np.ndarray, np.ndarray]:
@@ -121,17 +132,24 @@ class TarStore(ZipStore):
 
     def _label(self, picture: bytes) -> int | str | None:
         """What `.cls` or the field "label" of `.json` beside a picture says, None without one."""
-        stem = os.path.splitext(picture)[0]
-        if stem + b".cls" in self:
-            return os.fsdecode(self.read(stem + b".cls")).strip()
-        content = parse_json(self.read(stem + b".json"), self.where(stem + b".json")) if stem + b".json" in self else {}
-        label = content.get("label") if isinstance(content, dict) else None
-        return label if isinstance(label, int | str) else None
+        for stem in (os.path.splitext(picture)[0], _key(picture)):
+            if stem + b".cls" in self:
+                return os.fsdecode(self.read(stem + b".cls")).strip()
+            file = stem + b".json"
+            content = parse_json(self.read(file), self.where(file)) if file in self else None
+            if isinstance(content, dict) and isinstance(content.get("label"), int | str):
+                self.told.append(file)
+                return content["label"]
+        return None
 
     def described(self) -> dict:
         pictures = [name for name in self.names().tolist() if name.lower().endswith(IMAGE_EXTENSIONS)]
         values = {os.fsdecode(name): self._label(name) for name in pictures}
-        return as_labels(values, self.where) if any(value is not None for value in values.values()) else {}
+        if all(value is None for value in values.values()):
+            return {}
+        if len({*map(_key, pictures)}) < len(pictures):
+            raise UserError(f"{shown(self.path)}: two pictures of one sample, as 1.png and 1.mask.png are; keep one")
+        return as_labels(values, self.where)
 
     def read(self, name: bytes | str) -> bytes:
         tar, offset, size = self._entry(name)
@@ -149,7 +167,8 @@ class TarStore(ZipStore):
 
 def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, classes: set[str] = frozenset()
            ) -> dict[str, str | None]:
-    """The columns "image", "label" and "caption" (or None) of columns whose kinds are image, number, words or other.
+    """The columns "image", "label" and "caption" (or None) of columns whose kinds are image, number, words or other;
+    and "found", that of the label if it was not named.
 
     They are those `named`; without a named label or caption, those with a usual name or among `classes`; else the only
     one of numbers or words. Raises UserError, naming `where` and the candidates, if one is missing or ambiguous.
@@ -175,7 +194,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     if label is None and caption is None:
         label = only("label-column or --caption", fitting["label"])
         label, caption = (None, label) if kinds.get(label) == "words" else (label, None)
-    return {"image": image, "label": label, "caption": caption}
+    return {"image": image, "label": label, "caption": caption, "found": label if named["label"] is None else None}
 
 
 def require_ratio(size: int, stored: int) -> None:
@@ -199,7 +218,7 @@ def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str, int], Iterato
         # 100: the name of a row
         require_ratio(sum(one.total_byte_size + 100 * one.num_rows for one in groups), os.path.getsize(path))
         return file.schema_arrow, [one.num_rows for one in groups], lambda group, column, rows: (
-            batch.column(0) for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False))
+            batch.column(0) for batch in file.iter_batches(rows, [group], [column], use_threads=False))
     table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk, if uncompressed
     require_ratio(table.nbytes + 100 * table.num_rows, os.path.getsize(path))
     return table.schema, [table.num_rows], lambda _, column, rows: iter(table.column(column).chunks)
@@ -211,7 +230,8 @@ def _columns(schema: Any) -> tuple[dict[str, str], dict[str, list]]:
     kinds = {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
              for name, form in forms.items()}
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return kinds, {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
+    return kinds, {name: one["names"] for name, one in features.items()
+                   if isinstance(one, dict) and isinstance(one.get("names"), list)}
 
 
 class RowStore(FolderStore):
@@ -230,7 +250,8 @@ class RowStore(FolderStore):
 
     def described(self) -> dict:
         label, caption = self.columns["label"], self.columns["caption"]
-        found = {"labels": None} if label is None else as_labels(self.values(label), self.where, self.classes)
+        found = {"labels": None} if label is None else as_labels(
+            self.values(label), self.where, self.classes, self.columns.get("found"))
         return found | ({} if caption is None else {"captions": self.values(caption)})
 
 

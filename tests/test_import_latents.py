@@ -139,6 +139,13 @@ def test_flips_are_further_entries(raw, vae, tmp_path, capsys):
         assert torch.equal(moments, one[i][1].flip(-1)) and label == one[i][2] == LABELS[i]
 
 
+def test_latents_without_labels_are_said_to_have_none(raw, vae, tmp_path, capsys):
+    import_latents(sit_npy(tmp_path / "source", raw, LABELS[:0]), tmp_path / "vae-sd", "sit-npy", vae)
+    assert "without labels" in capsys.readouterr().out and record(tmp_path / "vae-sd")["labels"] is None
+    import_latents(one_npy(tmp_path / "labelled", raw), tmp_path / "other", "sit-npy", vae)
+    assert "without labels" not in capsys.readouterr().out
+
+
 def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys, refused):
     source = lightningdit(tmp_path / "source", raw)
     for dest in ("whole", "begun"):

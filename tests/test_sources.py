@@ -154,10 +154,29 @@ def test_images_and_labels_are_those_of_a_folder(form, pictures, folder, expecte
     convert(source, tmp_path / "images", "--workers=2")
     found, classes = told(tmp_path / "images")
     assert found == told(expected)[0] and classes == (None if form in WITHOUT_NAMES else NAMES)
-    assert len(found) == COUNT and ("passed over" in capsys.readouterr().err) == (form == "webdataset, json")
+    assert len(found) == COUNT and "passed over" not in capsys.readouterr().err
     before = sorted(path.name for path in tmp_path.iterdir())
     convert(source, tmp_path / "images")                          # finished already: nothing is written
     assert "finished already" in capsys.readouterr().out and before == sorted(p.name for p in tmp_path.iterdir())
+
+
+SEVERAL = [*map(str, range(40))]
+KEPT = {
+    "a few words": lambda path, data: table({"image": data[:2], "label": ["a", "b"]})(path),
+    "words of a named column": lambda path, data: table({"image": data, "t": SEVERAL})(path),
+    "numbers in a column label": lambda path, data: table({"image": data, "label": [*range(40)]})(path),
+    "names in tars": lambda path, data: tarred(*(one for i, file in enumerate(data) for one in (
+        (f"{i}.input.png", FILE, file), (f"{i}.cls", FILE, f"c{i}".encode()))))(path)}
+
+
+@pytest.mark.parametrize("form", KEPT)
+def test_labels_that_all_differ_are_labels(form, tmp_path):
+    """And WebDataset's keys end at the first dot."""
+    (tmp_path / "source").mkdir()
+    KEPT[form](tmp_path / "source", [as_file(picture(32, 32, i), "png") for i in range(40)])
+    convert(tmp_path / "source", tmp_path / "images", *["--label-column=t"] * ("named" in form))
+    labels = [label for _, label in record(tmp_path / "images")["labels"]]
+    assert len(labels) in (2, 40) and sorted(labels) == [*range(len(labels))]
 
 
 CAPTIONED = {
@@ -357,6 +376,18 @@ def two_files(first: str, second: str):
     return write
 
 
+def classed(labels: list, names: list):
+    """One shard with names of classes as the library datasets records them."""
+
+    def write(path: Path) -> Path:
+        about = json.dumps({"info": {"features": {"n": {"names": names}}}})
+        rows = pa.table({"image": P, "n": labels}).replace_schema_metadata({"huggingface": about})
+        pq.write_table(rows, path / "a.parquet")
+        return path
+
+    return write
+
+
 P, FILE = [b"x", b"y"], tarfile.REGTYPE
 REFUSED = {
     "no images": (table({"label": [0, 1], "text": ["a", "b"]}), [], ["column of images", "label, text"]),
@@ -367,7 +398,13 @@ REFUSED = {
     "unknown column": (table({"image": P, "n": [0, 1]}), ["--label-column=label"], ["label: no column", "are n"]),
     "wrong type": (table({"image": P, "n": [0, 1]}), ["--caption-column=n"], ["another type", "none"]),
     "label of floats": (table({"image": P, "n": [0.5, 1]}), ["--label-column=n"], ["another type"]),
-    "captions as labels": (table({"image": P, "t": ["a cat", "a dog"]}), ["--label-column=t"], ["--caption-column"]),
+    "captions as labels": (table({"image": P * 16, "label": [*"abcdefghijklmnopqrstuvwxyzABCDEF"]}), [],
+                           ["32 of 32 values of label", "--caption-column"]),
+    "ids as labels": (table({"image": P * 16, "id": [*range(32)]}), [], ["values of id", "--label-column"]),
+    "too few names of classes": (classed([0, 3], ["a", "b", "c"]), [], ["label 3", "3 classes"]),
+    "numbers as names of classes": (classed([0, 1], [0, 1]), [], ["2 classes"]),
+    "two pictures of a sample": (tarred(("a.png", FILE, b"x"), ("a.b.png", FILE, b"x"), ("a.cls", FILE, b"0")), [],
+                                 ["a.tar", "two pictures"]),
     "no label in a row": (table({"image": P, "label": [0, None]}), [], ["a.parquet: row 1", "label None"]),
     "labels of a test split": (table({"image": P, "label": [-1, -1]}), [], ["a.parquet: row 0", "label -1"]),
     "empty name": (table({"image": P * 2, "label": ["a", "a", "a", ""]}), [], ["row 3"]),
