@@ -81,8 +81,7 @@ class LatentStore(RowStore):
         for row, label in zip(rows, self._labels_of(file, array, len(rows)), strict=True):
             name = f"{(array or file).removesuffix('.npy')}.npy" if alone else f"{stem}/{row:08d}.npy"
             if name in self.entries or "\0" in name:
-                raise UserError(f"{self.where(name)}: {shown(file)} has another {shown(name)}, or that is no file's "
-                                "name; import them apart")
+                raise UserError(f"{self.where(name)}: {shown(name)} is not the name of one file; import them apart")
             self.entries[name], self._labels[name] = (file, array, row, shape[-3:]), label
 
     def _labels_of(self, file: str, array: str, count: int) -> list:
@@ -177,5 +176,4 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     convert_missing(store, names, destination, convert_one, workers, 0, "latents")
     destination.finish({**labels, "vae": space.to_record(), "samples": samples})
     say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}"
-        f"{', without labels' * (labels['labels'] is None)}"
-        f"{', samples: their std is 0, every epoch sees the same' * samples}")
+        f"{', no labels' * (not labels['labels'])}{', samples: their std is 0, every epoch sees the same' * samples}")

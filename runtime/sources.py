@@ -25,7 +25,7 @@ from runtime.messages import MayPass, UserError
 from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
-CACHE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")                # the library datasets leaves them beside its shards
+PASSED_OVER = re.compile(r"\.|cache-[0-9a-f]{16}.*\.arrow")       # the library datasets leaves caches beside its shards
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}|(train|test|valid|validation|val|dev)(?![a-z])")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
 # Kinds of columns, by pyarrow's name of their type; the library datasets keeps bytes and path of a picture.
@@ -41,8 +41,7 @@ def naming(where: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        name = (error.name or "").partition(".")[0] or "the library that it names"
-        raise UserError(f"{where}: {shown(str(error))}; `pip install {name}`, or install it again") from None
+        raise UserError(f"{where}: {shown(str(error))}; `pip install {error.name or 'LIBRARY'}`, or again") from None
     except Exception as error:                                    # of any kind
         kind = MayPass if getattr(error, "errno", None) in PASSING else UserError
         raise kind(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
@@ -145,11 +144,10 @@ class TarStore(ZipStore):
     def described(self) -> dict:
         pictures = [name for name in self.names().tolist() if name.lower().endswith(IMAGE_EXTENSIONS)]
         values = {os.fsdecode(name): self._label(name) for name in pictures}
-        if all(value is None for value in values.values()):
-            return {}
-        if len({*map(_key, pictures)}) < len(pictures):
+        labelled = any(value is not None for value in values.values())
+        if labelled and len({*map(_key, pictures)}) < len(pictures):
             raise UserError(f"{shown(self.path)}: two pictures of one sample, as 1.png and 1.mask.png are; keep one")
-        return as_labels(values, self.where)
+        return as_labels(values, self.where) if labelled else {}
 
     def read(self, name: bytes | str) -> bytes:
         tar, offset, size = self._entry(name)
@@ -381,10 +379,9 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     path, named = str(path), {"image": image_column, "label": label_column, "caption": caption_column}
     inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else (
         [path] if os.path.exists(path) else glob.glob(path))
-    inside = sorted(name for name in inside if os.path.basename(name)[0] != ".")
+    inside = sorted(name for name in inside if not PASSED_OVER.match(os.path.basename(name)))
     plain = os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside)
-    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name) and not plain
-              and (name == path or not CACHE.match(os.path.basename(name)))]
+    shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name) and not plain]
     forms, stems = sorted({Path(name).suffix for name in shards}), sorted(Path(name).stem for name in shards)
     splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
     twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})

@@ -141,9 +141,9 @@ def test_flips_are_further_entries(raw, vae, tmp_path, capsys):
 
 def test_latents_without_labels_are_said_to_have_none(raw, vae, tmp_path, capsys):
     import_latents(sit_npy(tmp_path / "source", raw, LABELS[:0]), tmp_path / "vae-sd", "sit-npy", vae)
-    assert "without labels" in capsys.readouterr().out and record(tmp_path / "vae-sd")["labels"] is None
+    assert "no labels" in capsys.readouterr().out and record(tmp_path / "vae-sd")["labels"] is None
     import_latents(one_npy(tmp_path / "labelled", raw), tmp_path / "other", "sit-npy", vae)
-    assert "without labels" not in capsys.readouterr().out
+    assert "no labels" not in capsys.readouterr().out
 
 
 def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys, refused):
@@ -214,7 +214,7 @@ REFUSED = {
     "another form": ("repa-e", lightningdit, [], ["holds no arrays"]),
     "labels of floats": ("lightningdit", lambda path, raw: lightningdit(path, raw, LABELS / 1, torch.bfloat16),
                          [], ["label 0.0"]),
-    "NUL in a name": ("lightningdit", lambda path, raw: tensors(path, {"a\0": raw[0]}), [], ["no file's name"]),
+    "NUL in a name": ("lightningdit", lambda path, raw: tensors(path, {"a\0": raw[0]}), [], ["name of one file"]),
     "a single number": ("lightningdit", lambda path, raw: tensors(path, {"latents_flip": np.float32(0)}), [],
                         ["holds no arrays"]),
     "npz called npy": ("sit-npy", lambda path, raw: npz_as_npy(path, raw), [], ["a.npy", "cannot be read"]),
