@@ -118,7 +118,7 @@ def source_captions(store: Store, names: np.ndarray, others: np.ndarray, metadat
         classes = not isinstance(store, TarStore) and all(b"/" in name for name in names.tolist())
         if classes and len(found) < len(names) / 2:               # class folders with stray text files
             found, used = {}, []
-    stores.pass_over(store, others[~np.isin(others, used)])
+    stores.pass_over(store, others[~np.isin(others, [*used, *getattr(store, "told", ())])])
     if found or file:
         require_all(found, "caption", shown(file or store.path), names)
     return found or None

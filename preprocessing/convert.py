@@ -150,7 +150,7 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, c
     chunks = [missing[part.start:part.stop] for part in blocks(len(missing), size)]
     work = partial(convert_chunk, names, destination, convert_one)
     bad: list[int] = []
-    with tqdm(total=len(names), initial=len(names) - len(missing), desc="convert", unit="image") as bar:
+    with tqdm(total=len(names), initial=len(names) - len(missing), desc=kind, unit="image") as bar:
         for count, found in in_workers(work, chunks, workers, in_order=False):
             for i, fault in found.items():
                 bad.append(i)
@@ -187,7 +187,8 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     chosen = spread(labels, len(all_names), max_images)
     names, labels = all_names[chosen], None if labels is None else labels[chosen]
     settings = {"command": "convert", "source": os.path.realpath(source), "source_contents": digest(names, metadata),
-                "images": len(names), "transform": transform or TRANSFORMS[0], "resolution": resolution}
+                "image_column": getattr(store, "columns", {}).get("image"), "images": len(names),
+                "transform": transform or TRANSFORMS[0], "resolution": resolution}
     outputs = np.array([image_name(i).encode() for i in range(len(names))], dtype=bytes)
     here = np.isin(names, present)
     gone, outputs = outputs[~here], outputs[here]

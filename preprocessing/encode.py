@@ -186,7 +186,7 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     state = join_processes()
     # Not the images' path: the data folder may move meanwhile.
     settings = {"command": "encode", "source_contents": digest(names, metadata), "images": len(names),
-                **network.settings}
+                "image_column": getattr(store, "columns", {}).get("image"), **network.settings}
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {} if network.kind != "moments" else {
         "labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}

@@ -17,7 +17,7 @@ from preprocessing.encode import moments_name
 from runtime.catalogue import key_of, list_keyed, read_labels
 from runtime.files import to_npy
 from runtime.messages import UserError, notice, say
-from runtime.sources import RowStore, naming
+from runtime.sources import RowStore, naming, require_ratio
 from runtime.stores import FolderStore, list_names, read_metadata, shown
 
 FORMATS = {"lightningdit": (b".safetensors",), "repa-e": (b".h5", b".hdf5"), "sit-npy": (b".npy",)}
@@ -40,6 +40,10 @@ def arrays_in(file: str, process: int) -> dict[str, Any]:
 
         found: dict[str, Any] = {}
         h5py.File(file).visititems(lambda name, one: found.update({name: one} if isinstance(one, h5py.Dataset) else {}))
+        for name, one in found.items():
+            if one.is_virtual or one.external:
+                raise ValueError(f"{name} lies in another file")
+            require_ratio(one.nbytes, one.id.get_storage_size())
         return found
 
 
@@ -58,9 +62,10 @@ class LatentStore(RowStore):
         files = list_names(FolderStore(source), FORMATS[form]) if os.path.isdir(source) else [Path(source).name]
         for file in map(os.fsdecode, files):
             for array, one in self._arrays(file).items():
-                shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
-                flipped += shape[0] if array == FLIPPED else 0
-                if len(shape) in (3, 4) and (flips or array != FLIPPED):
+                with naming(f"{shown(os.path.join(self.path, file))}: {shown(array)}"):
+                    shape = tuple(one.get_shape() if hasattr(one, "get_shape") else one.shape)
+                flipped += sum(shape[:1]) if array == FLIPPED else 0
+                if len(shape) in (3, 4) and all(shape) and (flips or array != FLIPPED):
                     self._add(file, array, shape)
         if flipped and not flips:
             notice(f"{shown(source)}: {flipped} latents of flipped images are left out; --flips takes them, too")
@@ -75,8 +80,8 @@ class LatentStore(RowStore):
         stem = os.path.splitext(file)[0] + f"/{array}" * (array not in ("", "latents"))
         for row, label in zip(rows, self._labels_of(file, array, len(rows)), strict=True):
             name = f"{(array or file).removesuffix('.npy')}.npy" if alone else f"{stem}/{row:08d}.npy"
-            if name in self.entries:
-                raise UserError(f"{self.where(name)}: {shown(file)} has another {shown(name)}; import them apart")
+            if name in self.entries or "\0" in name:
+                raise UserError(f"{self.where(name)}: {shown(name)} is not the name of one file; import them apart")
             self.entries[name], self._labels[name] = (file, array, row, shape[-3:]), label
 
     def _labels_of(self, file: str, array: str, count: int) -> list:
@@ -85,7 +90,8 @@ class LatentStore(RowStore):
         other, name = (file, twin) if array else (twin, array)
         if twin == (array or file) or other not in self or name not in (arrays := self._arrays(other)):
             return [None] * count
-        values = np.asarray(arrays[name][:]).flatten().tolist()
+        with naming(f"{super().where(other)}: {shown(name)}"):
+            values = arrays[name][:].flatten().tolist()           # of numpy or torch
         if len(values) != count:
             raise UserError(f"{self.where(other)}: {len(values)} labels for {count} latents; correct it")
         return values
@@ -156,8 +162,9 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     samples = require_space(store, names, space, normalised)
     outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
     labels = {"labels": listed(outputs, read_labels(store, keys, key_of, metadata)), "classes": metadata.get("classes")}
-    settings = {"command": "import-latents", "source_contents": digest(outputs, labels), "images": len(names),
-                "format": format, "normalised": normalised, "flips": flips, "vae": space.to_record()}
+    settings = {"command": "import-latents", "source": os.path.realpath(source), "images": len(names),
+                "source_contents": digest(outputs, labels), "format": format, "flips": flips, "normalised": normalised,
+                "vae": space.to_record()}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
         destination.close()
@@ -169,4 +176,4 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     convert_missing(store, names, destination, convert_one, workers, 0, "latents")
     destination.finish({**labels, "vae": space.to_record(), "samples": samples})
     say(f"{shown(dest)}: moments of {len(names)} images in the latent space of {space.vae}"
-        f"{', samples: their std is 0, every epoch sees the same' * samples}")
+        f"{', no labels' * (not labels['labels'])}{', samples: their std is 0, every epoch sees the same' * samples}")

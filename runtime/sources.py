@@ -19,11 +19,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from runtime import stores
 from runtime.files import PASSING, read_patiently
 from runtime.messages import MayPass, UserError
 from runtime.stores import IMAGE_EXTENSIONS, FolderStore, Store, ZipStore, is_zip_name, open_store, parse_json, shown
 
 SHARDS, LISTS = (".arrow", ".parquet", ".tar"), (".csv", ".jsonl", ".tsv")
+PASSED_OVER = re.compile(r"\.|cache-[0-9a-f]{16}.*\.arrow")       # the library datasets leaves caches beside its shards
+SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}|(train|test|valid|validation|val|dev)(?![a-z])")
 LABELS, CAPTIONS = ("label", "labels", "class", "cls"), ("caption", "captions", "text")  # usual names of columns
 # Kinds of columns, by pyarrow's name of their type; the library datasets keeps bytes and path of a picture.
 KINDS = {"image": r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary", "number": r"u?int[0-9]+",
@@ -38,16 +41,19 @@ def naming(where: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{where}: needs {error.name}; install it with `pip install {error.name}`") from None
+        raise UserError(f"{where}: {shown(str(error))}; `pip install {error.name or 'LIBRARY'}`, or again") from None
     except Exception as error:                                    # of any kind
         kind = MayPass if getattr(error, "errno", None) in PASSING else UserError
         raise kind(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
 
 
-def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None) -> dict:
+def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list | None = None,
+              found: str | None = None) -> dict:
     """"labels" and "classes" of dataset.json, from labels by name: whole numbers, or words, whose rank is the label.
 
-    `where(name)` names a picture in messages. Raises UserError for other labels, and for words that look like captions.
+    `where(name)` names a picture in messages; `classes` are names of whole numbers; `found` is the column if it was
+    found rather than named. Raises UserError for other labels, for other `classes`, and if those found in 32 rows or
+    more look like captions or like numbers of rows.
     """
     if values and all(isinstance(value, str) and re.fullmatch("-?[0-9]{1,9}", value) for value in values.values()):
         values = {name: int(value) for name, value in values.items()}
@@ -55,11 +61,14 @@ def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list
     for name, value in values.items():
         if type(value) is not kind or (value < 0 if kind is int else not value.strip()):
             raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected a name or a number >= 0")
+    several = sorted(set(values.values()))
+    if found and 2 * len(several) > len(values) >= 32 and (kind is str or not classes and found not in LABELS):
+        raise UserError(f"{where('')}: {len(several)} of {len(values)} values of {shown(found)} differ, as captions or "
+                        "numbers of rows do; give --label-column or --caption-column")
     if kind is str:
-        classes = sorted(set(values.values()))
-        if 2 * len(classes) > len(values):
-            raise UserError(f"{where('')}: {len(classes)} of {len(values)} labels differ, as captions do; name those "
-                            "with --caption-column, or another --label-column")
+        classes = several
+    elif classes and not (all(isinstance(one, str) for one in classes) and max(several, default=0) < len(classes)):
+        raise UserError(f"{where('')}: label {max(several)}, but names of {len(classes)} classes; write it again")
     rank = {value: i for i, value in enumerate(classes or ())}
     return {"labels": [[name, rank.get(value, value)] for name, value in values.items()], "classes": classes}
 
@@ -88,6 +97,11 @@ def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[
             raise ValueError(f"damaged at byte {archive.offset}")
 
 
+def _key(member: bytes) -> bytes:
+    """The key of a WebDataset's sample: a member's name up to the first dot of its last part."""
+    return re.sub(rb"\.[^/]*$", b"", member)
+
+
 class TarStore(ZipStore):
     """The files of an uncompressed tar, or of several as TAR/NAME (WebDataset), read by offset like those of a zip.
 
@@ -96,7 +110,7 @@ class TarStore(ZipStore):
 
     def __init__(self, path: str | Path, tars: list[str]):
         super().__init__(path)
-        self._tars = tars
+        self._tars, self.told = tars, []                          # `told`: members that gave labels
 
     @functools.cached_property
     def directory(self) -> tuple[np.ndarray, np.ndarray]:
@@ -117,17 +131,23 @@ class TarStore(ZipStore):
 
     def _label(self, picture: bytes) -> int | str | None:
         """What `.cls` or the field "label" of `.json` beside a picture says, None without one."""
-        stem = os.path.splitext(picture)[0]
-        if stem + b".cls" in self:
-            return os.fsdecode(self.read(stem + b".cls")).strip()
-        content = parse_json(self.read(stem + b".json"), self.where(stem + b".json")) if stem + b".json" in self else {}
-        label = content.get("label") if isinstance(content, dict) else None
-        return label if isinstance(label, int | str) else None
+        for stem in (os.path.splitext(picture)[0], _key(picture)):
+            if stem + b".cls" in self:
+                return os.fsdecode(self.read(stem + b".cls")).strip()
+            file = stem + b".json"
+            content = parse_json(self.read(file), self.where(file)) if file in self else None
+            if isinstance(content, dict) and isinstance(content.get("label"), int | str):
+                self.told.append(file)
+                return content["label"]
+        return None
 
     def described(self) -> dict:
         pictures = [name for name in self.names().tolist() if name.lower().endswith(IMAGE_EXTENSIONS)]
         values = {os.fsdecode(name): self._label(name) for name in pictures}
-        return as_labels(values, self.where) if any(value is not None for value in values.values()) else {}
+        labelled = any(value is not None for value in values.values())
+        if labelled and len({*map(_key, pictures)}) < len(pictures):
+            raise UserError(f"{shown(self.path)}: two pictures of one sample, as 1.png and 1.mask.png are; keep one")
+        return as_labels(values, self.where) if labelled else {}
 
     def read(self, name: bytes | str) -> bytes:
         tar, offset, size = self._entry(name)
@@ -145,7 +165,8 @@ class TarStore(ZipStore):
 
 def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, classes: set[str] = frozenset()
            ) -> dict[str, str | None]:
-    """The columns "image", "label" and "caption" (or None) of columns whose kinds are image, number, words or other.
+    """The columns "image", "label" and "caption" (or None) of columns whose kinds are image, number, words or other;
+    and "found", that of the label if it was not named.
 
     They are those `named`; without a named label or caption, those with a usual name or among `classes`; else the only
     one of numbers or words. Raises UserError, naming `where` and the candidates, if one is missing or ambiguous.
@@ -171,23 +192,34 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     if label is None and caption is None:
         label = only("label-column or --caption", fitting["label"])
         label, caption = (None, label) if kinds.get(label) == "words" else (label, None)
-    return {"image": image, "label": label, "caption": caption}
+    return {"image": image, "label": label, "caption": caption, "found": label if named["label"] is None else None}
 
 
-def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str], Iterator]]:
-    """The schema of a parquet or Arrow file, the numbers of rows of its groups, and a function of group and column that
-    yields arrays of values. Raises what pyarrow does.
+def require_ratio(size: int, stored: int) -> None:
+    """Raise ValueError if `stored` bytes of a file from elsewhere would become too large a `size` in memory."""
+    if size > (limit := stores.SMALL + stores.MAX_RATIO * stored):
+        raise ValueError(f"{size} bytes, stored in {stored}; the limit is {limit}")
+
+
+def _shard(path: str) -> tuple[Any, list[int], Callable[[int, str, int], Iterator]]:
+    """The schema of a parquet or Arrow file, the numbers of rows of its groups, and a function of group, column and
+    number of rows in memory that yields arrays of values. Raises what pyarrow does, and as `require_ratio`.
     """
     import pyarrow.ipc
     import pyarrow.parquet
 
+    if int(pyarrow.__version__.partition(".")[0]) < 15:           # earlier ones ran code of a file (CVE-2023-47248)
+        raise UserError(f"{shown(path)}: pyarrow {pyarrow.__version__} is too old; `pip install -U pyarrow`")
     if path.endswith(".parquet"):
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)             # 0 would read a whole group
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        return file.schema_arrow, groups, lambda group, column: (batch.column(0) for batch in file.iter_batches(
-            16, row_groups=[group], columns=[column], use_threads=False))         # rows in memory
-    table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk
-    return table.schema, [table.num_rows], lambda _, column: iter(table.column(column).chunks)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        # 100: the name of a row
+        require_ratio(sum(one.total_byte_size + 100 * one.num_rows for one in groups), os.path.getsize(path))
+        return file.schema_arrow, [one.num_rows for one in groups], lambda group, column, rows: (
+            batch.column(0) for batch in file.iter_batches(rows, [group], [column], use_threads=False))
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()          # still on the disk, if uncompressed
+    require_ratio(table.nbytes + 100 * table.num_rows, os.path.getsize(path))
+    return table.schema, [table.num_rows], lambda _, column, rows: iter(table.column(column).chunks)
 
 
 def _columns(schema: Any) -> tuple[dict[str, str], dict[str, list]]:
@@ -196,7 +228,8 @@ def _columns(schema: Any) -> tuple[dict[str, str], dict[str, list]]:
     kinds = {name: next((kind for kind, pattern in KINDS.items() if re.match(pattern, form)), "other")
              for name, form in forms.items()}
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return kinds, {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
+    return kinds, {name: one["names"] for name, one in features.items()
+                   if isinstance(one, dict) and isinstance(one.get("names"), list)}
 
 
 class RowStore(FolderStore):
@@ -215,14 +248,15 @@ class RowStore(FolderStore):
 
     def described(self) -> dict:
         label, caption = self.columns["label"], self.columns["caption"]
-        found = {"labels": None} if label is None else as_labels(self.values(label), self.where, self.classes)
+        found = {"labels": None} if label is None else as_labels(
+            self.values(label), self.where, self.classes, self.columns.get("found"))
         return found | ({} if caption is None else {"captions": self.values(caption)})
 
 
 class TableStore(RowStore):
     """The pictures in a column of parquet or Arrow shards. A row's name is SHARD/00000012.png, whatever its format.
 
-    Rows are read forwards, a few at a time, so nothing but those is in memory.
+    Rows are read forwards, one at a time; names, labels and captions are in memory.
     """
 
     def __init__(self, path: str | Path, shards: list[str], named: dict[str, str | None]):
@@ -250,7 +284,7 @@ class TableStore(RowStore):
             if column is not None:
                 with naming(f"{shown(path)}: column {shown(column)}"):
                     _, groups, batches = _shard(path)
-                    parts = (part for i in range(len(groups)) for part in batches(i, column))
+                    parts = (part for i in range(len(groups)) for part in batches(i, column, 1024))
                     values = [value for part in parts for value in part.to_pylist()]
             found |= {f"{stem}/{row:08d}.png": value for row, value in enumerate(values)}
         return found
@@ -270,7 +304,7 @@ class TableStore(RowStore):
             place = os.getpid(), stem, group                      # a file open in two processes has one position
             (before, after, values), self._cursor = self._cursor or (None, 0, None), None         # None after an error
             if before != place or row < after:
-                parts = _shard(self._shards[stem])[2](group, self.columns["image"])
+                parts = _shard(self._shards[stem])[2](group, self.columns["image"], 1)
                 after, values = int(self._bounds[stem][group]), itertools.chain.from_iterable(parts)
             value = next(itertools.islice(values, row - after, None)).as_py()
             self._cursor = place, row + 1, values
@@ -302,7 +336,9 @@ def _records(path: str) -> list[dict]:
 
 
 def _is_picture(value: object) -> bool:
-    return isinstance(value, str) and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS)
+    """Whether it can be a picture's name. JSON can hold NUL and half characters, which no file's name has."""
+    return (isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
+            and os.fsencode(value).lower().endswith(IMAGE_EXTENSIONS))
 
 
 def _kind(values: list) -> str:
@@ -323,9 +359,10 @@ class ListStore(RowStore):
         records = _records(path)
         kinds = {name: _kind([record[name] for record in records]) for name in (records or [{}])[0]}
         self.columns = choose(kinds, named, shown(path))
-        self._records = {record[self.columns["image"]]: record for record in records}
-        if len(self._records) < len(records) or not all(map(_is_picture, self._records)):
+        pictures = [record[self.columns["image"]] for record in records]
+        if not all(map(_is_picture, pictures)) or len({*pictures}) < len(pictures):
             raise UserError(f"{shown(path)}: names a picture twice, or something else than a picture; correct it")
+        self._records = dict(zip(pictures, records, strict=True))
 
     def values(self, column: str | None) -> dict[str, Any]:
         return {name: record.get(column) for name, record in self._records.items()}
@@ -336,19 +373,23 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     """As `open_store`, and what others keep pictures in: a list (LISTS), or shards (SHARDS) of one data set.
 
     Shards are a file, a folder that holds neither pictures nor folders, or a pattern like DIR/train-*.parquet. Raises
-    UserError for shards of two forms or splits, for columns as `choose` does, and for columns where there are none.
+    UserError for shards of two forms or splits or with one name, for columns as `choose` does, and for columns where
+    there are none.
     """
     path, named = str(path), {"image": image_column, "label": label_column, "caption": caption_column}
     inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else (
         [path] if os.path.exists(path) else glob.glob(path))
-    inside = sorted(name for name in inside if os.path.basename(name)[0] != ".")
+    inside = sorted(name for name in inside if not PASSED_OVER.match(os.path.basename(name)))
     plain = os.path.isdir(path) and any(_is_picture(name) or os.path.isdir(name) for name in inside)
     shards = [name for name in inside if name.endswith(SHARDS) and os.path.isfile(name) and not plain]
-    forms = sorted({Path(name).suffix for name in shards})
-    splits = sorted({found[1] for name in shards if (found := re.match(r"(.+)-\d{5}-of-\d{5}", Path(name).stem))})
-    if len(forms) > 1 or len(splits) > 1:
-        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(forms if len(forms) > 1 else splits))}; "
-                        f"give those of one, as in --source '{splits[0] if splits else 'DIR/train'}-*{forms[0]}'")
+    forms, stems = sorted({Path(name).suffix for name in shards}), sorted(Path(name).stem for name in shards)
+    splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
+    twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})
+    if several := next((names for names in (forms, splits) if len(names) > 1), twice):
+        raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
+                        f"--source '{splits[0] if splits else 'DIR/train'}*{forms[0]}'")
+    if squeezed := [name for name in inside if re.search(r"\.(tar\.\w+|tgz)$", name) and not plain]:
+        raise UserError(f"{shown(squeezed[0])}: tars must be uncompressed, to be read in place; decompress it")
     if forms and forms[0] != ".tar":
         return TableStore(path, shards, named)
     if path.endswith(LISTS) and os.path.isfile(path):

@@ -57,7 +57,8 @@ def lightningdit(path: Path, raw: np.ndarray, labels: np.ndarray = LABELS, dtype
     for i in range(0, len(raw), 4):
         latents = torch.from_numpy(raw[i:i + 4]).to(dtype).contiguous()
         save_file({"latents": latents, "latents_flip": latents.flip(-1).contiguous(),
-                   "labels": torch.from_numpy(labels[i:i + 4])}, path / f"latents_rank00_shard{i // 4:03d}.safetensors")
+                   "labels": torch.from_numpy(labels[i:i + 4]).to(dtype if labels.dtype == float else torch.int64)},
+                  path / f"latents_rank00_shard{i // 4:03d}.safetensors")
     torch.save({"mean": torch.zeros(1, CHANNELS, 1, 1), "std": torch.ones(1, CHANNELS, 1, 1)}, path / "stats.pt")
     return path
 
@@ -138,7 +139,14 @@ def test_flips_are_further_entries(raw, vae, tmp_path, capsys):
         assert torch.equal(moments, one[i][1].flip(-1)) and label == one[i][2] == LABELS[i]
 
 
-def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys):
+def test_latents_without_labels_are_said_to_have_none(raw, vae, tmp_path, capsys):
+    import_latents(sit_npy(tmp_path / "source", raw, LABELS[:0]), tmp_path / "vae-sd", "sit-npy", vae)
+    assert "no labels" in capsys.readouterr().out and record(tmp_path / "vae-sd")["labels"] is None
+    import_latents(one_npy(tmp_path / "labelled", raw), tmp_path / "other", "sit-npy", vae)
+    assert "no labels" not in capsys.readouterr().out
+
+
+def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys, refused):
     source = lightningdit(tmp_path / "source", raw)
     for dest in ("whole", "begun"):
         import_latents(source, tmp_path / dest, "lightningdit", vae)
@@ -152,6 +160,8 @@ def test_an_interrupted_import_continues(raw, vae, tmp_path, capsys):
         n: d for n, d in whole.items() if "catalogue" not in n}
     import_latents(source, tmp_path / "begun", "lightningdit", vae)
     assert "finished already" in capsys.readouterr().out
+    other = lightningdit(tmp_path / "other", -raw)
+    assert "source" in refused(import_latents, other, tmp_path / "begun", "lightningdit", vae)
 
 
 def test_sit_trains_on_moments_alone(raw, vae, tmp_path):
@@ -169,6 +179,26 @@ def changed(raw: np.ndarray, value: float) -> np.ndarray:
     return raw
 
 
+def tensors(path: Path, arrays: dict) -> Path:
+    path.mkdir()
+    save_file({name: torch.tensor(one) for name, one in arrays.items()}, path / "a.safetensors")
+    return path
+
+
+def npz_as_npy(path: Path, raw: np.ndarray) -> Path:
+    path.mkdir()
+    with open(path / "a.npy", "wb") as file:
+        np.savez(file, raw)
+    return path
+
+
+def one_h5(path: Path, write) -> Path:
+    path.mkdir()
+    with h5py.File(path / "a.h5", "w") as file:
+        write(file)
+    return path
+
+
 REFUSED = {
     "another space": ("lightningdit", lambda path, raw: lightningdit(path, raw[:, :3]), [], ["(3, 8, 8)", "none"]),
     "more channels": ("sit-npy", lambda path, raw: one_npy(path, np.tile(raw, (1, 8, 1, 1))), [], ["va-vae"]),
@@ -182,6 +212,19 @@ REFUSED = {
     "labels of some": ("sit-npy", lambda path, raw: sit_npy(path, raw, LABELS[:5]), [], ["5.npy", "label None"]),
     "no arrays": ("sit-npy", lambda path, raw: sit_npy(path, raw[:0]), [], ["holds no arrays"]),
     "another form": ("repa-e", lightningdit, [], ["holds no arrays"]),
+    "labels of floats": ("lightningdit", lambda path, raw: lightningdit(path, raw, LABELS / 1, torch.bfloat16),
+                         [], ["label 0.0"]),
+    "NUL in a name": ("lightningdit", lambda path, raw: tensors(path, {"a\0": raw[0]}), [], ["name of one file"]),
+    "a single number": ("lightningdit", lambda path, raw: tensors(path, {"latents_flip": np.float32(0)}), [],
+                        ["holds no arrays"]),
+    "npz called npy": ("sit-npy", lambda path, raw: npz_as_npy(path, raw), [], ["a.npy", "cannot be read"]),
+    "no numbers stored": ("repa-e", lambda path, raw: one_h5(path, lambda file: file.create_dataset(
+        "latents", (10**5, 4, 8, 8), "f4", chunks=(1, 4, 8, 8))), [], ["a.h5", "the limit is"]),
+    "other file": ("repa-e", lambda path, raw: one_h5(path, lambda file: file.create_dataset(
+        "latents", (1, 4, 8, 8), "f4", external=[(__file__, 0, 1024)])), [], ["a.h5", "another file"]),
+    "virtual": ("repa-e", lambda path, raw: one_h5(path, lambda file: file.create_virtual_dataset(
+        "latents", h5py.VirtualLayout((2, 4, 8, 8), "f4"))), [], ["a.h5", "another file"]),
+    "no size": ("sit-npy", lambda path, raw: one_npy(path, np.zeros((10**12, 4, 0, 0))), [], ["holds no arrays"]),
     "damaged": ("lightningdit", lambda path, raw: fill(path, {"a.safetensors": b"junk"}), [], ["cannot be read"]),
     "pickled": ("sit-npy", lambda path, raw: path.mkdir() or np.save(path / "a.npy", np.array([{}])) or path, [],
                 ["a.npy", "cannot be read"]),
@@ -199,7 +242,9 @@ def test_a_bad_row_is_named(raw, vae, tmp_path, capsys):
     source = lightningdit(tmp_path / "source", changed(raw, np.nan))
     with pytest.raises(SystemExit):
         import_latents(source, tmp_path / "vae-sd", "lightningdit", vae)
-    assert "latents_rank00_shard001.safetensors: latents, row 1: not finite" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "latents_rank00_shard001.safetensors: latents, row 1: not finite" in errors
+    assert "latents:" in errors and "convert: " not in errors             # the progress bar
 
 
 def test_hdf5_without_h5py(raw, vae, tmp_path, refused, monkeypatch):

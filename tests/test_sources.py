@@ -19,7 +19,7 @@ import webdataset
 
 from preprocessing.dataset_tools import main
 from runtime.messages import UserError
-from runtime.sources import open_source
+from runtime.sources import naming, open_source
 from tests import test_preparation_kills, test_preprocessing
 from tests.test_preparation_kills import ROOT, arguments, everything
 from tests.test_preprocessing import as_file, convert, data_files, encode, fill, picture, record
@@ -154,10 +154,29 @@ def test_images_and_labels_are_those_of_a_folder(form, pictures, folder, expecte
     convert(source, tmp_path / "images", "--workers=2")
     found, classes = told(tmp_path / "images")
     assert found == told(expected)[0] and classes == (None if form in WITHOUT_NAMES else NAMES)
-    assert len(found) == COUNT and ("passed over" in capsys.readouterr().err) == (form == "webdataset, json")
+    assert len(found) == COUNT and "passed over" not in capsys.readouterr().err
     before = sorted(path.name for path in tmp_path.iterdir())
     convert(source, tmp_path / "images")                          # finished already: nothing is written
     assert "finished already" in capsys.readouterr().out and before == sorted(p.name for p in tmp_path.iterdir())
+
+
+SEVERAL = [f"c{i}" for i in range(40)]
+KEPT = {
+    "a few words": lambda path, data: table({"image": data[:2], "label": ["a", "b"]})(path),
+    "words of a named column": lambda path, data: table({"image": data, "t": SEVERAL})(path),
+    "numbers in a column label": lambda path, data: table({"image": data, "label": [*range(40)]})(path),
+    "names in tars": lambda path, data: tarred(*(one for i, file in enumerate(data) for one in (
+        (f"{i}.input.png", FILE, file), (f"{i}.cls", FILE, f"c{i}".encode()))))(path)}
+
+
+@pytest.mark.parametrize("form", KEPT)
+def test_labels_that_all_differ_are_labels(form, tmp_path):
+    """And WebDataset's keys end at the first dot."""
+    (tmp_path / "source").mkdir()
+    KEPT[form](tmp_path / "source", [as_file(picture(32, 32, i), "png") for i in range(40)])
+    convert(tmp_path / "source", tmp_path / "images", *["--label-column=t"] * ("named" in form))
+    labels = [label for _, label in record(tmp_path / "images")["labels"]]
+    assert len(labels) in (2, 40) and sorted(labels) == [*range(len(labels))]
 
 
 CAPTIONED = {
@@ -255,6 +274,21 @@ def test_a_killed_conversion_of_parquet_continues(images, tmp_path):
     assert told(dest)[0] == told(tmp_path / "folder/out")[0]
 
 
+@pytest.mark.parametrize("command", [convert, encode])
+def test_another_column_of_pictures_does_not_continue(command, vae_folder, tmp_path, refused, capsys):
+    files = [as_file(picture(32, 32, i), "png") for i in range(4)]
+    source = shards(tmp_path / "pq", pa.table({"image": files[:2], "mask": files[2:], "label": [0, 1]}))
+    flags = [f"--model-url={vae_folder}"] * (command is encode)
+    command(source, tmp_path / "dest", "--image-column=image", *flags)
+    line = refused(command, source, tmp_path / "dest", "--image-column=mask", *flags)
+    assert "image_column image, now image_column mask" in line
+    (one,) = shards(tmp_path / "one", pa.table({"image": files[:2], "label": [0, 1]})).iterdir()
+    if command is encode:                                         # the same column, found instead of named
+        one.rename(source / one.name)
+        command(source, tmp_path / "dest", *flags)
+        assert "finished already" in capsys.readouterr().out
+
+
 def test_shards_by_pattern_and_one_split_of_a_folder(pictures, tmp_path, refused):
     """As ImageNet lies on the hub: train, validation and test in one folder."""
     source = shards(tmp_path / "pq", row_table(pictures, ""), rows=4)
@@ -263,6 +297,15 @@ def test_shards_by_pattern_and_one_split_of_a_folder(pictures, tmp_path, refused
     convert(f"{source}/train-*", tmp_path / "images")
     convert(source / "validation-00000-of-00001.parquet", tmp_path / "one")
     assert told(tmp_path / "images") == told(tmp_path / "one")
+
+
+def test_what_datasets_caches_beside_its_shards_is_no_data(pictures, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    source = hugging_face(tmp_path / "hf", pictures, "arrow")
+    datasets.load_from_disk(source).map(lambda row: row, num_proc=None)
+    assert list(source.glob("cache-*.arrow"))
+    for found in (source, source / "*.arrow"):
+        assert len(open_source(found).names()) == COUNT
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -323,6 +366,28 @@ def two_shards(first: dict, second: dict):
     return write
 
 
+def two_files(first: str, second: str):
+    def write(path: Path) -> Path:
+        for name in (first, second):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({"image": P}), path / name)
+        return path
+
+    return write
+
+
+def classed(labels: list, names: list):
+    """One shard with names of classes as the library datasets records them."""
+
+    def write(path: Path) -> Path:
+        about = json.dumps({"info": {"features": {"n": {"names": names}}}})
+        rows = pa.table({"image": P, "n": labels}).replace_schema_metadata({"huggingface": about})
+        pq.write_table(rows, path / "a.parquet")
+        return path
+
+    return write
+
+
 P, FILE = [b"x", b"y"], tarfile.REGTYPE
 REFUSED = {
     "no images": (table({"label": [0, 1], "text": ["a", "b"]}), [], ["column of images", "label, text"]),
@@ -333,7 +398,13 @@ REFUSED = {
     "unknown column": (table({"image": P, "n": [0, 1]}), ["--label-column=label"], ["label: no column", "are n"]),
     "wrong type": (table({"image": P, "n": [0, 1]}), ["--caption-column=n"], ["another type", "none"]),
     "label of floats": (table({"image": P, "n": [0.5, 1]}), ["--label-column=n"], ["another type"]),
-    "captions as labels": (table({"image": P, "t": ["a cat", "a dog"]}), ["--label-column=t"], ["--caption-column"]),
+    "captions as labels": (table({"image": P * 16, "label": [*"abcdefghijklmnopqrstuvwxyzABCDEF"]}), [],
+                           ["32 of 32 values of label", "--caption-column"]),
+    "ids as labels": (table({"image": P * 16, "id": [*range(32)]}), [], ["values of id", "--label-column"]),
+    "too few names of classes": (classed([0, 3], ["a", "b", "c"]), [], ["label 3", "3 classes"]),
+    "numbers as names of classes": (classed([0, 1], [0, 1]), [], ["2 classes"]),
+    "two pictures of a sample": (tarred(("a.png", FILE, b"x"), ("a.b.png", FILE, b"x"), ("a.cls", FILE, b"0")), [],
+                                 ["a.tar", "two pictures"]),
     "no label in a row": (table({"image": P, "label": [0, None]}), [], ["a.parquet: row 1", "label None"]),
     "labels of a test split": (table({"image": P, "label": [-1, -1]}), [], ["a.parquet: row 0", "label -1"]),
     "empty name": (table({"image": P * 2, "label": ["a", "a", "a", ""]}), [], ["row 3"]),
@@ -343,6 +414,11 @@ REFUSED = {
     "damaged": (lambda path: fill(path, {"a.parquet": b"PAR1junk"}), [], ["a.parquet", "cannot be read"]),
     "no arrow": (lambda path: fill(path, {"a.arrow": b"junk"}), [], ["a.arrow", "cannot be read"]),
     "two forms": (table({"image": P}, b_tar=b""), [], [".parquet, .tar"]),
+    "two splits": (two_files("train.parquet", "test.parquet"), [], ["test, train"]),
+    "two splits, numbered": (two_files("train-1.parquet", "validation-00000-of-00001.parquet"), [], ["train, valid"]),
+    "one stem": (lambda path: two_files("a/0.parquet", "b/0.parquet")(path) / "*/0.parquet", [], ["0 (twice)"]),
+    "compressed": (lambda path: fill(path, {"0.tar.gz": b""}), [], ["0.tar.gz", "uncompressed"]),
+    "compressed, a file": (lambda path: fill(path, {"0.tgz": b""}) / "0.tgz", [], ["0.tgz", "uncompressed"]),
     "unusable labels": (table({"image": P, "label": [0.0, 1.0]}), [], ["a.parquet: row 0", "label 0.0"]),
     "a mix of labels": (listed("l.jsonl", '{"p": "a.png", "cls": 1}\n{"p": "b.png", "cls": "x"}'), [], ["label 1"]),
     "a null as label": (listed("l.jsonl", '{"p": "a.png", "cls": 1}\n{"p": "b.png", "cls": null}'), [], ["None"]),
@@ -350,6 +426,10 @@ REFUSED = {
     "no JSON": (listed("l.jsonl", '{"path": "a.png"}\n{'), [], ["line 2"]),
     "ragged": (listed("l.csv", "path,label\na.png,1\nb.png\n"), [], ["entry 2"]),
     "named twice": (listed("l.csv", "a.png,1\na.png,2\n"), [], ["twice"]),
+    "a list as name": (listed("l.jsonl", '{"p": "a.png"}\n{"p": ["x"]}'), [], ["something else"]),
+    "half a character": (listed("l.jsonl", '{"p": "a.png"}\n{"p": "\\ud800.png"}'), [], ["something else"]),
+    "half a character first": (listed("l.jsonl", '{"p": "\\ud800.png"}'), [], ["column of images"]),
+    "a NUL": (listed("l.jsonl", '{"p": "a.png"}\n{"p": "b\\u0000.png"}'), [], ["something else"]),
     "empty list": (listed("l.csv", ""), [], ["column of images"]),
     "nothing there": (listed("l.csv", "a.png,1\nb.png,2\n"), [], ["2 of 2"]),
     "negative": (listed("l.csv", "a.png,-1\nb.png,0\n"), [], ["label -1"]),
@@ -371,7 +451,7 @@ def test_refused(write, flags, words, tmp_path, refused):
     (tmp_path / "source").mkdir()
     line = refused(convert, write(tmp_path / "source"), tmp_path / "images", *flags)
     assert all(word in line for word in words), line
-    assert "nothing there" in words or not (tmp_path / "images/dataset.json").exists()
+    assert not (tmp_path / "images/dataset.json").exists()
 
 
 def test_a_shard_that_is_cut_is_named(pictures, tmp_path, refused):
@@ -386,6 +466,43 @@ def test_parquet_without_pyarrow(pictures, folder, expected, tmp_path, refused, 
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install pyarrow" in refused(convert, source, tmp_path / "images")
     convert(folder, tmp_path / "images")                          # nothing else needs it
+
+
+def test_a_library_that_cannot_be_loaded_is_named():
+    with pytest.raises(UserError, match="a: libx.so: cannot open"), naming("a"):
+        raise ImportError("libx.so: cannot open")                 # the loader's errors have no name
+
+
+def test_a_pyarrow_that_runs_code_is_refused(pictures, tmp_path, refused, monkeypatch):
+    source = shards(tmp_path / "pq", row_table(pictures, ""))
+    monkeypatch.setattr(pa, "__version__", "14.0.0")
+    assert "14.0.0" in refused(convert, source, tmp_path / "images")
+
+
+def arrow(path: Path, columns: dict) -> None:
+    rows = pa.table(columns)
+    with pa.ipc.new_stream(path, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(rows)
+
+
+def parquet(columns: dict, **options):
+    return lambda path: pq.write_table(pa.table(columns), f"{path}/a.parquet", compression="zstd", **options)
+
+
+LARGE = [bytes(5 << 20)] * 3
+BOMBS = {"pages": parquet({"image": LARGE}, use_dictionary=False), "a dictionary": parquet({"image": LARGE}),
+         "structs": parquet({"image": [{"bytes": one} for one in LARGE]}),
+         "words": parquet({"image": P, "text": ["a" * (5 << 20)] * 2}),
+         "rows": parquet({"image": pa.nulls(10**5, pa.binary())}),
+         "Arrow": lambda path: arrow(f"{path}/a.arrow", {"image": LARGE})}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_does_not_take_much_memory(kind, tmp_path):
+    BOMBS[kind](tmp_path)
+    with pytest.raises(UserError, match=r"a\.(parquet|arrow).*the limit is"):
+        (store := open_source(tmp_path)).described()
+        store.read(store.names()[0])
 
 
 def test_paths_of_a_list_cannot_lead_out_of_the_destination(tmp_path, vae_folder, refused):
