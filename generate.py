@@ -22,7 +22,7 @@ from dataset import find_captions
 from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
-from models.hub import digest_of, find, name_of
+from models.hub import decoder_of, digest_of, find, name_of
 from models.interpolant import PATHS, auto_shift
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
@@ -258,7 +258,7 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
     path_type = (state.get("args") or {}).get("path_type") or args.path_type or "linear"
     if path_type not in PATHS:
         raise UserError(f"{path}: trained on the path {path_type!r}, expected {' or '.join(PATHS)}; use another file")
-    vae = args.vae or latent_space(state).decoder
+    vae = args.vae or decoder_of(path, latent_space(state))
     guided = {name: value if getattr(args, name) is None else getattr(args, name)
               for name, value in conditions.published.items()}
     if args.guidance_low > guided["guidance_high"]:

@@ -1,6 +1,8 @@
 """The model card of a network to share: README.md of a folder or a repository of the Hugging Face hub."""
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +14,36 @@ from runtime.stores import shown
 METHODS = {"reg": "REG ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467))",
            "repa": "REPA ([arXiv 2410.06940](https://arxiv.org/abs/2410.06940))",
            "sit": "SiT ([arXiv 2401.08740](https://arxiv.org/abs/2401.08740))"}
+# The settings of training that sampling and the card need: no others are shared.
+KEPT = ("method", "model", "enc_type", "path_type", "time_shift", "resolution", "cfg_prob", "encoder_depth",
+        "fused_attn", "batch_size")
+LOCAL = "; the VAE was a folder: a pipeline has it in vae/, otherwise name it with --vae"
 SETTINGS = ("mode", "heun", "num_steps", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high", "time_shift",
             "labels", "classes", "captions", "prompts", "samples_per_prompt", "precision", "seed")
+
+
+def public(value: object) -> object:
+    """JSON without places of this machine: of a path, also behind a prefix like `local-dir:`, only the last part."""
+    if isinstance(value, dict):
+        return {name: public(one) for name, one in value.items()}
+    if not isinstance(value, str):
+        return [public(one) for one in value] if isinstance(value, list | tuple) else value
+    kind, place = re.fullmatch(r"([\w-]+:)?(.*)", value, re.DOTALL).groups("")
+    private = re.search(r"^[/~.]|\\|/.*/", place) or os.path.isdir(place)
+    return kind + re.split(r"[/\\]", place.rstrip("/\\"))[-1] if private else value
+
+
+def is_local(vae: str) -> bool:
+    """Whether a VAE in a public record was a folder, not the hub's."""
+    return "/" not in vae
+
+
+def public_record(record: dict) -> dict:
+    """A network's `record` to share: of the settings those in KEPT, and everything `public`."""
+    args = {name: value for name, value in record.get("args", {}).items() if name in KEPT}
+    if isinstance(args.get("enc_type"), str):                     # several, with commas between them
+        args["enc_type"] = ",".join(map(public, args["enc_type"].split(",")))
+    return public({name: value for name, value in record.items() if name != "args"} | ({"args": args} if args else {}))
 
 
 def read_scores(samples: Path, digest: str, which: str) -> list[dict]:
@@ -25,7 +55,7 @@ def read_scores(samples: Path, digest: str, which: str) -> list[dict]:
             result = json.loads(path.read_text(encoding="utf-8"))
             settings = {**result["settings"], "sampling": {**result["settings"]["sampling"]}}
             if (settings["checkpoint_sha256"], settings["weights"]) == (digest, which):
-                found.append(result | {"settings": settings})
+                found.append(public(result | {"settings": settings}))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             notice(f"{path}: not scores of samples that generate.py made; left out")
     return found
@@ -37,7 +67,8 @@ def model_card(architecture: dict, record: dict, scores: Sequence[dict] = (), na
 
     `scores`: contents of metrics.json; `name`: of the folder, in the commands; `diffusers`: it is a pipeline's.
     """
-    args, captions, licence = record.get("args", {}), "context_dim" in architecture, record.get("licence")
+    record, captions = public_record(record), "context_dim" in architecture
+    args, licence = record.get("args", {}), record.get("licence")
     network, call = ("MMDiT", 'prompt="..."') if captions else ("SiT", "class_labels=0")
     head = ["---", f"license: {json.dumps(licence)}" if licence else "", "library_name: reg",
             f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
@@ -48,6 +79,7 @@ def model_card(architecture: dict, record: dict, scores: Sequence[dict] = (), na
               if diffusers else f"from models.{network.lower()} import {network}\n\n"
               f"model = {network}.from_pretrained({name!r})")
     command = f"python generate.py --ckpt {name}" + ' --prompt "..."' * captions
+    command += " --vae FOLDER" * (not diffusers and is_local(record.get("latent_space", {}).get("vae", "a/b")))
     use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
            "```", ""]
     return "\n".join([*head, *_table(["", ""], rows.items()), "", "## Scores", "", *_scores(scores), *use])
@@ -67,7 +99,7 @@ def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
         space = LatentSpace.from_record(record["latent_space"])
         licence = next((f", licence of the VAE: {row.licence}" for row in VAES.values() if row.id == space.vae), "")
         rows["latent space"] = (f"{space.vae} (f{space.downsampling}c{space.channels}), scale {space.scale}, shift "
-                                f"{space.shift}{licence}")
+                                f"{space.shift}{licence}{LOCAL * is_local(space.vae)}")
         rows["images"] = f"{architecture['input_size'] * space.downsampling} px"
     steps = f"{record['steps']:,}" if "steps" in record else "not recorded"
     rows["steps"] = steps + (f" of {args['batch_size']} images" if "batch_size" in args else "")

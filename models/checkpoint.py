@@ -38,8 +38,6 @@ Network = SiT | MMDiT
 MODELS = SiT_models | MMDiT_models
 
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
-PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "text_encoder",
-           "init_weights", "resume")
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
 RELEASED_NAMES = {"cls_projectors2.": "cls_embedder.", "wg_norm.": "cls_norm."}
 
@@ -222,13 +220,10 @@ def require_new(out: Path, config: Path, digest: str, which: str) -> None:
 
 
 def record_of(state: dict, which: str) -> dict:
-    """What sampling needs of a checkpoint beside its network, without private settings, for `HubNetwork.record`."""
-    record = {name: state[name] for name in ("latent_space", "steps", "classes", "text") if name in state}
-    args = {name: value for name, value in state.get("args", {}).items() if name not in PRIVATE}
-    if "text" in record and Path(record["text"]["encoder"]).is_absolute():                # a folder of this machine
-        record["text"] = {**record["text"], "encoder": Path(record["text"]["encoder"]).name}
+    """What sampling and the card need of a checkpoint beside its network, for `HubNetwork.record`."""
+    record = {name: state[name] for name in ("latent_space", "steps", "classes", "text", "args") if name in state}
     name = Path(str(state.get("args", {}).get("data_dir") or "")).name                    # without its place
-    return {**record, "weights": which} | ({"args": args} if args else {}) | ({"data_name": name} if name else {})
+    return {**record, "weights": which} | ({"data_name": name} if name else {})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
-from models.card import model_card
+from models.card import is_local, model_card, public_record
+from models.vae import LatentSpace
 from models.weights import build, plain_weights, require_record, require_sizes, sizes_in
 from runtime import run
 from runtime.files import sha256, write_json, write_whole
@@ -70,10 +71,9 @@ class HubNetwork(PyTorchModelHubMixin):
 
 def shared(model: HubNetwork) -> tuple[dict, dict[str, torch.Tensor]]:
     """What describes a network, for JSON, and its weights with the null states."""
-    about = {"architecture": model.config, **(model.record or {})}
+    about = {"architecture": model.config, **public_record(model.record or {})}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if "text" in about:
-        about["text"] = dict(about["text"])
         weights[NULL] = about["text"].pop("null").contiguous()
     return about, weights
 
@@ -137,6 +137,13 @@ def fetch(name: str, **where) -> Path:
         place = "in the hub's cache (offline)" if constants.HF_HUB_OFFLINE else f"on the hub ({type(error).__name__})"
         raise UserError(f"{name}: no such checkpoint here or {place}; name a checkpoint, an experiment, an exported "
                         "folder or a hub id") from error
+
+
+def decoder_of(path: Path, space: LatentSpace) -> str:
+    """The VAE for a checkpoint's file unless the user names another: a pipeline's own, if that of training was a
+    folder."""
+    own = path.absolute().parent.parent / VAE
+    return str(own) if path.parent.name == TRANSFORMER and is_local(space.vae) and own.is_dir() else space.decoder
 
 
 def digest_of(path: Path) -> str:

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
+from models.card import public
 from models.conditioning import ClassLabels, Conditions, open_captions
 from models.hub import CONFIG, TRANSFORMER, VAE, HubNetwork, find
 from models.mmdit import MMDiT
@@ -68,6 +69,7 @@ class REGPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, **settings) -> None:
         """Write model_index.json, transformer/ and vae/, as safetensors. `settings` of diffusers are ignored."""
         self.transformer.save_pretrained(Path(save_directory, TRANSFORMER))
+        self.vae.register_to_config(_name_or_path=public(self.vae.config.get("_name_or_path", "")))
         self.vae.save_pretrained(Path(save_directory, VAE))
         self.save_config(save_directory)
 

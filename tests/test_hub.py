@@ -183,7 +183,41 @@ def test_an_exported_folder_has_a_card_with_the_scores_of_its_checkpoint(experim
     assert said["data"] and "cc-by-4.0" in said["licence"] and "9.5" not in card.text
     command, = [line for line in card.text.splitlines() if line.startswith("python generate.py")]
     generate.parse_args(command.split()[2:])
-    assert str(experiment) not in (tmp_path / "out" / "config.json").read_text()
+
+
+SECRET = "/home/secret/atlas"
+
+
+def test_an_export_holds_no_place_of_the_machine(trained, vae_folder, tmp_path, monkeypatch):
+    """In no form, and in no score: of a path only its last part."""
+    monkeypatch.chdir(tmp_path)                                   # where generate.py puts samples of a single file
+    state = checkpoint.read(trained)
+    flags = ("vae", "features", "captions", "new_flag", "method", "model")
+    state["args"] |= {name: f"{SECRET}/{name}" for name in flags}
+    state["args"]["enc_type"] = f"dinov2-vit-b,local-dir:{SECRET}/encoder,../secret/atlas/other"
+    torch.save(state, "x.pt")
+    settings = {"checkpoint_sha256": sha256(Path("x.pt")), "weights": "ema", "vae": f"{SECRET}/vae",
+                "sampling": {"mode": "sde", "captions": f"{SECRET}/captions"}}
+    scores = {"fid": 1.5, "features": f"local-dir:{SECRET}/features", "ref_batch": f"{SECRET}/ref.npz",
+              "settings": settings, "references": [{}, {"name": f"{SECRET}/two.npz", "fid": 2.5}]}
+    Path("samples/a").mkdir(parents=True)
+    Path("samples/a/metrics.json").write_text(json.dumps(scores))
+    export("x.pt", "folder")
+    export("x.pt", "single.safetensors")
+    model = SiT.from_pretrained("folder")
+    model.record |= {"args": state["args"],
+                     "latent_space": state["latent_space"] | {"vae": "secret/atlas/vae/"}}
+    model.save_pretrained("saved")
+    moved = shutil.copytree(vae_folder, "home/secret/atlas/vae")
+    REGPipeline(model, load_codec(str(moved)).vae).save_pretrained("pipe")
+    export("pipe", "again")
+    files = [path for name in ("folder", "saved", "pipe", "again") for path in Path(name).rglob("*") if path.is_file()]
+    for path in (*files, Path("single.safetensors")):
+        assert b"secret" not in path.read_bytes() and b"atlas" not in path.read_bytes(), path
+    card = Path("folder/README.md").read_text()
+    for kept in ("dinov2-vit-b,local-dir:encoder,other", "local-dir:features", "| ref.npz", "| two.npz", "VAE vae",
+                 "captions captions", "--vae"):
+        assert kept in card
 
 
 def test_a_card_without_scores_says_so(trained, tmp_path):
@@ -239,21 +273,23 @@ def exported(trained, tmp_path_factory):
     return folder
 
 
-def test_sampling_a_folder_and_an_id(trained, exported, tmp_path):
+def test_sampling_a_folder_and_an_id(trained, exported, vae_folder, tmp_path):
     wanted = np.load(sample(trained, tmp_path / "a", "--save-cls-tokens") / "samples.npz")["arr_0"]
     in_cache(exported / "reg-tiny", "someone/reg")
-    for i, (name, called) in enumerate(((exported / "reg-tiny", "reg-tiny-"), ("someone/reg", "someone--reg-"),
-                                        (exported / "pipe", "pipe-"))):
-        folder = sample(name, tmp_path / str(i), "--save-cls-tokens")
+    vae = ["--vae", str(vae_folder)]
+    forms = ((exported / "reg-tiny", "reg-tiny-", vae), ("someone/reg", "someone--reg-", vae),
+             (exported / "pipe", "pipe-", []))
+    for i, (name, called, given) in enumerate(forms):
+        folder = sample(name, tmp_path / str(i), "--save-cls-tokens", *given)
         assert folder.name.startswith(called) and (np.load(folder / "samples.npz")["arr_0"] == wanted).all()
 
 
-def test_samples_of_an_edited_description_are_made_again(exported, tmp_path, capsys):
-    copy = Path(shutil.copytree(exported / "reg-tiny", tmp_path / "copy"))
+def test_samples_of_an_edited_description_are_made_again(exported, tmp_path):
+    copy = Path(shutil.copytree(exported / "pipe", tmp_path / "copy"))
     folder = sample(copy, tmp_path / "samples")
     before = (folder / "samples.npz").stat().st_mtime_ns
     assert sample(copy, tmp_path / "samples") == folder and (folder / "samples.npz").stat().st_mtime_ns == before
-    config(steps=3)(copy)
+    config(steps=3)(copy / "transformer")
     assert sample(copy, tmp_path / "samples") == folder and (folder / "samples.npz").stat().st_mtime_ns > before
 
 
@@ -279,12 +315,12 @@ def pipe(exported):
 
 
 def test_images_of_the_pipeline_are_those_of_generate(trained, exported, pipe, tmp_path):
-    """After a folder, after another one, and with the VAE that a network's folder names."""
+    """After a folder, after another one, and with the VAE put to a network."""
     folder = sample(trained, tmp_path / "a", "--save-cls-tokens", "--global-seed", "5")
     npz, tokens = np.load(folder / "samples.npz"), np.load(folder / "class_tokens.npz")["class_tokens"]
     pipe.save_pretrained(tmp_path / "again")
     for one in (pipe, REGPipeline.from_pretrained(tmp_path / "again"),
-                REGPipeline.from_pretrained(exported / "reg-tiny")):
+                REGPipeline(SiT.from_pretrained(exported / "reg-tiny"), pipe.vae)):
         for block in (range(3), range(3, 6)):
             made = one(class_labels=npz["arr_1"][block.start:block.stop], num_inference_steps=2,
                        generator=[image_rng(5, i) for i in block])
