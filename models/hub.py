@@ -64,8 +64,7 @@ class HubNetwork(PyTorchModelHubMixin):
         model.record, model.scores = {**state, "weights": which}, scores_of(path)
         return model
 
-    def save_pretrained(self, save_directory: str | Path, *, config: None = None, model_card_kwargs: dict | None = None
-                        ) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None, config=None):
         """Write config.json, model.safetensors and the card. The other arguments are for `push_to_hub`."""
         save_folder(self, Path(save_directory))
         write_card(self, Path(save_directory), **(model_card_kwargs or {}))

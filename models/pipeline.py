@@ -51,8 +51,7 @@ class REGPipeline(DiffusionPipeline):
         return cls(transformer, codec.vae, text_encoder)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, text_encoder: str | None = None, **where
-                        ) -> "REGPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, text_encoder: str | None = None, **where):
         """The pipeline in a folder of `save_pretrained` or in a repository of the hub; of a network's folder, with the
         VAE of the hub that it names.
 
@@ -69,8 +68,7 @@ class REGPipeline(DiffusionPipeline):
 
     push_to_hub = HubNetwork.push_to_hub
 
-    def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None,
-                        config: None = None) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None, config=None):
         """Write model_index.json, transformer/, vae/ and the card; the other arguments are for `push_to_hub`."""
         for old in (CARD, f"{VAE}/{WEIGHTS}.safetensors"):        # an older pipeline is not mixed with this one
             Path(save_directory, old).unlink(missing_ok=True)
@@ -94,8 +92,7 @@ class REGPipeline(DiffusionPipeline):
             output_type: "pil"; "np" (B, R, R, 3) or "pt" (B, 3, R, R), float32 in [0, 1].
         Raises UserError for what the network was not trained to show, and for impossible settings.
         """
-        record = self.transformer.record or {}
-        space = space_of(record)
+        space = space_of(record := self.transformer.record or {})
         conditions, count = self._conditions(class_labels, prompt)
         trained = record.get("args", {})
         scale = conditions.published["cfg_scale"] if guidance_scale is None else guidance_scale
