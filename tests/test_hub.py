@@ -529,6 +529,18 @@ def test_a_pipelines_folder_names_no_code_and_nothing_elsewhere(exported, tmp_pa
         REGPipeline.from_pretrained(folder)
 
 
+def test_a_pipeline_saved_halfway_is_no_mix(pipe, tmp_path, monkeypatch):
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(pipe.vae), "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="vae"):
+        REGPipeline.from_pretrained(tmp_path)
+
+
 def test_the_pipelines_vae_is_that_of_the_latent_space(exported, pipe, vae_folder):
     """Of another size it is refused."""
     assert same(pipe.vae.state_dict(), load_codec(str(vae_folder)).vae.state_dict())
