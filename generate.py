@@ -22,10 +22,10 @@ from dataset import find_captions
 from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
-from models.hub import digest_of, find, name_of
+from models.hub import decoder_of, digest_of, find, name_of, space_of
 from models.interpolant import PATHS, auto_shift
 from models.text import DEFAULT
-from models.vae import SHORTHANDS, Codec, LatentSpace, load_codec
+from models.vae import SHORTHANDS, Codec, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share, time_shift
 from runtime.catalogue import tidy
 from runtime.files import UNREADABLE
@@ -145,7 +145,7 @@ def require_suitable(args: argparse.Namespace, state: dict, model: Network) -> N
     widths = [bias.numel() for name, bias in weights.items() if re.search(r"projectors\.\d+\.4\.bias$", name)]
     told = {"path_type": trained.get("path_type"), "encoder_depth": trained.get("encoder_depth"),
             "fused_attn": trained.get("fused_attn"), "qk_norm": model.config["qk_norm"],
-            "resolution": model.input_size * latent_space(state).downsampling,
+            "resolution": model.input_size * space_of(state).downsampling,
             "num_classes": getattr(model, "num_classes", 0),
             "cls": model.cls_token_dim or 0, "projector_embed_dims": tuple(widths) or None}
     for name, value in told.items():
@@ -188,10 +188,6 @@ def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes
 def read_checkpoint(path: Path) -> tuple[dict, str]:
     """The content of a checkpoint and its `digest_of`."""
     return checkpoint.read(path), digest_of(path)
-
-
-def latent_space(state: dict) -> LatentSpace:
-    return LatentSpace.from_record(state["latent_space"]) if "latent_space" in state else LatentSpace()
 
 
 def read_prompts(path: str) -> tuple[list[str], list[str]]:
@@ -240,7 +236,7 @@ def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0,
 
 def shift_of(asked: float | str | None, path: Path, state: dict) -> float:
     """The time shift `asked` for, else that of training. Raises UserError if the checkpoint does not tell it."""
-    trained, space = state.get("args") or {}, latent_space(state)
+    trained, space = state.get("args") or {}, space_of(state)
     shift = asked or trained.get("time_shift", 1.0)
     if shift == "auto" and type(trained.get("resolution")) is int:
         return auto_shift(space.channels, trained["resolution"] // space.downsampling)
@@ -258,7 +254,7 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
     path_type = (state.get("args") or {}).get("path_type") or args.path_type or "linear"
     if path_type not in PATHS:
         raise UserError(f"{path}: trained on the path {path_type!r}, expected {' or '.join(PATHS)}; use another file")
-    vae = args.vae or latent_space(state).decoder
+    vae = args.vae or decoder_of(path, space_of(state))
     guided = {name: value if getattr(args, name) is None else getattr(args, name)
               for name, value in conditions.published.items()}
     if args.guidance_low > guided["guidance_high"]:
@@ -361,7 +357,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     path = find(args.ckpt)
     state, digest = read_checkpoint(path)
-    model, space = checkpoint.build_for_sampling(state, args.model, args.weights), latent_space(state)
+    model, space = checkpoint.build_for_sampling(state, args.model, args.weights), space_of(state)
     require_suitable(args, state, model)
 
     world = join_processes()

@@ -1,6 +1,8 @@
 """The model card of a network to share: README.md of a folder or a repository of the Hugging Face hub."""
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,45 +14,73 @@ from runtime.stores import shown
 METHODS = {"reg": "REG ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467))",
            "repa": "REPA ([arXiv 2410.06940](https://arxiv.org/abs/2410.06940))",
            "sit": "SiT ([arXiv 2401.08740](https://arxiv.org/abs/2401.08740))"}
+# The settings of training that sampling and the card need: no others are shared.
+KEPT = ("method", "model", "enc_type", "path_type", "time_shift", "resolution", "cfg_prob", "encoder_depth",
+        "fused_attn", "batch_size")
+LOCAL = "; the VAE was a folder: a pipeline has it in vae/, otherwise name it with --vae"
+HEAD = ("score", "value", "samples", "features", "reference", "setting")
 SETTINGS = ("mode", "heun", "num_steps", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high", "time_shift",
             "labels", "classes", "captions", "prompts", "samples_per_prompt", "precision", "seed")
 
 
-def read_scores(samples: Path, digest: str, which: str) -> list[dict]:
-    """What the evaluator wrote below an experiment's `samples` for a checkpoint with this SHA-256 and `which` weights.
-    """
+def public(value: object) -> object:
+    """JSON without places of this machine: of a path, also behind a prefix like `local-dir:`, only the last part."""
+    if isinstance(value, dict):
+        return {name: public(one) for name, one in value.items()}
+    if not isinstance(value, str):
+        return [public(one) for one in value] if isinstance(value, list | tuple) else value
+    kind, place = re.fullmatch(r"([\w-]+:)?(.*)", value, re.DOTALL).groups("")
+    private = re.search(r"^[/~.]|\\|/.*/", place) or os.path.isdir(place)
+    return kind + re.split(r"[/\\]", place.rstrip("/\\"))[-1] if private else value
+
+
+def public_record(record: dict) -> dict:
+    """A network's `record` to share: of the settings those in KEPT, and everything `public`."""
+    args = {name: value for name, value in record.get("args", {}).items() if name in KEPT}
+    if isinstance(args.get("enc_type"), str):                     # several, with commas between them
+        args["enc_type"] = ",".join(map(public, args["enc_type"].split(",")))
+    return public({name: value for name, value in record.items() if name != "args"} | ({"args": args} if args else {}))
+
+
+def read_scores(samples: Path, digest: str, which: str) -> list[str]:
+    """Rows of a card: what the evaluator wrote below an experiment's `samples` for a checkpoint with this SHA-256 and
+    `which` weights, a row for each score against each reference."""
     found = []
     for path in sorted(samples.glob(f"*/{METRICS}")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            settings = {**result["settings"], "sampling": {**result["settings"]["sampling"]}}
+            settings, how = result["settings"], result["settings"]["sampling"]
             if (settings["checkpoint_sha256"], settings["weights"]) == (digest, which):
-                found.append(result | {"settings": settings})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                setting = [f"{name} {public(how[name])}" for name in SETTINGS if how.get(name) not in (None, False)]
+                setting += [f"VAE {public(settings.get('vae'))}", f"block {settings.get('per_proc_batch_size')}"]
+                found += _scores(public(result), ", ".join(setting))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             notice(f"{path}: not scores of samples that generate.py made; left out")
     return found
 
 
-def model_card(architecture: dict, record: dict, scores: Sequence[dict] = (), name: str = "FOLDER",
-               diffusers: bool = False) -> str:
+def model_card(architecture: dict, record: dict, scores: Sequence[str], name: str, diffusers: bool) -> str:
     """Markdown with the hub's metadata, from a network's `config` and `record`.
 
-    `scores`: contents of metrics.json; `name`: of the folder, in the commands; `diffusers`: it is a pipeline's.
+    `scores`: rows of them; `name`: of the folder or repository; `diffusers`: it is a pipeline's.
     """
-    args, captions, licence = record.get("args", {}), "context_dim" in architecture, record.get("licence")
+    record, captions = public_record(record), "context_dim" in architecture
+    args, licence = record.get("args", {}), record.get("licence")
     network, call = ("MMDiT", 'prompt="..."') if captions else ("SiT", "class_labels=0")
+    table = [*_table(HEAD, ()), *scores] if scores else ["No scores recorded."]
     head = ["---", f"license: {json.dumps(licence)}" if licence else "", "library_name: reg",
             f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
-            "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---", "", f"# {shown(Path(name).name)}", ""]
+            "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---", "", f"# {shown(name)}", ""]
     rows = {"method": METHODS.get(args.get("method"), "not recorded"), **_rows(architecture, record, args),
             "licence": f"{licence or 'of these weights: not stated'}; the code is under the MIT licence"}
     python = (f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r})({call}).images[0]"
               if diffusers else f"from models.{network.lower()} import {network}\n\n"
               f"model = {network}.from_pretrained({name!r})")
     command = f"python generate.py --ckpt {name}" + ' --prompt "..."' * captions
+    command += " --vae FOLDER" * (not diffusers and LOCAL in rows["latent space"])
     use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
            "```", ""]
-    return "\n".join([*head, *_table(["", ""], rows.items()), "", "## Scores", "", *_scores(scores), *use])
+    return "\n".join([*head, *_table(["", ""], rows.items()), "", "## Scores", "", *table, *use])
 
 
 def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
@@ -67,7 +97,7 @@ def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
         space = LatentSpace.from_record(record["latent_space"])
         licence = next((f", licence of the VAE: {row.licence}" for row in VAES.values() if row.id == space.vae), "")
         rows["latent space"] = (f"{space.vae} (f{space.downsampling}c{space.channels}), scale {space.scale}, shift "
-                                f"{space.shift}{licence}")
+                                f"{space.shift}{licence}{LOCAL * ('/' not in space.vae)}")
         rows["images"] = f"{architecture['input_size'] * space.downsampling} px"
     steps = f"{record['steps']:,}" if "steps" in record else "not recorded"
     rows["steps"] = steps + (f" of {args['batch_size']} images" if "batch_size" in args else "")
@@ -76,20 +106,10 @@ def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
     return rows | {name.replace("_", " "): args[name] for name in more if name in args}
 
 
-def _scores(results: Sequence[dict]) -> list[str]:
-    """A table with a row for each score against each reference, or a sentence that there is none."""
-    rows = []
-    for result in results:
-        how, settings = result["settings"]["sampling"], result["settings"]
-        setting = [f"{name} {how[name]}" for name in SETTINGS if how.get(name) not in (None, False)]
-        setting += [f"VAE {settings.get('vae')}", f"block {settings.get('per_proc_batch_size')}"]
-        first = {"name": result.get("ref_batch"), **result}
-        for one in (first, *result.get("references", ())[1:]):
-            rows += [(name, f"{value:.5g}", result.get("num_samples"), result.get("features"), one["name"],
-                      ", ".join(setting)) for name, value in one.items() if isinstance(value, float)]
-    if not rows:
-        return ["No scores: the experiment has no metrics.json of this checkpoint."]
-    return _table(["score", "value", "samples", "features", "reference", "setting"], rows)
+def _scores(result: dict, setting: str) -> list[str]:
+    references = ({"name": result.get("ref_batch"), **result}, *result.get("references", ())[1:])
+    return _table(HEAD, [(name, f"{value:.5g}", result.get("num_samples"), result.get("features"), one["name"], setting)
+                         for one in references for name, value in one.items() if isinstance(value, float)])[2:]
 
 
 def _table(head: Sequence[str], rows) -> list[str]:

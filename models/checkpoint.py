@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as serialised
 
-from models.card import model_card, read_scores
-from models.hub import CONFIG, TRANSFORMER, digest_of, find, read_shared, save_folder, shared
+from models.card import read_scores
+from models.hub import CONFIG, TRANSFORMER, decoder_of, digest_of, find, read_shared, scores_of, shared, space_of
 from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
 from models.weights import build, is_state_dict, load_strictly, plain_weights, require_record, require_sizes, sizes_in
@@ -38,8 +38,6 @@ Network = SiT | MMDiT
 MODELS = SiT_models | MMDiT_models
 
 RESUMED = {"model", "ema", "opt", "scaler", "args", "steps", "latent_space", "data"}          # needed to go on
-PRIVATE = ("data_dir", "output_dir", "ref_batch", "inception_weights", "encoder_weights", "text_encoder",
-           "init_weights", "resume")
 # Names of the released REG program -> ours. Every other name is the same in REG, REPA and here.
 RELEASED_NAMES = {"cls_projectors2.": "cls_embedder.", "wg_norm.": "cls_norm."}
 
@@ -191,23 +189,23 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     path = find(path)
     state, digest = read(path), digest_of(path)
     model = build_for_sampling(state, model_name, which)
-    model.record = record_of(state, which)
+    names = ("latent_space", "steps", "classes", "text", "args", "data_name", "licence")
+    data = Path(str(state.get("args", {}).get("data_dir") or "")).name                    # without its place
+    model.record = {name: state[name] for name in names if name in state} | {"weights": which}
+    model.record |= {"data_name": data} if data else {}
     about, weights = shared(model)
     if single:
-        data = serialised(weights, {"reg": json.dumps(about)})
-        return write_whole(out, lambda partial: partial.write_bytes(data))    # save_file's is readable for its owner
+        data = serialised(weights, {"reg": json.dumps(about)})    # save_file's is readable for its owner
+        return write_whole(out, lambda partial: partial.write_bytes(data))
     require_new(out, out / (TRANSFORMER if diffusers else "") / CONFIG, digest, which)
     model.record |= {"checkpoint_sha256": digest} | ({"licence": licence} if licence else {})
+    experiment = path.parent.parent if path.parent.name == CHECKPOINTS else Path()        # as generate.py's folders
+    model.scores = list(dict.fromkeys([*read_scores(experiment / "samples", digest, which), *scores_of(path)]))
     if diffusers:
         from models.pipeline import REGPipeline  # diffusers is slow to import
 
-        REGPipeline.of(model).save_pretrained(out)
-    else:
-        save_folder(model, out)
-    experiment = path.parent.parent if path.parent.name == CHECKPOINTS else Path()        # as generate.py's folders
-    scores = read_scores(experiment / "samples", digest, which)
-    card = model_card(model.config, model.record, scores, out.resolve().name, diffusers)
-    write_whole(out / "README.md", lambda partial: partial.write_text(card, encoding="utf-8"))
+        model = REGPipeline.of(model, vae=decoder_of(path, space_of(model.record)))
+    model.save_pretrained(out)
 
 
 def require_new(out: Path, config: Path, digest: str, which: str) -> None:
@@ -219,16 +217,6 @@ def require_new(out: Path, config: Path, digest: str, which: str) -> None:
         same = False
     if out.is_dir() and any(out.iterdir()) and not same:
         raise UserError(f"{out}: holds another model, or other files; name another folder")
-
-
-def record_of(state: dict, which: str) -> dict:
-    """What sampling needs of a checkpoint beside its network, without private settings, for `HubNetwork.record`."""
-    record = {name: state[name] for name in ("latent_space", "steps", "classes", "text") if name in state}
-    args = {name: value for name, value in state.get("args", {}).items() if name not in PRIVATE}
-    if "text" in record and Path(record["text"]["encoder"]).is_absolute():                # a folder of this machine
-        record["text"] = {**record["text"], "encoder": Path(record["text"]["encoder"]).name}
-    name = Path(str(state.get("args", {}).get("data_dir") or "")).name                    # without its place
-    return {**record, "weights": which} | ({"args": args} if args else {}) | ({"data_name": name} if name else {})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

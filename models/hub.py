@@ -5,23 +5,26 @@ the weights. What others wrote runs no code, and is checked before a network is 
 """
 
 import hashlib
+import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot_download
+from huggingface_hub import HfApi, PyTorchModelHubMixin, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
-from models.card import model_card
+from models.card import model_card, public_record
+from models.vae import LatentSpace
 from models.weights import build, plain_weights, require_record, require_sizes, sizes_in
 from runtime import run
 from runtime.files import sha256, write_json, write_whole
 from runtime.messages import UserError
 from runtime.run import Damaged
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 TRANSFORMER, VAE = "transformer", "vae"                          # folders of the diffusers form
 NULL = "text.null"                   # the null states' name among the weights
 HUB_ID = r"(?![.~])[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)"
@@ -31,23 +34,23 @@ class HubNetwork(PyTorchModelHubMixin):
     """`save_pretrained`, `push_to_hub` and `from_pretrained` for a network with `config`, its constructor arguments.
 
     Attribute `record`: what a checkpoint says beside architecture and weights, in the form of models/checkpoint.py, if
-    the network was read from one: latent space, steps, settings, classes, text encoder.
+    the network was read from one: latent space, steps, settings, classes, text encoder; also data_name and licence.
+    Attribute `scores`: the rows of its card.
     """
 
     record: dict | None = None
+    scores: Sequence[str] = ()
     device = property(lambda self: self.pos_embed.device)         # where a pipeline of diffusers asks
     dtype = property(lambda self: self.pos_embed.dtype)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **where) -> "HubNetwork":
-        """The network in a folder or in the hub's repository `name`, in evaluation mode, on the CPU.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **where) -> "HubNetwork":
+        """The network in a folder or in a repository of the hub, in evaluation mode, on the CPU.
 
-        `where` goes to huggingface_hub.snapshot_download: revision, cache_dir, token, ... Raises UserError if there is
-        none, or if it is not this kind of network, whole and with weights of its sizes.
+        `where`: the keywords of `find`, and no others. Raises UserError if there is none, or if it is not this kind of
+        network, whole and with weights of its sizes.
         """
-        path = find(name, **where)
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path}: no {WEIGHTS}; write a folder with `python -m models.checkpoint export`")
+        path = find(pretrained_model_name_or_path, **where)
         state = read_shared(path)
         require_record(path, state, cls)
         which = next((which for which in ("ema", "model") if which in state), None)
@@ -58,32 +61,53 @@ class HubNetwork(PyTorchModelHubMixin):
         require_sizes(architecture | {"projectors": len(architecture["z_dims"])},
                       sizes_in(weights) | {"projectors": projectors})
         model = build(cls, architecture, weights)
-        model.record = {**state, "weights": which}
+        model.record, model.scores = {**state, "weights": which}, scores_of(path)
         return model
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_folder(self, save_directory)
+    def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None, config=None):
+        """Write config.json, model.safetensors and the card. The other arguments are for `push_to_hub`."""
+        save_folder(self, Path(save_directory))
+        write_card(self, Path(save_directory), **(model_card_kwargs or {}))
 
-    def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        return ModelCard(model_card(self.config, self.record or {}), ignore_metadata_errors=True)
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **settings) -> str:
+        """Upload what `save_pretrained` writes, with the repository's id in the card. `settings`: of the mixin."""
+        name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = {"model_card_kwargs": {"name": name}}
+        return PyTorchModelHubMixin.push_to_hub(self, name, private=private, token=token, **settings | card)
 
 
 def shared(model: HubNetwork) -> tuple[dict, dict[str, torch.Tensor]]:
     """What describes a network, for JSON, and its weights with the null states."""
-    about = {"architecture": model.config, **(model.record or {})}
+    about = {"architecture": model.config, **public_record(model.record or {})}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if "text" in about:
-        about["text"] = dict(about["text"])
         weights[NULL] = about["text"].pop("null").contiguous()
     return about, weights
 
 
 def save_folder(model: HubNetwork, folder: Path) -> None:
-    """Write config.json, then the weights, without which a folder is refused. Raises UserError as `write_whole`."""
+    """Write config.json, then the weights, without which a folder is refused; older weights and their card are removed
+    first. Raises UserError as `write_whole`."""
     about, weights = shared(model)
     data = serialised(weights, {"format": "pt"})
+    for name in (WEIGHTS, CARD):
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / CONFIG, about)
     write_whole(folder / WEIGHTS, lambda partial: partial.write_bytes(data))
+
+
+def write_card(model: HubNetwork, folder: Path, name: str | None = None, diffusers: bool = False) -> None:
+    """Write the model card of a folder, or of a pipeline's, under the folder's name if None."""
+    card = model_card(model.config, model.record or {}, model.scores, name or folder.resolve().name, diffusers)
+    write_whole(folder / CARD, lambda partial: partial.write_text(card, encoding="utf-8"))
+
+
+def scores_of(path: Path) -> list[str]:
+    """The rows of the scores in the card of a checkpoint's file, if it is in a folder with our card."""
+    card = (_place(path) or path) / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    section = text.partition("\n## Scores\n")[2].partition("\n## ")[0]
+    return [line for line in section.split("\n") if line.startswith("|")][2:]
 
 
 def read_shared(path: Path) -> dict:
@@ -113,11 +137,18 @@ def find(name: str | Path, **where) -> Path:
     """A checkpoint's file: of a folder with config.json, or of a repository of the hub, its model.safetensors; else as
     runtime.run.find. A pipeline's folder counts as that of its transformer.
 
-    Raises UserError if there is none.
+    `where`: keywords of huggingface_hub.snapshot_download: revision, cache_dir, token, force_download,
+    local_files_only, ... Raises UserError if there is none, and TypeError for other keywords.
     """
     place = Path(name)
+    inspect.signature(snapshot_download).bind(str(name), **where)  # TypeError for what it does not know
     if not place.exists() and re.fullmatch(HUB_ID, str(name)):
-        place = fetch(str(name), **where)
+        try:
+            place = Path(snapshot_download(str(name), **where, allow_patterns=[f"*{CONFIG}", f"*{WEIGHTS}", CARD]))
+        except (OSError, ValueError) as error:                    # offline, no such repository, no right to read it
+            where = "in its cache (offline)" if constants.HF_HUB_OFFLINE else f"({type(error).__name__})"
+            raise UserError(f"{name}: no such checkpoint here or on the hub {where}; name a checkpoint, an experiment, "
+                            "an exported folder or a hub id") from error
     for folder in (place, place / TRANSFORMER):
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
@@ -126,31 +157,32 @@ def find(name: str | Path, **where) -> Path:
     return run.find(place)
 
 
-def fetch(name: str, **where) -> Path:
-    """The local folder of a repository of the hub, downloaded or cached: descriptions and weights, in any folder of it.
+def space_of(record: dict) -> LatentSpace:
+    """The latent space of a checkpoint's content or a network's `record`: where they are silent, Stable Diffusion's."""
+    return LatentSpace.from_record(record["latent_space"]) if "latent_space" in record else LatentSpace()
 
-    Raises UserError if that fails.
-    """
-    try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{CONFIG}", f"*{WEIGHTS}"], **where))
-    except (OSError, ValueError) as error:                        # offline, no such repository, no right to read it
-        place = "in the hub's cache (offline)" if constants.HF_HUB_OFFLINE else f"on the hub ({type(error).__name__})"
-        raise UserError(f"{name}: no such checkpoint here or {place}; name a checkpoint, an experiment, an exported "
-                        "folder or a hub id") from error
+
+def decoder_of(path: Path, space: LatentSpace) -> str:
+    """The VAE for a checkpoint's file unless the user names another: a pipeline's own, if that of training was a
+    folder."""
+    own = path.absolute().parent.parent / VAE
+    return str(own) if path.parent.name == TRANSFORMER and "/" not in space.vae and own.is_dir() else space.decoder
 
 
 def digest_of(path: Path) -> str:
     """The SHA-256 of a checkpoint's file; of a network's folder that of its two files."""
     config, digest = path.with_name(CONFIG), sha256(path)
-    return hashlib.sha256(f"{digest} {sha256(config)}".encode()).hexdigest() if _in_folder(path) else digest
+    return hashlib.sha256(f"{digest} {sha256(config)}".encode()).hexdigest() if _place(path) else digest
 
 
 def name_of(path: Path) -> str:
     """What people call a checkpoint's file: its stem; of a network's folder the folder's name, or the hub's."""
-    place = path.parent.parent if path.parent.name == TRANSFORMER else path.parent
+    place = _place(path) or path
     cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
-    return path.stem if not _in_folder(path) else place.parent.parent.name[8:] if cached else place.name
+    return path.stem if place == path else place.parent.parent.name[8:] if cached else place.name
 
 
-def _in_folder(path: Path) -> bool:
-    return path.name == WEIGHTS and path.with_name(CONFIG).is_file()
+def _place(path: Path) -> Path | None:
+    """The network's or pipeline's folder of a checkpoint's file; None if it is not in one."""
+    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
+        return path.parent.parent if path.parent.name == TRANSFORMER else path.parent

@@ -10,12 +10,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
+from models.card import public
 from models.conditioning import ClassLabels, Conditions, open_captions
-from models.hub import CONFIG, TRANSFORMER, VAE, HubNetwork, find
+from models.hub import CARD, CONFIG, TRANSFORMER, VAE, HubNetwork, find, save_folder, space_of, write_card
 from models.mmdit import MMDiT
 from models.sit import SiT
 from models.text import DEFAULT
-from models.vae import Codec, LatentSpace, load_codec
+from models.vae import WEIGHTS, Codec, load_codec
 from runtime.messages import UserError
 from samplers import Sampling, sample_images
 
@@ -42,34 +43,40 @@ class REGPipeline(DiffusionPipeline):
         self._text_encoder, self._captions = text_encoder, None
 
     @classmethod
-    def of(cls, transformer: HubNetwork, text_encoder: str | None = None) -> "REGPipeline":
-        """A pipeline with the VAE that the network's record names. Raises UserError if it has another latent space."""
-        space = space_of(transformer)
-        codec = load_codec(space.decoder)
+    def of(cls, transformer: HubNetwork, text_encoder: str | None = None, vae: str | None = None) -> "REGPipeline":
+        """A pipeline with `vae`, or that of the network's record. Raises UserError if it has another latent space."""
+        space = space_of(transformer.record or {})
+        codec = load_codec(vae or space.decoder)
         codec.use_space(space, "the checkpoint")
         return cls(transformer, codec.vae, text_encoder)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, text_encoder: str | None = None, **where) -> "REGPipeline":
-        """The pipeline in a folder of `save_pretrained` or in the hub's repository `name`; of a network's folder, with
-        the VAE that it names.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, text_encoder: str | None = None, **where):
+        """The pipeline in a folder of `save_pretrained` or in a repository of the hub; of a network's folder, with the
+        VAE of the hub that it names.
 
         diffusers' own loader is not used: it imports what a folder names. `where` and errors: as
         `HubNetwork.from_pretrained`.
         """
-        path = find(name, **where)
+        path = find(pretrained_model_name_or_path, **where)
         config = path.with_name(CONFIG)
         captions = config.is_file() and '"context_dim"' in config.read_text(encoding="utf-8", errors="replace")
         transformer = (MMDiT if captions else SiT).from_pretrained(path)
         if path.parent.name != TRANSFORMER:
             return cls.of(transformer, text_encoder)
-        return cls(transformer, load_codec(str(path.parent.parent / VAE)).vae, text_encoder)
+        return cls(transformer, load_codec(str(path.absolute().parent.parent / VAE)).vae, text_encoder)
 
-    def save_pretrained(self, save_directory: str | Path, **settings) -> None:
-        """Write model_index.json, transformer/ and vae/, as safetensors. `settings` of diffusers are ignored."""
-        self.transformer.save_pretrained(Path(save_directory, TRANSFORMER))
+    push_to_hub = HubNetwork.push_to_hub
+
+    def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None, config=None):
+        """Write model_index.json, transformer/, vae/ and the card; the other arguments are for `push_to_hub`."""
+        for old in (CARD, f"{VAE}/{WEIGHTS}.safetensors"):        # an older pipeline is not mixed with this one
+            Path(save_directory, old).unlink(missing_ok=True)
+        save_folder(self.transformer, Path(save_directory, TRANSFORMER))
+        self.vae.register_to_config(_name_or_path=public(self.vae.config.get("_name_or_path", "")))
         self.vae.save_pretrained(Path(save_directory, VAE))
         self.save_config(save_directory)
+        write_card(self.transformer, Path(save_directory), diffusers=True, **(model_card_kwargs or {}))
 
     def __call__(self, class_labels: Sequence[int] | int | None = None, prompt: Sequence[str] | str | None = None,
                  num_inference_steps: int = Sampling.num_steps, guidance_scale: float | None = None,
@@ -85,15 +92,15 @@ class REGPipeline(DiffusionPipeline):
             output_type: "pil"; "np" (B, R, R, 3) or "pt" (B, 3, R, R), float32 in [0, 1].
         Raises UserError for what the network was not trained to show, and for impossible settings.
         """
-        record, space = self.transformer.record or {}, space_of(self.transformer)
+        space = space_of(record := self.transformer.record or {})
         conditions, count = self._conditions(class_labels, prompt)
         trained = record.get("args", {})
         scale = conditions.published["cfg_scale"] if guidance_scale is None else guidance_scale
         low, high = guidance_interval or (0.0, conditions.published["guidance_high"])
         dropped = trained.get("cfg_prob", self.transformer.config.get("class_dropout_prob"))
         shift = trained.get("time_shift", 1.0)
-        if not isinstance(shift, int | float) or not 0 < shift < 1e6:
-            raise UserError(f"the network was trained with the time shift {shift!r}; expected a number above 0")
+        if not isinstance(shift, int | float) or not 1e-3 <= shift <= 1e3:
+            raise UserError(f"the network was trained with the time shift {shift!r}; expected 0.001 to 1000")
         if class_token_guidance_scale is not None and self.transformer.cls_token_dim is None:
             raise UserError("class_token_guidance_scale: the network has no class token; leave it out")
         if scale < 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1 or num_inference_steps < 1:
@@ -138,11 +145,6 @@ class REGPipeline(DiffusionPipeline):
             raise UserError(f"class_labels {bad}: expected classes that had training images, of "
                             f"{self.transformer.num_classes}")
         return ClassLabels(self.transformer.num_classes, classes=labels, seen=seen, device=self.device), len(labels)
-
-
-def space_of(network: HubNetwork) -> LatentSpace:
-    record = (network.record or {}).get("latent_space")
-    return LatentSpace() if record is None else LatentSpace.from_record(record)
 
 
 def rngs_of(generator: Generator | Sequence[Generator] | None, count: int) -> list[np.random.Generator]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -19,7 +20,7 @@ from models.mmdit import MMDiT
 from models.pipeline import REGPipeline
 from models.sit import SiT
 from models.vae import LatentSpace, load_codec
-from runtime.files import sha256
+from runtime.files import sha256, write_whole
 from runtime.messages import UserError
 from runtime.run import find
 from samplers import image_rng
@@ -183,7 +184,41 @@ def test_an_exported_folder_has_a_card_with_the_scores_of_its_checkpoint(experim
     assert said["data"] and "cc-by-4.0" in said["licence"] and "9.5" not in card.text
     command, = [line for line in card.text.splitlines() if line.startswith("python generate.py")]
     generate.parse_args(command.split()[2:])
-    assert str(experiment) not in (tmp_path / "out" / "config.json").read_text()
+
+
+SECRET = "/home/secret/atlas"
+
+
+def test_an_export_holds_no_place_of_the_machine(trained, vae_folder, tmp_path, monkeypatch):
+    """In no form, and in no score: of a path only its last part."""
+    monkeypatch.chdir(tmp_path)                                   # where generate.py puts samples of a single file
+    state = checkpoint.read(trained)
+    flags = ("vae", "features", "captions", "new_flag", "method", "model")
+    state["args"] |= {name: f"{SECRET}/{name}" for name in flags}
+    state["args"]["enc_type"] = f"dinov2-vit-b,local-dir:{SECRET}/encoder,../secret/atlas/other"
+    torch.save(state, "x.pt")
+    settings = {"checkpoint_sha256": sha256(Path("x.pt")), "weights": "ema", "vae": f"{SECRET}/vae",
+                "sampling": {"mode": "sde", "captions": f"{SECRET}/captions"}}
+    scores = {"fid": 1.5, "features": f"local-dir:{SECRET}/features", "ref_batch": f"{SECRET}/ref.npz",
+              "settings": settings, "references": [{}, {"name": f"{SECRET}/two.npz", "fid": 2.5}]}
+    Path("samples/a").mkdir(parents=True)
+    Path("samples/a/metrics.json").write_text(json.dumps(scores))
+    export("x.pt", "folder")
+    export("x.pt", "single.safetensors")
+    model = SiT.from_pretrained("folder")
+    model.record |= {"args": state["args"],
+                     "latent_space": state["latent_space"] | {"vae": "secret/atlas/vae/"}}
+    model.save_pretrained("saved")
+    moved = shutil.copytree(vae_folder, "home/secret/atlas/vae")
+    REGPipeline(model, load_codec(str(moved)).vae).save_pretrained("pipe")
+    export("pipe", "again")
+    files = [path for name in ("folder", "saved", "pipe", "again") for path in Path(name).rglob("*") if path.is_file()]
+    for path in (*files, Path("single.safetensors")):
+        assert b"secret" not in path.read_bytes() and b"atlas" not in path.read_bytes(), path
+    card = Path("folder/README.md").read_text()
+    for kept in ("dinov2-vit-b,local-dir:encoder,other", "local-dir:features", "| ref.npz", "| two.npz", "VAE vae",
+                 "captions captions", "--vae"):
+        assert kept in card
 
 
 def test_a_card_without_scores_says_so(trained, tmp_path):
@@ -196,6 +231,7 @@ def test_a_card_without_scores_says_so(trained, tmp_path):
 
 def test_a_folder_is_written_again_for_the_same_network_only(experiment, tmp_path, capsys):
     for form in ([], ["--diffusers"]):
+        (experiment / "samples" / "a" / "metrics.json").write_text("{}")
         out = tmp_path / f"out{len(form)}"
         export(experiment, out, *form)
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".md"}
@@ -223,6 +259,77 @@ def test_export_overwrites_nothing(trained, argv, tmp_path, monkeypatch, capsys)
     assert {str(path) for path in Path().rglob("*")} == {"file", "mine", "mine/notes.txt"}
 
 
+@pytest.fixture
+def uploads(monkeypatch):
+    """What is uploaded, without a hub."""
+    found = {}
+    created = SimpleNamespace(repo_id="me/reg-xl")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **settings: created)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, repo_id, folder_path, **settings:
+                        found.update({path.name: path.read_bytes() for path in Path(folder_path).rglob("*")
+                                      if path.is_file()} | {"": repo_id.encode()}))
+    return found
+
+
+@pytest.mark.parametrize("form", [[], ["--diffusers"]])
+def test_a_card_travels_with_the_weights(experiment, uploads, form, tmp_path):
+    """Scores, licence and the data's name: through a folder, a pipeline, the hub and another export."""
+    export(experiment, tmp_path / "out", "--licence", "cc-by-4.0", *form)
+    export(tmp_path / "out", tmp_path / "again", *form)
+    network = (REGPipeline if form else SiT).from_pretrained(tmp_path / "again")
+    network.save_pretrained(tmp_path / "saved")
+    network.push_to_hub("reg-xl")
+    assert uploads[""] == b"me/reg-xl" and "model.safetensors" in uploads
+    in_cache(tmp_path / "saved", f"someone/carried{len(form)}")
+    export(f"someone/carried{len(form)}", tmp_path / "from-hub", *form)
+    load = huggingface_hub.ModelCard.load
+    first = load(tmp_path / "out" / "README.md").text
+    assert "| 12.25 |" in first and "| data | not recorded |" not in first
+    for name in ("again", "saved", "from-hub"):
+        card = load(tmp_path / name / "README.md")
+        assert card.data.license == "cc-by-4.0" and card.text == first.replace("# out", f"# {name}").replace(
+            "ckpt out", f"ckpt {name}").replace("'out'", f"'{name}'")
+    pushed = uploads["README.md"].decode()
+    assert "# me/reg-xl" in pushed and "--ckpt me/reg-xl" in pushed and "('me/reg-xl')" in pushed and "12.25" in pushed
+
+
+def test_an_upload_is_never_silently_left_out(pipe, tmp_path):
+    for one in (pipe, pipe.transformer):
+        with pytest.raises(TypeError, match="push_to_hub"):
+            one.save_pretrained(tmp_path / "pipe", push_to_hub=True)
+
+
+@pytest.mark.parametrize("keyword", ["strict", "map_location", "torch_dtype"])
+def test_keywords_that_mean_nothing_here(exported, keyword):
+    for read, name in ((SiT, "reg-tiny"), (REGPipeline, "pipe")):
+        for place in (exported / name, "someone/nothing"):
+            with pytest.raises(TypeError, match=keyword):
+                read.from_pretrained(pretrained_model_name_or_path=place, **{keyword: True})
+
+
+def test_saving_over_another_network(tmp_path, monkeypatch):
+    """Its card is the new one's; and a kill between the files leaves nothing that can be loaded."""
+    for steps in (5, 6):
+        model = randomised(small())
+        model.record = {"steps": steps, "weights": "ema"}
+        model.save_pretrained(tmp_path)
+    assert "| steps | 6 |" in (tmp_path / "README.md").read_text()
+    for last in ("config.json", "model.safetensors"):
+        def full(path, write, last=last):
+            if path.name == last:
+                raise UserError("killed")
+            write_whole(path, write)
+        monkeypatch.setattr(hub, "write_whole", full)
+        monkeypatch.setattr("runtime.files.write_whole", full)
+        with pytest.raises(UserError, match="killed"):
+            small().save_pretrained(tmp_path)
+        with pytest.raises(UserError):
+            SiT.from_pretrained(tmp_path)
+        assert not (tmp_path / "README.md").exists()
+        monkeypatch.undo()
+        model.save_pretrained(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ sampling and training
 
 def sample(ckpt, folder, *flags) -> Path:
@@ -239,21 +346,23 @@ def exported(trained, tmp_path_factory):
     return folder
 
 
-def test_sampling_a_folder_and_an_id(trained, exported, tmp_path):
+def test_sampling_a_folder_and_an_id(trained, exported, vae_folder, tmp_path):
     wanted = np.load(sample(trained, tmp_path / "a", "--save-cls-tokens") / "samples.npz")["arr_0"]
     in_cache(exported / "reg-tiny", "someone/reg")
-    for i, (name, called) in enumerate(((exported / "reg-tiny", "reg-tiny-"), ("someone/reg", "someone--reg-"),
-                                        (exported / "pipe", "pipe-"))):
-        folder = sample(name, tmp_path / str(i), "--save-cls-tokens")
+    vae = ["--vae", str(vae_folder)]
+    forms = ((exported / "reg-tiny", "reg-tiny-", vae), ("someone/reg", "someone--reg-", vae),
+             (exported / "pipe", "pipe-", []))
+    for i, (name, called, given) in enumerate(forms):
+        folder = sample(name, tmp_path / str(i), "--save-cls-tokens", *given)
         assert folder.name.startswith(called) and (np.load(folder / "samples.npz")["arr_0"] == wanted).all()
 
 
-def test_samples_of_an_edited_description_are_made_again(exported, tmp_path, capsys):
-    copy = Path(shutil.copytree(exported / "reg-tiny", tmp_path / "copy"))
+def test_samples_of_an_edited_description_are_made_again(exported, tmp_path):
+    copy = Path(shutil.copytree(exported / "pipe", tmp_path / "copy"))
     folder = sample(copy, tmp_path / "samples")
     before = (folder / "samples.npz").stat().st_mtime_ns
     assert sample(copy, tmp_path / "samples") == folder and (folder / "samples.npz").stat().st_mtime_ns == before
-    config(steps=3)(copy)
+    config(steps=3)(copy / "transformer")
     assert sample(copy, tmp_path / "samples") == folder and (folder / "samples.npz").stat().st_mtime_ns > before
 
 
@@ -279,12 +388,12 @@ def pipe(exported):
 
 
 def test_images_of_the_pipeline_are_those_of_generate(trained, exported, pipe, tmp_path):
-    """After a folder, after another one, and with the VAE that a network's folder names."""
+    """After a folder, after another one, and with the VAE put to a network."""
     folder = sample(trained, tmp_path / "a", "--save-cls-tokens", "--global-seed", "5")
     npz, tokens = np.load(folder / "samples.npz"), np.load(folder / "class_tokens.npz")["class_tokens"]
     pipe.save_pretrained(tmp_path / "again")
     for one in (pipe, REGPipeline.from_pretrained(tmp_path / "again"),
-                REGPipeline.from_pretrained(exported / "reg-tiny")):
+                REGPipeline(SiT.from_pretrained(exported / "reg-tiny"), pipe.vae)):
         for block in (range(3), range(3, 6)):
             made = one(class_labels=npz["arr_1"][block.start:block.stop], num_inference_steps=2,
                        generator=[image_rng(5, i) for i in block])
@@ -390,7 +499,8 @@ def test_classes_without_images_and_weights_without_guidance(pipe):
     pipe.transformer.record = {**pipe.transformer.record, "classes": [0, 2]}
     with pytest.raises(UserError, match="class_labels"):
         pipe(1)
-    for name, value, word in (("cfg_prob", 0, "guidance_scale"), ("time_shift", "x", "time shift")):
+    for name, value, word in (("cfg_prob", 0, "guidance_scale"), ("time_shift", "x", "time shift"),
+                              ("time_shift", 1001, "time shift"), ("time_shift", 1e-4, "time shift")):
         before = pipe.transformer.record["args"]
         pipe.transformer.record["args"] = before | {name: value}
         with pytest.raises(UserError, match=word):
@@ -400,9 +510,10 @@ def test_classes_without_images_and_weights_without_guidance(pipe):
     assert len(pipe(0, num_inference_steps=2, guidance_scale=1.0).images) == 1
 
 
-def test_a_pipelines_folder_names_no_code(exported, tmp_path):
+def test_a_pipelines_folder_names_no_code_and_nothing_elsewhere(exported, tmp_path, monkeypatch):
     """diffusers' loader would import the module that model_index.json names."""
-    folder = Path(shutil.copytree(exported / "pipe", tmp_path / "pipe"))
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(exported / "pipe", "pipe"))
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "REGPipeline" and index["vae"] == ["diffusers", "AutoencoderKL"]
     (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["antigravity", "AutoencoderKL"]}))
@@ -412,6 +523,22 @@ def test_a_pipelines_folder_names_no_code(exported, tmp_path):
     with pytest.raises(UserError, match="vae"):
         REGPipeline.from_pretrained(folder)
     assert not FIRED
+    shutil.rmtree(folder / "vae")
+    in_cache(exported / "pipe" / "vae", "pipe/vae")               # another's repository of this name
+    with pytest.raises(UserError, match="existing folder"):
+        REGPipeline.from_pretrained(folder)
+
+
+def test_a_pipeline_saved_halfway_is_no_mix(pipe, tmp_path, monkeypatch):
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(pipe.vae), "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="vae"):
+        REGPipeline.from_pretrained(tmp_path)
 
 
 def test_the_pipelines_vae_is_that_of_the_latent_space(exported, pipe, vae_folder):

@@ -237,13 +237,14 @@ def test_the_layout_of_geneval(sample, tmp_path):
         assert (np.stack(found) == pixels[4 * number:4 * number + 4]).all()
 
 
-def test_sampling_needs_only_the_encoders_files(run, tiny_clip, sample, tmp_path, capsys):
-    """An exported file, which names no folder of this machine, and the encoder in another folder."""
+def test_sampling_needs_only_the_encoders_files(run, tiny_clip, vae_folder, sample, tmp_path, capsys):
+    """An exported file, which names no folder of this machine, the VAE, and the encoder in another folder."""
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
     checkpoint.main(["export", str(run), str(tmp_path / "shared.safetensors")])
     capsys.readouterr()
     assert str(tiny_clip.parent) not in (tmp_path / "shared.safetensors").read_bytes().decode(errors="replace")
-    shared = sample("--prompt", "a red disc", "--text-encoder", moved, ckpt=tmp_path / "shared.safetensors")
+    shared = sample("--prompt", "a red disc", "--text-encoder", moved, "--vae", vae_folder,
+                    ckpt=tmp_path / "shared.safetensors")
     assert (images_of(shared) == images_of(sample("--prompt", "a red disc"))).all()
 
 
