@@ -94,5 +94,5 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        mallopt(-1, 2**31 - 1)                                    # M_TRIM_THRESHOLD: never return the end of the heap
+        mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: never return the end of the heap
         mallopt(-4, 0)                                            # M_MMAP_MAX: no separately mapped blocks
