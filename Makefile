@@ -19,7 +19,7 @@ compare: $(VENV)/.installed
 
 test: $(VENV)/.installed-tests
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/.installed: requirements.txt
 	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)
