@@ -424,3 +424,10 @@ def test_the_plot_is_labelled(monkeypatch, tmp_path):
     line, star = axes.lines
     assert line.get_xydata().tolist() == [[1.0, 5.0], [2.3, 3.0]] and star.get_xydata().tolist() == [[2.3, 3.0]]
     assert star.get_marker() == "*" and axes.texts[0].get_text() == "3"
+
+
+@pytest.mark.parametrize("more", [["--heun"], ["--num-steps", "50"]])
+def test_a_preset_is_not_mixed_with_what_contradicts_it(capsys, more):
+    with pytest.raises(SystemExit):
+        sweep.parse_args(["exps/run", "--preset", "nfe100", *more])
+    assert more[0] in capsys.readouterr().err
