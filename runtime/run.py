@@ -50,6 +50,7 @@ class Run:
         self.meter = Meter()
         self.due: list[tuple[tuple[int, ...], Callable[[int], None], bool]] = []
         self.fetch: Callable[[], None] = lambda: None
+        self.rescue: Callable[[int], None] = lambda step: None
 
     def every(self, periods: tuple[int, ...], action: Callable[[int], None], optional: bool = False) -> None:
         """Call `action(step)` after each step that a number in `periods` divides (0: never), and after the last one.
@@ -78,12 +79,19 @@ class Run:
             yield self.step + 1
 
     def after(self, step: int) -> None:
-        """Do what is due after `step`, in the order of the table. The meter's images per second count training only."""
+        """Do what is due after `step`, in the order of the table. The meter's images per second count training only.
+
+        Where that fails, `rescue(step)` saves what the run has, without waiting for other ranks.
+        """
         self.step, self.stop.progress = step, True
         for periods, action, optional in self.due:
             due = step == self.last or any(step % period == 0 for period in periods)
             if due and not (optional and step < self.last and self.stop.agreed()):
-                self.meter.pause(action, step)
+                try:
+                    self.meter.pause(action, step)
+                except Exception:                                 # whatever it is: the state is whole
+                    self.rescue(step)
+                    raise
 
     @property
     def interrupted(self) -> bool:

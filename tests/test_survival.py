@@ -468,6 +468,18 @@ def test_samples_that_are_not_finite_do_not_end_the_run(train_flags, trained, da
     assert list(disk.saved(folder)) == [2, 4] and not any("fd_encoder_4" in line for line in log(tmp_path))
 
 
+def test_a_score_that_fails_ends_the_run_with_its_steps_saved(train_flags, data_dir, encoder_folder, tmp_path, capsys):
+    """The reference is read at the first score only."""
+    damaged = shutil.copytree(data_dir / "images", tmp_path / "reference")
+    picture = next(damaged.rglob("*.png"))
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(SystemExit) as ended:
+        train.main([*train_flags, "--max-train-steps", "9", "--eval-steps", "3", "--eval-samples", "4", "--ref-batch",
+                    str(damaged), "--features", f"local-dir:{encoder_folder}"])
+    assert ended.value.code == 2 and picture.name in capsys.readouterr().err
+    assert list(disk.saved(tmp_path / "run")) == [3]
+
+
 def test_a_copied_experiment_is_another_run_of_wandb(tmp_path):
     def wandb_id(name: str) -> str:
         start_tracker(Accelerator(cpu=True), tmp_path / name, "wandb", {})
