@@ -27,11 +27,11 @@ from models.card import read_scores
 from models.hub import CONFIG, TRANSFORMER, decoder_of, digest_of, find, read_shared, scores_of, shared, space_of
 from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
-from models.weights import build, is_state_dict, load_strictly, plain_weights, require_record, require_sizes, sizes_in
+from models.weights import build, is_state_dict, load_strictly, plain_weights, require_record, sizes_in
 from runtime.arguments import Parser
 from runtime.files import write_whole
 from runtime.messages import UserError, notice, say, without_traceback
-from runtime.run import CHECKPOINTS, Damaged, read_file
+from runtime.run import CHECKPOINTS, read_file
 from runtime.stores import shown
 
 Network = SiT | MMDiT
@@ -52,8 +52,6 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     state = read_shared(path) if path.suffix == ".safetensors" else dict(read_file(path, mmap))
     names = state.get("architecture")
     require_record(path, state, _network_of(names if isinstance(names, dict) else {}))
-    if "architecture" in state and state["architecture"].get("context_dim") != state.get("text", {}).get("width"):
-        raise Damaged(f"{path}: its network and its text encoder do not fit; use another file")
     return state
 
 
@@ -145,8 +143,7 @@ def load_weights(model: Network, path_or_dict: str | Path | dict, which: str = "
 def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> dict:
     """The constructor arguments of a checkpoint's network: stored, or (released files) read off the weights' shapes.
 
-    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if they differ,
-    or if the shapes contradict what is stored, so that a model is never larger than its file.
+    A released file does not tell its number of heads: `model_name` ("SiT-XL/2") must. Raises UserError if they differ.
     """
     size = MODELS[model_name].keywords if model_name else {}
     if not size and "architecture" not in state:
@@ -162,7 +159,6 @@ def architecture_of(state: dict, model_name: str | None, which: str = "ema") -> 
                         f"{found['depth']}, patch {found['patch_size']}; name the model it was trained as")
     if "architecture" not in state:
         return size | found
-    require_sizes(state["architecture"], found)
     return dict(state["architecture"])
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save as serialised
 
 from models.card import model_card, public_record
 from models.vae import LatentSpace
-from models.weights import build, plain_weights, require_record, require_sizes, sizes_in
+from models.weights import build, plain_weights, require_record
 from runtime import run
 from runtime.files import sha256, write_json, write_whole
 from runtime.messages import UserError
@@ -56,11 +56,7 @@ class HubNetwork(PyTorchModelHubMixin):
         which = next((which for which in ("ema", "model") if which in state), None)
         if which is None or "architecture" not in state:
             raise Damaged(f"{path}: {CONFIG} describes no {cls.__name__}; use another folder")
-        weights, architecture = plain_weights(state.pop(which)), state.pop("architecture")
-        projectors = len({name.split(".")[1] for name in weights if name.startswith("projectors.")})
-        require_sizes(architecture | {"projectors": len(architecture["z_dims"])},
-                      sizes_in(weights) | {"projectors": projectors})
-        model = build(cls, architecture, weights)
+        model = build(cls, state.pop("architecture"), plain_weights(state.pop(which)))
         model.record, model.scores = {**state, "weights": which}, scores_of(path)
         return model
 

@@ -50,8 +50,8 @@ def require_record(path: Path, state: dict, network: type[nn.Module]) -> None:
         LatentSpace.from_record(state["latent_space"], str(path))
     if "text" in state:
         _require_text(path, state["text"])
-        if state["text"]["width"] != state.get("architecture", {}).get("context_dim", state["text"]["width"]):
-            raise Damaged(f"{path}: its text encoder's width is not the network's context_dim; use another file")
+        if "architecture" in state and state["architecture"].get("context_dim") != state["text"]["width"]:
+            raise Damaged(f"{path}: its network and its text encoder do not fit; use another file")
 
 
 def _as_json(value: object) -> str | int | float | bool | None:
@@ -77,7 +77,7 @@ def _require_architecture(path: Path, found: dict, network: type[nn.Module]) -> 
 
     def fits(value: object, kind: type) -> bool:
         if kind == tuple[int, ...]:
-            return isinstance(value, list | tuple) and all(fits(one, int) for one in value)
+            return isinstance(value, list | tuple) and len(value) < 100 and all(fits(one, int) for one in value)
         if kind is bool or value is None:
             return isinstance(value, kind)
         return type(value) is int and 0 < value <= LARGEST or kind is type(value) is float and 0 <= value <= LARGEST
@@ -144,17 +144,16 @@ def sizes_in(weights: dict[str, torch.Tensor]) -> dict:
             "qk_norm": any(f"blocks.0.attn.{name}.weight" in weights for name in ("q_norm", "norm_q"))}
 
 
-def require_sizes(architecture: dict, found: dict) -> None:
-    """Raise UserError unless an architecture has the sizes found in its weights: a model is never larger than its file.
-    """
-    wrong = [key for key in found if found[key] != architecture[key]]
-    if wrong:
-        raise UserError(f"the checkpoint's architecture says {wrong[0]} {architecture[wrong[0]]}, its weights "
-                        f"{found[wrong[0]]}: use another file")
-
-
 def build(network: type[nn.Module], architecture: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """The network with its weights, in evaluation mode, on the CPU; the sizes are known to agree (`require_sizes`)."""
+    """The network with its weights, in evaluation mode, on the CPU.
+
+    Raises UserError if the weights have other sizes than the architecture says: it is never larger than its file.
+    """
+    found = sizes_in(weights)
+    wrong = next((key for key in found if found[key] != architecture[key]), None)
+    if wrong is not None:
+        raise UserError(f"the checkpoint's architecture says {wrong} {architecture[wrong]}, its weights {found[wrong]}: "
+                        "use another file")
     try:
         with torch.device("meta"):                                # nothing is allocated until the shapes agree
             model = network(**architecture)

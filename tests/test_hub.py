@@ -120,7 +120,7 @@ def weights(change):
 @pytest.mark.parametrize(("edit", "word"), [
     (config(depth=10**9), "depth"), (config(depth=2**19), "depth"), (config(num_heads=-1), "num_heads"),
     (config(num_heads=7), "cannot be built"), (config(input_size=2**19), "input_size"),
-    (config(z_dims=[4] * 9), "says projectors"), (config(architecture=[]), "architecture"),
+    (config(z_dims=[4] * 9), "projectors"), (config(architecture=[]), "architecture"),
     (config(architecture=None), "config.json"), (config(steps=-1), "steps"), (config(latent_space={}), "vae"),
     (config(args=[]), "args"), (config(classes=["a"]), "classes"),
     (config(text={}), "text encoder"), (config(weights=[]), "safetensors"), (config(weights="opt"), "SiT"),

@@ -87,6 +87,7 @@ folder, steps = Path(sys.argv[1]), int(sys.argv[2])
 log = (folder / "disturbed.log").read_text()
 stopped = [int(step) for step in re.findall(r"stopped by SIGUSR1 after step (\d+)", log)]
 resumed = [int(step) for step in re.findall(r"resumed .* at step (\d+)", log)]
+resumed = [step for step in resumed if step < steps]              # a signal may find the run at its end
 lost = sum(stopped) - sum(resumed)
 runs = [folder / name / "reg-toy" for name in ("disturbed", "straight")]
 states = [torch.load(run / "checkpoints" / f"{steps:07d}.pt", weights_only=True) for run in runs]
