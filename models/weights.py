@@ -150,10 +150,10 @@ def build(network: type[nn.Module], architecture: dict, weights: dict[str, torch
     Raises UserError if the weights have other sizes than the architecture says: it is never larger than its file.
     """
     found = sizes_in(weights)
-    wrong = next((key for key in found if found[key] != architecture[key]), None)
-    if wrong is not None:
-        raise UserError(f"the checkpoint's architecture says {wrong} {architecture[wrong]}, its weights {found[wrong]}: "
-                        "use another file")
+    for name, size in found.items():
+        if size != architecture[name]:
+            raise UserError(f"the checkpoint's architecture says {name} {architecture[name]}, its weights {size}: use "
+                            "another file")
     try:
         with torch.device("meta"):                                # nothing is allocated until the shapes agree
             model = network(**architecture)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dataset import classes_with_images
 from preprocessing.captions import source_captions
 from preprocessing.crop import TRANSFORMS, NotSquare, require_square, to_rgb, to_square
-from preprocessing.destination import Destination, digest, in_workers, listed, names_when_begun
+from preprocessing.destination import Destination, described, digest, in_workers, names_when_begun
 from runtime import stores
 from runtime.catalogue import read_labels
 from runtime.launch import blocks
@@ -194,15 +194,16 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     gone, outputs = outputs[~here], outputs[here]
     names, labels = names[here], None if labels is None else labels[here]
     destination = Destination(dest, outputs, IMAGE_EXTENSIONS, settings, source)
-    captioned = {} if texts is None else {os.fsdecode(output): texts[name]
-                                          for output, name in zip(outputs.tolist(), names.tolist(), strict=True)}
+
+    def about(some: slice | np.ndarray) -> dict:
+        return described(outputs[some], None if labels is None else labels[some], classes,
+                         texts and [texts[name] for name in names[some].tolist()])
+
     if destination.is_finished():
-        destination.close()
         done = stores.read_metadata(stores.open_store(dest)).get("captions")
-        if captioned and not (done and done.items() <= captioned.items()):
-            raise UserError(f"--dest {shown(dest)}: is finished already, with other captions or none; change them with "
+        if texts and not (done and done.items() <= about(slice(None))["captions"].items()):
+            raise UserError(f"--dest {shown(dest)}: has other captions or none; change them with "
                             "`preprocessing.dataset_tools captions`")
-        say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     destination.require_room(resolution * (3 * resolution + 1))   # a PNG's rows
     if transform is None:
@@ -212,8 +213,6 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     convert_one = partial(convert_picture, store, resolution, transform)
     exists = convert_missing(store, names, destination, convert_one, workers, skip_bad)
     destination.leave_out(outputs[~exists])
-    kept = captioned and {"captions": {name: captioned[name] for name in map(os.fsdecode, outputs[exists].tolist())}}
-    destination.finish({**kept, "labels": listed(outputs[exists], None if labels is None else labels[exists]),
-                        "classes": classes, "transform": {"name": settings["transform"], "resolution": resolution},
+    destination.finish({**about(exists), "transform": {"name": settings["transform"], "resolution": resolution},
                         "removed": [*map(os.fsdecode, np.setdiff1d(all_names, present))]})
     say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")

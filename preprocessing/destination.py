@@ -22,7 +22,7 @@ from runtime import stores
 from runtime.catalogue import sample_digests, write_catalogue
 from runtime.files import lock, remove_partials, require_room, require_same_settings, write_whole
 from runtime.loading import batches_of
-from runtime.messages import UserError
+from runtime.messages import UserError, say
 from runtime.stores import METADATA, UNFINISHED, FolderStore, few, shown
 
 LONGEST_NAME = 255  # bytes of a file's name, without folders: the limit of nearly all file systems
@@ -77,11 +77,13 @@ def names_when_begun(path: str, names: np.ndarray) -> np.ndarray:
     return begun
 
 
-def listed(names: np.ndarray, labels: np.ndarray | None) -> list | None:
-    """The "labels" of dataset.json for names (n,) bytes with labels (n,) or none: [[name, label], ...] or null."""
-    if labels is None:
-        return None
-    return [[os.fsdecode(name), int(label)] for name, label in zip(names, labels, strict=True)]
+def described(names: np.ndarray, labels: np.ndarray | None, classes: list | None,
+              captions: Sequence[list[str]] | None = None) -> dict:
+    """What dataset.json says of files with names (n,) bytes: their labels (n,), names of classes and captions."""
+    files = [*map(os.fsdecode, names.tolist())]
+    said = {"labels": None if labels is None else [[*one] for one in zip(files, labels.tolist(), strict=True)],
+            "classes": classes}
+    return said if captions is None else {**said, "captions": dict(zip(files, captions, strict=True))}
 
 
 class Destination:
@@ -149,7 +151,11 @@ class Destination:
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do. Files of a finished folder may have been removed, as `check` asks for."""
-        return self._written and (self.zipped or not self.is_missing().any())
+        finished = self._written and (self.zipped or not self.is_missing().any())
+        if finished:
+            self.close()
+            say(f"{shown(self.path)} is finished already ({len(self.names)} images): nothing to do")
+        return finished
 
     def require_room(self, size: int) -> int:
         """Return the bytes free on the disk. Raises UserError if the missing files, `size` bytes each, do not fit.

@@ -1,6 +1,5 @@
 """`encode` images to VAE moments (mean and std of the posterior) or an encoder's features, by key; `stats-latents`."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +16,7 @@ from models.encoders import load_encoder, sha256_of_named
 from models.vae import SHORTHANDS, load_codec, read_statistics
 from preprocessing.captions import source_captions
 from preprocessing.convert import source_labels, spread
-from preprocessing.destination import Destination, digest, in_workers, listed
+from preprocessing.destination import Destination, described, digest, in_workers
 from runtime import speed
 from runtime.catalogue import key_of, keyed, list_keyed
 from runtime.files import as_size, sha256, to_npy
@@ -188,16 +187,10 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     settings = {"command": "encode", "source_contents": digest(names, metadata), "images": len(names),
                 "image_column": getattr(store, "columns", {}).get("image"), **network.settings}
     outputs = np.array([network.file_name(key) for key in keys.tolist()], dtype=bytes)
-    labels = {} if network.kind != "moments" else {
-        "labels": listed(outputs, None if values is None else values[chosen]), "classes": classes}
-    if labels and texts is not None:
-        labels["captions"] = {os.fsdecode(output): texts[name]
-                              for output, name in zip(outputs.tolist(), names.tolist(), strict=True)}
+    labels = described(outputs, None if values is None else values[chosen], classes,
+                       texts and [texts[name] for name in names.tolist()]) if network.kind == "moments" else {}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
-        if state.is_main_process:
-            destination.close()
-        say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     size = network.open(resolution, batch_size)
     free = destination.require_room(size)

@@ -12,7 +12,7 @@ import torch
 from dataset import MOMENTS_EXTENSIONS
 from models.vae import SHORTHANDS, VAES, LatentSpace, load_codec
 from preprocessing.convert import convert_missing
-from preprocessing.destination import Destination, digest, listed
+from preprocessing.destination import Destination, described, digest
 from preprocessing.encode import moments_name
 from runtime.catalogue import key_of, list_keyed, read_labels
 from runtime.files import to_npy
@@ -161,14 +161,12 @@ def import_latents(source: str, dest: str, format: str, vae: str, workers: int, 
     space, metadata = load_codec(SHORTHANDS.get(vae, vae)).space, read_metadata(store)
     samples = require_space(store, names, space, normalised)
     outputs = np.array([moments_name(key) for key in keys.tolist()], dtype=bytes)
-    labels = {"labels": listed(outputs, read_labels(store, keys, key_of, metadata)), "classes": metadata.get("classes")}
+    labels = described(outputs, read_labels(store, keys, key_of, metadata), metadata.get("classes"))
     settings = {"command": "import-latents", "source": os.path.realpath(source), "images": len(names),
                 "source_contents": digest(outputs, labels), "format": format, "flips": flips, "normalised": normalised,
                 "vae": space.to_record()}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
     if destination.is_finished():
-        destination.close()
-        say(f"{shown(dest)} is finished already ({len(names)} images): nothing to do")
         return
     convert_one = partial(convert_latents, store, space, normalised)
     destination.require_room(len(convert_one(names[0])))
