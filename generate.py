@@ -22,8 +22,8 @@ from dataset import find_captions
 from models import checkpoint
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
-from models.hub import decoder_of, digest_of, find, name_of, space_of
-from models.interpolant import PATHS, auto_shift
+from models.hub import decoder_of, digest_of, find, name_of, shift_of, space_of
+from models.interpolant import PATHS
 from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share, time_shift
@@ -234,17 +234,6 @@ def conditions_of(args: argparse.Namespace, state: dict, num_classes: int = 0,
     return Captions(prompts, None, None, args.captions or "in-order", args.samples_per_prompt or 1, source)
 
 
-def shift_of(asked: float | str | None, path: Path, state: dict) -> float:
-    """The time shift `asked` for, else that of training. Raises UserError if the checkpoint does not tell it."""
-    trained, space = state.get("args") or {}, space_of(state)
-    shift = asked or trained.get("time_shift", 1.0)
-    if shift == "auto" and type(trained.get("resolution")) is int:
-        return auto_shift(space.channels, trained["resolution"] // space.downsampling)
-    if not isinstance(shift, int | float) or not 1e-3 <= shift <= 1e3:
-        raise UserError(f"{path}: does not tell its time shift ({shift!r}); give a number, --time-shift 1 for none")
-    return shift
-
-
 def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, compiled: bool,
                 conditions: Conditions) -> dict:
     """What makes the images, for settings.json: the flags with what the checkpoint says. `digest`: SHA-256 of its file.
@@ -261,7 +250,7 @@ def settings_of(args: argparse.Namespace, path: Path, state: dict, digest: str, 
         raise UserError(f"--guidance-low {args.guidance_low}: is above --guidance-high {guided['guidance_high']}")
     how = Sampling(mode=args.mode, num_steps=args.num_steps, heun=args.heun, cls_cfg_scale=args.cls_cfg_scale,
                    guidance_low=args.guidance_low, seed=args.global_seed, path_type=path_type,
-                   time_shift=shift_of(args.time_shift, path, state), precision=args.precision, **guided)
+                   time_shift=shift_of(path, state, args.time_shift), precision=args.precision, **guided)
     of_prompts = isinstance(conditions, Captions) and (args.prompts or args.prompt)
     count = len(conditions.prompts) * conditions.per_prompt if of_prompts else conditions.count
     libraries = {name: version(name) for name in ("torch", "numpy", "diffusers", "timm")}

@@ -35,15 +35,16 @@ def public(value: object) -> object:
 
 
 def public_record(record: dict) -> dict:
-    """A network's `record` to share: of the settings those in KEPT, and everything `public`."""
+    """A network's `record` to share: of the settings those in KEPT, and everything `public`, as scores are already."""
     args = {name: value for name, value in record.get("args", {}).items() if name in KEPT}
     if isinstance(args.get("enc_type"), str):                     # several, with commas between them
         args["enc_type"] = ",".join(map(public, args["enc_type"].split(",")))
-    return public({name: value for name, value in record.items() if name != "args"} | ({"args": args} if args else {}))
+    kept = {name: value if name == "scores" else public(value) for name, value in record.items() if name != "args"}
+    return kept | ({"args": public(args)} if args else {})
 
 
-def read_scores(samples: Path, digest: str, which: str) -> list[str]:
-    """Rows of a card: what the evaluator wrote below an experiment's `samples` for a checkpoint with this SHA-256 and
+def read_scores(samples: Path, digest: str, which: str) -> list[list[str]]:
+    """Rows of HEAD: what the evaluator wrote below an experiment's `samples` for a checkpoint with this SHA-256 and
     `which` weights, a row for each score against each reference."""
     found = []
     for path in sorted(samples.glob(f"*/{METRICS}")):
@@ -59,15 +60,15 @@ def read_scores(samples: Path, digest: str, which: str) -> list[str]:
     return found
 
 
-def model_card(architecture: dict, record: dict, scores: Sequence[str], name: str, diffusers: bool) -> str:
+def model_card(architecture: dict, record: dict, name: str, diffusers: bool) -> str:
     """Markdown with the hub's metadata, from a network's `config` and `record`.
 
-    `scores`: rows of them; `name`: of the folder or repository; `diffusers`: it is a pipeline's.
+    `name`: of the folder or repository; `diffusers`: it is a pipeline's.
     """
     record, captions = public_record(record), "context_dim" in architecture
     args, licence = record.get("args", {}), record.get("licence")
     network, call = ("MMDiT", 'prompt="..."') if captions else ("SiT", "class_labels=0")
-    table = [*_table(HEAD, ()), *scores] if scores else ["No scores recorded."]
+    table = _table(HEAD, record["scores"]) if record.get("scores") else ["No scores recorded."]
     head = ["---", f"license: {json.dumps(licence)}" if licence else "", "library_name: reg",
             f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
             "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---", "", f"# {shown(name)}", ""]
@@ -106,10 +107,11 @@ def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
     return rows | {name.replace("_", " "): args[name] for name in more if name in args}
 
 
-def _scores(result: dict, setting: str) -> list[str]:
+def _scores(result: dict, setting: str) -> list[list[str]]:
     references = ({"name": result.get("ref_batch"), **result}, *result.get("references", ())[1:])
-    return _table(HEAD, [(name, f"{value:.5g}", result.get("num_samples"), result.get("features"), one["name"], setting)
-                         for one in references for name, value in one.items() if isinstance(value, float)])[2:]
+    about = [str(result.get(name)) for name in ("num_samples", "features")]
+    return [[name, f"{value:.5g}", *about, str(one["name"]), setting]
+            for one in references for name, value in one.items() if isinstance(value, float)]
 
 
 def _table(head: Sequence[str], rows) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save as serialised
 
 from models.card import read_scores
-from models.hub import CONFIG, TRANSFORMER, decoder_of, digest_of, find, read_shared, scores_of, shared, space_of
+from models.hub import CONFIG, TRANSFORMER, decoder_of, digest_of, find, read_shared, shared, space_of
 from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
 from models.weights import build, is_state_dict, load_strictly, plain_weights, require_record, sizes_in
@@ -185,7 +185,7 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     path = find(path)
     state, digest = read(path), digest_of(path)
     model = build_for_sampling(state, model_name, which)
-    names = ("latent_space", "steps", "classes", "text", "args", "data_name", "licence")
+    names = ("latent_space", "steps", "classes", "text", "args", "data_name", "licence", "scores")
     data = Path(str(state.get("args", {}).get("data_dir") or "")).name                    # without its place
     model.record = {name: state[name] for name in names if name in state} | {"weights": which}
     model.record |= {"data_name": data} if data else {}
@@ -196,7 +196,8 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     require_new(out, out / (TRANSFORMER if diffusers else "") / CONFIG, digest, which)
     model.record |= {"checkpoint_sha256": digest} | ({"licence": licence} if licence else {})
     experiment = path.parent.parent if path.parent.name == CHECKPOINTS else Path()        # as generate.py's folders
-    model.scores = list(dict.fromkeys([*read_scores(experiment / "samples", digest, which), *scores_of(path)]))
+    scores, known = read_scores(experiment / "samples", digest, which), state.get("scores", [])
+    model.record["scores"] = scores + [row for row in known if row not in scores]
     if diffusers:
         from models.pipeline import REGPipeline  # diffusers is slow to import
 

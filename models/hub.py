@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 
 from models.card import model_card, public_record
+from models.interpolant import auto_shift
 from models.vae import LatentSpace
 from models.weights import build, plain_weights, require_record
 from runtime import run
@@ -34,12 +34,11 @@ class HubNetwork(PyTorchModelHubMixin):
     """`save_pretrained`, `push_to_hub` and `from_pretrained` for a network with `config`, its constructor arguments.
 
     Attribute `record`: what a checkpoint says beside architecture and weights, in the form of models/checkpoint.py, if
-    the network was read from one: latent space, steps, settings, classes, text encoder; also data_name and licence.
-    Attribute `scores`: the rows of its card.
+    the network was read from one: latent space, steps, settings, classes, text encoder; also data_name, licence and the
+    rows of scores in its card.
     """
 
     record: dict | None = None
-    scores: Sequence[str] = ()
     device = property(lambda self: self.pos_embed.device)         # where a pipeline of diffusers asks
     dtype = property(lambda self: self.pos_embed.dtype)
 
@@ -57,7 +56,7 @@ class HubNetwork(PyTorchModelHubMixin):
         if which is None or "architecture" not in state:
             raise Damaged(f"{path}: {CONFIG} describes no {cls.__name__}; use another folder")
         model = build(cls, state.pop("architecture"), plain_weights(state.pop(which)))
-        model.record, model.scores = {**state, "weights": which}, scores_of(path)
+        model.record = {**state, "weights": which}
         return model
 
     def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None, config=None):
@@ -94,16 +93,8 @@ def save_folder(model: HubNetwork, folder: Path) -> None:
 
 def write_card(model: HubNetwork, folder: Path, name: str | None = None, diffusers: bool = False) -> None:
     """Write the model card of a folder, or of a pipeline's, under the folder's name if None."""
-    card = model_card(model.config, model.record or {}, model.scores, name or folder.resolve().name, diffusers)
+    card = model_card(model.config, model.record or {}, name or folder.resolve().name, diffusers)
     write_whole(folder / CARD, lambda partial: partial.write_text(card, encoding="utf-8"))
-
-
-def scores_of(path: Path) -> list[str]:
-    """The rows of the scores in the card of a checkpoint's file, if it is in a folder with our card."""
-    card = (_place(path) or path) / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    section = text.partition("\n## Scores\n")[2].partition("\n## ")[0]
-    return [line for line in section.split("\n") if line.startswith("|")][2:]
 
 
 def read_shared(path: Path) -> dict:
@@ -140,7 +131,7 @@ def find(name: str | Path, **where) -> Path:
     inspect.signature(snapshot_download).bind(str(name), **where)  # TypeError for what it does not know
     if not place.exists() and re.fullmatch(HUB_ID, str(name)):
         try:
-            place = Path(snapshot_download(str(name), **where, allow_patterns=[f"*{CONFIG}", f"*{WEIGHTS}", CARD]))
+            place = Path(snapshot_download(str(name), **where, allow_patterns=[f"*{CONFIG}", f"*{WEIGHTS}"]))
         except (OSError, ValueError) as error:                    # offline, no such repository, no right to read it
             where = "in its cache (offline)" if constants.HF_HUB_OFFLINE else f"({type(error).__name__})"
             raise UserError(f"{name}: no such checkpoint here or on the hub {where}; name a checkpoint, an experiment, "
@@ -156,6 +147,17 @@ def find(name: str | Path, **where) -> Path:
 def space_of(record: dict) -> LatentSpace:
     """The latent space of a checkpoint's content or a network's `record`: where they are silent, Stable Diffusion's."""
     return LatentSpace.from_record(record["latent_space"]) if "latent_space" in record else LatentSpace()
+
+
+def shift_of(where: str | Path, record: dict, asked: float | str | None = None) -> float:
+    """The time shift `asked` for, else that of training. Raises UserError if `record`, see `space_of`, has none."""
+    trained, space = record.get("args") or {}, space_of(record)
+    shift = asked or trained.get("time_shift", 1.0)
+    if shift == "auto" and type(trained.get("resolution")) is int:
+        return auto_shift(space.channels, trained["resolution"] // space.downsampling)
+    if not isinstance(shift, int | float) or not 1e-3 <= shift <= 1e3:
+        raise UserError(f"{where}: does not tell its time shift ({shift!r}); give a number, --time-shift 1 for none")
+    return shift
 
 
 def decoder_of(path: Path, space: LatentSpace) -> str:

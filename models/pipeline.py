@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.card import public
 from models.conditioning import ClassLabels, Conditions, open_captions
-from models.hub import CARD, CONFIG, TRANSFORMER, VAE, HubNetwork, find, save_folder, space_of, write_card
+from models.hub import CARD, CONFIG, TRANSFORMER, VAE, HubNetwork, find, save_folder, shift_of, space_of, write_card
 from models.mmdit import MMDiT
 from models.sit import SiT
 from models.text import DEFAULT
@@ -98,9 +98,6 @@ class REGPipeline(DiffusionPipeline):
         scale = conditions.published["cfg_scale"] if guidance_scale is None else guidance_scale
         low, high = guidance_interval or (0.0, conditions.published["guidance_high"])
         dropped = trained.get("cfg_prob", self.transformer.config.get("class_dropout_prob"))
-        shift = trained.get("time_shift", 1.0)
-        if not isinstance(shift, int | float) or not 1e-3 <= shift <= 1e3:
-            raise UserError(f"the network was trained with the time shift {shift!r}; expected 0.001 to 1000")
         if class_token_guidance_scale is not None and self.transformer.cls_token_dim is None:
             raise UserError("class_token_guidance_scale: the network has no class token; leave it out")
         if scale < 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1 or num_inference_steps < 1:
@@ -111,7 +108,7 @@ class REGPipeline(DiffusionPipeline):
             raise UserError(f"output_type {output_type}: expected pil, np or pt")
         how = Sampling(num_steps=num_inference_steps, cfg_scale=scale, cls_cfg_scale=class_token_guidance_scale,
                        guidance_low=low, guidance_high=high, path_type=trained.get("path_type", "linear"),
-                       time_shift=shift)
+                       time_shift=shift_of("the network", record))
         codec = Codec(self.vae, space.vae)
         # The network's numbers decide: those of the VAE may be in a file that a pipeline does not carry.
         codec.use_space(replace(space, stats="the network's"), "the network")

@@ -23,8 +23,8 @@ from runtime.stores import shown
 # Types of the entries, where a file has them. `draws` counted batches in older checkpoints, whose `steps` left skipped
 # ones out.
 KINDS = {"args": dict | argparse.Namespace, "steps": int, "draws": int, "processes": int, "architecture": dict,
-         "data": str, "encoders": list, "classes": list, "text": dict, "model": dict, "ema": dict, "opt": dict,
-         "scaler": dict | None}
+         "data": str, "encoders": list, "classes": list, "scores": list, "text": dict, "model": dict, "ema": dict,
+         "opt": dict, "scaler": dict | None}
 LARGEST = MAX_CLASSES                # of any number in an architecture
 
 
@@ -38,8 +38,8 @@ def require_record(path: Path, state: dict, network: type[nn.Module]) -> None:
         if name in state and (not isinstance(value, kind) or kind is int and not 0 <= value < 2**63):
             expected = "a number of at least 0" if kind is int else getattr(kind, "__name__", kind)
             raise Damaged(f"{path}: {name} is of type {type(value).__name__}, expected {expected}; use another file")
-    for name, kind in (("encoders", str), ("classes", int)):
-        if not all(type(one) is kind and (kind is str or 0 <= one < MAX_CLASSES) for one in state.get(name, ())):
+    for name, kind in (("encoders", str), ("classes", int), ("scores", list)):
+        if not all(type(one) is kind and (kind is not int or 0 <= one < MAX_CLASSES) for one in state.get(name, ())):
             raise Damaged(f"{path}: {name} holds other things than {kind.__name__}; use another file")
     if "args" in state:
         args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])

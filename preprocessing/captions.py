@@ -14,7 +14,7 @@ from runtime import stores
 from runtime.catalogue import Catalogue, key_of, read_captions, require_all, tidy, write_catalogue
 from runtime.files import read_patiently, write_whole
 from runtime.messages import UserError, say
-from runtime.sources import TarStore
+from runtime.sources import TarStore, sample_key
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, FolderStore, Store, few, parse_json, shown
 
 # Of a record, the first of each that it has.
@@ -82,9 +82,13 @@ def read_file(file: str, index: dict[str | int, bytes | None]) -> dict[bytes, li
 
 
 def read_beside(store: Store, names: np.ndarray, others: np.ndarray) -> tuple[dict[bytes, list[str]], list[bytes]]:
-    """Captions of `names` (n,) from those of the files `others` (m,) that have a picture's stem; and these files."""
+    """Captions of `names` (n,) from those of the files `others` (m,) that have a picture's stem; and these files.
+
+    In a tar also its `sample_key`.
+    """
     found, used = {}, []
-    stems = {os.path.splitext(name)[0]: name for name in names.tolist()} if len(others) else {}
+    stems = {sample_key(name): name for name in names.tolist()} if isinstance(store, TarStore) else {}
+    stems |= {os.path.splitext(name)[0]: name for name in names.tolist()} if len(others) else {}
     for file in others[::-1].tolist():                            # .txt comes before .json
         (stem, extension), where = os.path.splitext(file), store.where(file)
         texts = None

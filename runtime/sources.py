@@ -97,7 +97,7 @@ def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[
             raise ValueError(f"damaged at byte {archive.offset}")
 
 
-def _key(member: bytes) -> bytes:
+def sample_key(member: bytes) -> bytes:
     """The key of a WebDataset's sample: a member's name up to the first dot of its last part."""
     return re.sub(rb"\.[^/]*$", b"", member)
 
@@ -131,7 +131,7 @@ class TarStore(ZipStore):
 
     def _label(self, picture: bytes) -> int | str | None:
         """What `.cls` or the field "label" of `.json` beside a picture says, None without one."""
-        for stem in (os.path.splitext(picture)[0], _key(picture)):
+        for stem in (os.path.splitext(picture)[0], sample_key(picture)):
             if stem + b".cls" in self:
                 return os.fsdecode(self.read(stem + b".cls")).strip()
             file = stem + b".json"
@@ -145,7 +145,7 @@ class TarStore(ZipStore):
         pictures = [name for name in self.names().tolist() if name.lower().endswith(IMAGE_EXTENSIONS)]
         values = {os.fsdecode(name): self._label(name) for name in pictures}
         labelled = any(value is not None for value in values.values())
-        if labelled and len({*map(_key, pictures)}) < len(pictures):
+        if labelled and len({*map(sample_key, pictures)}) < len(pictures):
             raise UserError(f"{shown(self.path)}: two pictures of one sample, as 1.png and 1.mask.png are; keep one")
         return as_labels(values, self.where) if labelled else {}
 

@@ -94,12 +94,12 @@ def hugging_face(path: Path, pictures: list[bytes], kind: str) -> Path:
     return path / "train-00000-of-00001.parquet"
 
 
-def web_dataset(path: Path, pictures: list[bytes], beside) -> Path:
-    """Tars of three samples; `beside(i)` are their members other than the picture."""
+def web_dataset(path: Path, pictures: list[bytes], beside, field: str = "") -> Path:
+    """Tars of three samples; `beside(i)` are their members other than the picture, which is FIELD.jpg."""
     path.mkdir()
     with webdataset.ShardWriter(f"{path}/%06d.tar", maxcount=3, verbose=0) as writer:
         for i, data in enumerate(pictures):
-            writer.write({"__key__": f"sample{i}", {"jpeg": "jpg"}.get(FORMS[i], FORMS[i]): data, **beside(i)})
+            writer.write({"__key__": f"sample{i}", field + {"jpeg": "jpg"}.get(FORMS[i], FORMS[i]): data, **beside(i)})
     return path
 
 
@@ -184,7 +184,9 @@ CAPTIONED = {
     "webdataset, json": lambda path, pictures, folder: web_dataset(
         path / "w", pictures, lambda i: {"json": {"caption": WORDS[i]}, "cls": LABELS[i]}),
     "webdataset, txt": lambda path, pictures, folder: web_dataset(
-        path / "w", pictures, lambda i: {"txt": "\n".join(WORDS[i])})}
+        path / "w", pictures, lambda i: {"txt": "\n".join(WORDS[i])}),
+    "webdataset, a field's name": lambda path, pictures, folder: web_dataset(
+        path / "w", pictures, lambda i: {"txt": "\n".join(WORDS[i])}, field="input.")}
 
 
 @pytest.mark.parametrize("form", CAPTIONED)
