@@ -688,16 +688,12 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         if scores:
             write_line(log, accelerator, {"step": step, **scores}, scores)
 
-    def save_once(step: int) -> None:
-        if step > done["saved"]:
-            save(step)
-
     def close(step: int) -> None:
         if step > done["logged"]:
             write_log(step)
-        save_once(step)
+        run.rescue(step)
 
-    run.rescue = save_once
+    run.rescue = lambda step: save(step) if step > done["saved"] else None
     run.every((args.logging_steps, args.checkpointing_steps), write_log)  # a checkpoint holds no half log line
     run.every((args.checkpointing_steps,), save)
     run.every((args.sampling_steps,), draw, optional=True)

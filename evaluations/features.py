@@ -11,7 +11,6 @@ import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -257,7 +256,7 @@ class FdNetwork(TimmFeatures):
         """With weights from timm's hub or its cache. Raises UserError if they are not there."""
         row = OTHERS[name]
         try:
-            return cls(name, timm.create_model(row.timm_name, pretrained=True, num_classes=0, **row.settings))
+            return cls(name, encoders.create_model(row.timm_name, pretrained=True, num_classes=0, **row.settings))
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{name}: weights of {row.timm_name} not in the hub's cache and not downloaded ({reason}); "

@@ -181,7 +181,8 @@ def run(*program: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args, passed_on = parse_args(argv)
     settings = expand({name: values(name, text) for name in SWEPT if (text := getattr(args, name)) is not None})
-    work = [(path, setting, ["--ckpt", str(path), *flags(setting), *passed_on])
+    precision = "tf32" if torch.cuda.is_available() else "fp32"
+    work = [(path, setting, ["--ckpt", str(path), "--precision", precision, *flags(setting), *passed_on])
             for path, setting in itertools.product(checkpoints(args.experiment, args.steps), settings)]
     parsed = [generate.parse_args(command) for *_, command in work]                       # ends here if one is wrong
     scoring, read = None, functools.cache(generate.read_checkpoint)

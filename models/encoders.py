@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -160,6 +159,13 @@ def to_grid(patches: torch.Tensor, grid: int) -> torch.Tensor:
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
+def create_model(timm_name: str, pretrained: bool, **settings) -> nn.Module:
+    """timm's model."""
+    import timm  # slow to import, and sampling does not need it
+
+    return timm.create_model(timm_name, pretrained=pretrained, **settings)
+
+
 def build_with_weights(timm_name: str, file: Path, **settings) -> nn.Module:
     """timm's model with the weights in `file`, in timm's or the original release's form. timm never opens the file.
 
@@ -174,13 +180,13 @@ def build_with_weights(timm_name: str, file: Path, **settings) -> nn.Module:
                for name, value in sizes.items() for number in np.ravel(value) if isinstance(number, int | np.integer)):
             raise ValueError("config.json asks for more than the weights")
     with torch.device("meta"):
-        model = timm.create_model(timm_name, pretrained=False, **settings)
+        model = create_model(timm_name, pretrained=False, **settings)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     state = filter_fn(state, model) if filter_fn else state
     state = {name: value for name, value in state.items()
              if name in model.state_dict() or not name.startswith(("head.", "head_dist.", "fc_norm."))}
     model.load_state_dict(state, assign=True)                     # compares names and shapes
-    model = timm.create_model(timm_name, pretrained=False, **settings)
+    model = create_model(timm_name, pretrained=False, **settings)
     model.load_state_dict(state)
     return model
 
@@ -289,7 +295,7 @@ def _create(name: str, spec: Spec, input_size: int, pretrained: bool, weights: s
     try:
         if file is not None:
             return build_with_weights(spec.timm_name, file, **settings)
-        return timm.create_model(spec.timm_name, pretrained=pretrained, **settings)
+        return create_model(spec.timm_name, pretrained=pretrained, **settings)
     except Exception as error:                                    # timm can raise anything for a foreign file
         if isinstance(error, TypeError) and "img_size" in str(error):
             raise UserError(f"--enc-type {name}: no vision transformer of variable input size; use another") from error

@@ -4,14 +4,14 @@ import textwrap
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from runtime.stores import shown
 
 SIDE, SIZE, SPACING = 128, 11, 2         # px: least width of a captioned image, height of its letters and between lines
 LINES, MARGIN = 10, 4                    # of a caption, the rest is cut off; px around images and captions
+GAP = 2                                  # px around images without captions
 
 
 def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
@@ -19,22 +19,26 @@ def grid_of(images: torch.Tensor, columns: int, captions: Sequence[str] | None =
 
     With captions, small images are enlarged by a whole factor, so that the text fits.
     """
+    count, _, height, width = images.shape
+    columns = min(columns, count)
     if captions is None:
-        return to_pil_image(make_grid(images, nrow=columns))
+        cells = F.pad(images, (GAP, 0, GAP, 0, 0, 0, 0, -count % columns)).unflatten(0, (-1, columns))
+        pixels = cells.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)         # (rows, columns, 3, ...) -> (Y, X, 3)
+        return Image.fromarray(F.pad(pixels, (0, 0, 0, GAP, 0, GAP)).numpy())
     from matplotlib import get_data_path  # slow to import
 
-    count, _, height, width = images.shape
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", SIZE)  # Pillow's own has no accents
     scale = -(-SIDE // width)
     height, width = scale * height, scale * width
     fitting = {"width": int(width / font.getlength("x")), "max_lines": LINES, "placeholder": "..."}
     texts = [textwrap.wrap(shown(caption), **fitting) for caption in captions]
     row = height + max(map(len, texts)) * (SIZE + SPACING) + 2 * MARGIN
-    size = MARGIN + min(columns, count) * (width + MARGIN), MARGIN + -(-count // columns) * row
+    size = MARGIN + columns * (width + MARGIN), MARGIN + -(-count // columns) * row
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         left, top = MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * row
-        grid.paste(to_pil_image(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
         draw.multiline_text((left, top + height), "\n".join(text), "black", font, spacing=SPACING)
     return grid
