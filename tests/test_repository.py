@@ -104,7 +104,8 @@ def test_requirements_are_imported():
     names = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}
     required = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
     used = {imported.partition(".")[0] for path in sources().values() for imported in imports(path)}
-    assert {names.get(name, name) for name in required} <= used
+    # timm and torch-fidelity import torchvision, whose version must fit torch's
+    assert {names.get(name, name) for name in required} <= used | {"torchvision"}
 
 
 def test_pyproject_agrees_with_requirements_and_names_every_module():
@@ -120,8 +121,8 @@ def test_pyproject_agrees_with_requirements_and_names_every_module():
 
 @pytest.mark.parametrize("module", ["train", "generate"])
 def test_optional_libraries_are_imported_only_where_they_are_used(module):
-    """A machine may lack diffusers until a picture is decoded, trackers and torch-fidelity until they are asked for."""
-    lacking = "diffusers=None, wandb=None, tensorboard=None, torch_fidelity=None"
+    """A machine may lack diffusers until a picture is decoded; and what is slow to import is imported where needed."""
+    lacking = "diffusers=None, wandb=None, tensorboard=None, torch_fidelity=None, timm=None, torchvision=None"
     program = f"import sys; sys.modules.update({lacking}); import {module}"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
