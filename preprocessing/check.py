@@ -137,6 +137,6 @@ def check(source: str, output: str, workers: int, vae: str | None = None) -> Non
     drawn, psnr = side_by_side(entries, space, codec)
     write_whole(picture, lambda partial: drawn.save(partial, "png"))
     by = "".join(f", features of {one.record.enc_type}" for one in entries.features)
-    by += ", captions" * (entries.captions is not None)
+    kind = f"{entries.num_classes} classes" if entries.captions is None else "captions"
     say(f"{shown(source)}: {len(entries)} images of {resolution} px, moments {entries.moments_shape}, "
-        f"{entries.num_classes} classes{by}, all readable; see {shown(output)} (PSNR {psnr:.1f} dB)")
+        f"{kind}{by}, all readable; see {shown(output)} (PSNR {psnr:.1f} dB)")

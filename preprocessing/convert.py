@@ -215,4 +215,5 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     destination.leave_out(outputs[~exists])
     destination.finish({**about(exists), "transform": {"name": settings["transform"], "resolution": resolution},
                         "removed": [*map(os.fsdecode, np.setdiff1d(all_names, present))]})
-    say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}")
+    say(f"{shown(dest)}: {exists.sum()} images of {resolution}x{resolution} of {len(names)} pictures, labels {origin}"
+        f"{', with captions' * (texts is not None)}")
