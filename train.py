@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
             conditions = open_conditions(args, data, resumed, accelerator.device)
             codec = open_codec(args, space, accelerator)
         model, ema, objective, optimizer = open_networks(args, space, resolution, conditions, encoders,
-                                                         accelerator.device)
+                                                         accelerator.device, accelerator.num_processes)
         start = open_weights(args, resumed, model, ema, optimizer, accelerator.scaler)
         resumed = None                                            # several times the size of the model: free it
 
@@ -569,17 +569,20 @@ def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, c
 
 
 def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int, conditions: Conditions,
-                  encoders: Sequence, device: torch.device) -> tuple[Network, Network, SILoss, torch.optim.AdamW]:
+                  encoders: Sequence, device: torch.device, processes: int = 1
+                  ) -> tuple[Network, Network, SILoss, torch.optim.AdamW]:
     """The network, its EMA, the objective and AdamW, freshly initialised from --seed and compiled if asked.
 
-    Raises UserError before anything is built if the networks do not fit into the memory.
+    Raises UserError before anything is built if the networks and a process's images do not fit into the memory.
     """
     with torch.device("meta"):
         planned = build_model(args, space, resolution, conditions, encoders)
-    need, memory = BYTES_PER_PARAMETER * sum(p.numel() for p in planned.parameters()), memory_of(device)
+    pixels = 3 * resolution**2 * args.batch_size // (args.gradient_accumulation_steps * processes)        # bytes
+    need, memory = pixels + BYTES_PER_PARAMETER * sum(p.numel() for p in planned.parameters()), memory_of(device)
     if need > memory:
-        raise UserError(f"--model {args.model}, --projector-dim {args.projector_dim}, {conditions}: needs "
-                        f"about {as_size(need)} of the {as_size(memory)} there are; give smaller ones")
+        raise UserError(f"--model {args.model}, --projector-dim {args.projector_dim}, --batch-size {args.batch_size}, "
+                        f"{conditions}: needs more than {as_size(need)} of the {as_size(memory)} there are; give "
+                        "smaller ones")
     few = isinstance(conditions, ClassLabels) and conditions.num_classes < IMAGENET
     if few and args.num_classes is None and resolution in (256, 512):
         notice(f"the labels have {conditions}; the released programs would build {IMAGENET}, as "

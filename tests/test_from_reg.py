@@ -96,7 +96,14 @@ def test_networks_beyond_the_memory_are_refused_before_they_are_built(train_flag
     with pytest.raises(SystemExit) as ended:
         train.main([*train_flags, *flags])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and "needs about" in error and flags[1] in error and " 0.0" not in error
+    assert ended.value.code == 2 and "needs more" in error and flags[1] in error and " 0.0" not in error
+
+
+def test_batches_beyond_the_memory_are_refused_before_they_are_read():
+    """Ten million images of 1,024 px for each of the two processes."""
+    args = train.resolve(train.parse_args(["--method", "sit", "--model", "SiT-T/2", "--batch-size", "10000000"]))
+    with pytest.raises(UserError, match="--batch-size 10000000"):
+        train.open_networks(args, LatentSpace(), 1024, ClassLabels(3), [], torch.device("cpu"), processes=2)
 
 
 def test_an_over_long_name_is_a_sentence(train_flags, capsys):
