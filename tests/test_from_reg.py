@@ -19,6 +19,7 @@ from models.sit import SiT_models
 from models.vae import LatentSpace
 from preprocessing import dataset_tools
 from preprocessing.crop import TRANSFORMS, center_crop, to_square
+from runtime.messages import UserError
 from runtime.run import find
 
 ROOT = Path(__file__).parents[1]
