@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from benchmarks import harness
-from models.vae import load_codec
+from models.vae import Codec, load_codec
 from preprocessing import dataset_tools
 from preprocessing.crop import center_crop
+from runtime.speed import compile_parts
 
 SIZES = {"cuda": {"images": 512, "batch_size": 32}, "cpu": {"images": 48, "batch_size": 8}}
 WIDTHS = {"cuda": (128, 256, 512, 512), "cpu": (16, 32, 32, 32)}          # channels of the VAE
@@ -34,6 +35,16 @@ def random_vae(device_type: str) -> torch.nn.Module:
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                          layers_per_block=2, block_out_channels=widths, latent_channels=4,
                          norm_num_groups=min(32, widths[0]), scaling_factor=0.18215)
+
+
+def random_codec(device: torch.device, precision: str, compile: bool) -> Codec:
+    """`random_vae` as `encode` and generate.py open theirs: compiled in bf16 only."""
+    codec = Codec(random_vae(device.type).eval().requires_grad_(False).to(device), "random")
+    if precision == "bf16":
+        codec.in_bf16()
+        if compile:
+            compile_parts(codec.vae)
+    return codec
 
 
 def encoder_flops(device_type: str, resolution: int) -> int:

@@ -1,27 +1,46 @@
 """Shared by all benchmarks: timing in turn, what the hardware allows, rows of a table.
 
 The ways of doing a thing (ours, the plain one) are timed in turn, A B B A A B ..., so that a ratio holds on a machine
-whose speed drifts. Medians are reported. No test asserts a time.
+whose speed drifts. Medians are reported. No test asserts a time. Under a time limit only ours are run.
 """
 
 import contextlib
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from runtime.files import make_folder
+from runtime.files import make_folder, write_json
 
 PEAKS = {"NVIDIA H200": 790e12}  # dense bf16 FLOP/s that a large matrix product reaches; measured on other GPUs
 LONG = 5.0                       # seconds of a turn after which the warm-up ends
+
+
+class OutOfTime(Exception):
+    """The time of this benchmark has passed."""
+
+
+@dataclass
+class Run:
+    """What the benchmarks of one process share: the file of all tables, rewritten after each row, and the time."""
+
+    output: Path | None = None
+    limited: bool = False            # then the plain ways are left out
+    until: float = math.inf          # time.monotonic() at which this benchmark should end
+    tables: list[dict] = field(default_factory=list)
+
+
+run = Run()                          # `python -m benchmarks` puts its own here
 
 
 class Table:
@@ -51,20 +70,33 @@ class Table:
         cells = (name, f"{measured:.4g} {unit}", "-" if ideal is None else f"{ideal:.3g} {unit}",
                  "-" if share is None else f"{100 * share:.0f} %", "-" if ratio is None else f"{ratio:.2f}", formula)
         print("| " + " | ".join(cells) + " |", flush=True)
+        if len(self.record["rows"]) == 1:
+            run.tables.append(self.record)
+        if run.output is not None:
+            write_json(run.output, run.tables)
 
 
 # --------------------------------------------------------------------------------------------------------------- timing
 
 class Turns:
-    """Iterate over the name of the way to run next. `seconds`: those of each run after the warm-up, by way."""
+    """Iterate over the name of the way to run next. `seconds`: those of each run after the warm-up, by way.
+
+    Past the time limit one turn after the warm-up is enough; raises OutOfTime if nothing has run before it.
+    """
 
     def __init__(self, ways: list[str], device: torch.device, repeats: int, warmup: int = 3):
         self.device, self.warmup, self.repeats = device, warmup, repeats
-        self.seconds: dict[str, list[float]] = {way: [] for way in ways}
+        self.seconds: dict[str, list[float]] = {way: [] for way in ways if way != "plain" or not run.limited}
 
     def __iter__(self) -> Iterator[str]:
         turn, order = 0, list(self.seconds)
         while turn < self.warmup + self.repeats:
+            if time.monotonic() > run.until:
+                if turn == 0:
+                    raise OutOfTime
+                if turn > self.warmup:
+                    return
+                self.warmup = turn
             taken = {}
             for way in order:
                 synchronise(self.device)
@@ -118,6 +150,14 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return peak, f"{peak / 1e12:.3g} TFLOP/s ({str(dtype).removeprefix('torch.')} product of {side})"
 
 
+def bandwidth(device: torch.device) -> tuple[float, str]:
+    """Bytes/s that a large copy reads and writes, and the source."""
+    source = torch.ones(2**31 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rate = 2 * len(source) / min(timed({"": lambda: target.copy_(source)}, device, 10)[""])
+    return rate, f"{rate / 1e9:.4g} GB/s"
+
+
 def flops(run: Callable[[], object]) -> int:
     """Floating-point operations of `run`, forward and backward; works on meta tensors."""
     with FlopCounterMode(display=False) as counter:
@@ -140,7 +180,10 @@ def hardware(device: torch.device) -> dict:
     with contextlib.suppress(OSError):                            # Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    versions = {name: version(name) for name in ("torch", "timm", "accelerate", "diffusers")}
+    versions = {}
+    for name in ("torch", "timm", "accelerate", "diffusers"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "cpu": cpu,
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "date": date.today().isoformat(),
             "versions": {"python": platform.python_version(), **versions}}

@@ -6,17 +6,18 @@ takes two per image. The plain way is eager float32.
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from benchmarks import harness
-from benchmarks.encode import random_vae
+from benchmarks.encode import random_codec, random_vae
 from generate import make_ready
 from models.conditioning import ClassLabels
 from models.sit import SiT, SiT_models
-from models.vae import Codec
-from runtime.speed import allow_tf32, compile_parts
+from models.vae import Codec, LatentSpace
+from runtime.speed import allow_tf32
 from samplers import LAST_SDE_TIME, Sampling, sample_images
 
 CLASS_TOKEN = 768
@@ -30,42 +31,45 @@ class Way:
     """One way of sampling."""
 
     network: SiT
-    codec: Codec
+    codec: Codec | SimpleNamespace
     precision: str               # fp32 · bf16
 
 
-def random_network(name: str, side: int, channels: int, device: torch.device | str) -> SiT:
+def random_network(name: str, side: int, channels: int, device: torch.device | str,
+                   cls_token_dim: int | None = CLASS_TOKEN) -> SiT:
     """A network without zeros, which heads and gates start with and a GPU multiplies at a higher clock."""
     torch.manual_seed(0)
     with torch.device(device):
-        network = SiT_models[name](input_size=side, in_channels=channels, z_dims=(), cls_token_dim=CLASS_TOKEN)
+        network = SiT_models[name](input_size=side, in_channels=channels, z_dims=(), cls_token_dim=cls_token_dim)
     for layer in network.modules():
         if isinstance(layer, nn.Linear) and device != "meta" and not layer.weight.any():
             nn.init.normal_(layer.weight, std=0.02)
     return network.eval().requires_grad_(False)
 
 
-def open_ways(model: str, resolution: int, compile: bool, device: torch.device) -> dict[str, Way]:
+def open_ways(model: str, resolution: int, compile: bool, decoder: bool, device: torch.device) -> dict[str, Way]:
     precision = "bf16" if harness.has_fast_bf16(device) else "fp32"
-    codec = Codec(random_vae(device.type).eval().requires_grad_(False).to(device), "random")
+    images_are_latents = SimpleNamespace(space=LatentSpace(), decode=torch.Tensor.clone)
+    codec = random_codec(device, precision, compile) if decoder else images_are_latents
     network = random_network(model, resolution // codec.space.downsampling, codec.space.channels, device)
-    plain = Way(deepcopy(network), deepcopy(codec), "fp32")
-    compiled = make_ready(network, device, precision, compile)
-    if precision == "bf16":
-        codec.in_bf16()
-        if compiled:
-            compile_parts(codec.vae)
+    plain = Way(deepcopy(network), random_codec(device, "fp32", False) if decoder else codec, "fp32")
+    make_ready(network, device, precision, compile)
     return {"ours": Way(network, codec, precision), "plain": plain}
 
 
-def evaluate(way: Way, count: int) -> None:
-    """The network once for `count` images with and without their labels: 2 * count evaluations."""
-    network, device = way.network, way.network.pos_embed.device
-    latents = torch.zeros(2 * count, network.in_channels, network.input_size, network.input_size, device=device)
-    labels = torch.zeros(2 * count, dtype=torch.long, device=device)
-    tokens = torch.ones(2 * count, CLASS_TOKEN, device=device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=way.precision == "bf16"):
-        network(latents, torch.full((2 * count,), 0.5, device=device), labels, cls_token=tokens)
+def random_inputs(network: SiT, count: int) -> tuple[torch.Tensor, ...]:
+    """Latents (B, C, H, W), times (B,), labels (B,), class tokens (B, E) or None, of B = `count` evaluations."""
+    size = count, network.in_channels, network.input_size, network.input_size
+    with network.pos_embed.device:
+        tokens = None if network.cls_token_dim is None else torch.randn(count, network.cls_token_dim)
+        return torch.randn(size), torch.full((count,), 0.5), torch.zeros(count, dtype=torch.long), tokens
+
+
+def evaluate(network: SiT, precision: str, inputs: tuple[torch.Tensor, ...]) -> None:
+    """The network once, as the samplers call it, on `random_inputs`."""
+    latents, times, labels, tokens = inputs
+    with torch.no_grad(), torch.autocast(latents.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        network(latents, times, labels, cls_token=tokens)
 
 
 def evaluations(num_steps: int) -> int:
@@ -75,12 +79,11 @@ def evaluations(num_steps: int) -> int:
     return num_steps + int(guided.sum())
 
 
-def network_flops(name: str, side: int, channels: int) -> int:
+def network_flops(name: str, side: int, channels: int, cls_token_dim: int | None = CLASS_TOKEN) -> int:
     """FLOPs of one evaluation."""
-    network = random_network(name, side, channels, "meta")
-    with torch.device("meta"):
-        inputs = torch.zeros(1, channels, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        return harness.flops(lambda: network(*inputs, cls_token=torch.zeros(1, CLASS_TOKEN)))
+    network = random_network(name, side, channels, "meta", cls_token_dim)
+    latents, times, labels, tokens = random_inputs(network, 1)
+    return harness.flops(lambda: network(latents, times, labels, cls_token=tokens))
 
 
 def decoder_flops(device_type: str, side: int) -> int:
@@ -91,14 +94,14 @@ def decoder_flops(device_type: str, side: int) -> int:
 
 
 def measure(device: torch.device, model: str, resolution: int, batch_size: int, compile: bool, num_steps: int = 4,
-            repeats: int = 3) -> harness.Table:
-    """The table; `num_steps` SDE steps are timed."""
-    ways, count = open_ways(model, resolution, compile, device), batch_size
+            repeats: int = 3, decoder: bool = True) -> harness.Table:
+    """The table; `num_steps` SDE steps are timed, with a decoder or without."""
+    ways, count = open_ways(model, resolution, compile, decoder, device), batch_size
     network, precision = ways["ours"].network, ways["ours"].precision
     table = harness.Table("sampling", {"model": model, "resolution": resolution, "batch_size": batch_size,
                                        "precision": precision, "compile": compile}, device)
     each = network_flops(model, network.input_size, network.in_channels)
-    decoder = decoder_flops(device.type, network.input_size)
+    last, ending = (decoder_flops(device.type, network.input_size), " and decoder") if decoder else (0, "")
     allow_tf32(precision != "fp32")
     peak, source = harness.matmul_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -109,18 +112,19 @@ def measure(device: torch.device, model: str, resolution: int, batch_size: int, 
 
         return harness.timed({name: lambda way=way: once(way) for name, way in ways.items()}, device, repeats)
 
-    table.add("network, guided", timed(lambda way: evaluate(way, count)), 2 * count, "evaluations/s", peak / each,
-              f"{source} / {each / 1e9:.4g} GFLOP")
+    inputs = random_inputs(network, 2 * count)                    # each image with and without its label
+    table.add("network, guided", timed(lambda way: evaluate(way.network, way.precision, inputs)), 2 * count,
+              "evaluations/s", peak / each, f"{source} / {each / 1e9:.4g} GFLOP")
     how, number = Sampling(num_steps=num_steps), evaluations(num_steps)
     labels = ClassLabels(network.num_classes, device=device)
     seconds = timed(lambda way: sample_images(way.network, way.codec, range(count),
                                               replace(how, precision=way.precision), labels))
-    table.add(f"{num_steps} SDE steps and decoder", seconds, count, "images/s", peak / (number * each + decoder),
-              f"{source} / ({number} evaluations + {decoder / 1e9:.4g} GFLOP)")
+    table.add(f"{num_steps} SDE steps{ending}", seconds, count, "images/s", peak / (number * each + last),
+              f"{source} / ({number} evaluations + {last / 1e9:.4g} GFLOP)")
     # In proportion to FLOPs: the decoder's part is small at 250 steps.
-    more, hours = evaluations(STEPS) * each + decoder, WANTED / 3600
-    longer = hours / count * more / (number * each + decoder)
+    more, hours = evaluations(STEPS) * each + last, WANTED / 3600
+    longer = hours / count * more / (number * each + last)
     table.add(f"{WANTED} images, {STEPS} steps, extrapolated",
               {way: [longer * value for value in found] for way, found in seconds.items()}, None, "h",
-              hours * more / peak, f"{evaluations(STEPS)} evaluations and decoder")
+              hours * more / peak, f"{evaluations(STEPS)} evaluations{ending}")
     return table

@@ -137,8 +137,9 @@ def step_rows(table: harness.Table, settings: argparse.Namespace, resolution: in
     name = f"{settings.model}, batch {settings.batch_size}, {str(dtype).removeprefix('torch.')}"
     formula = f"{source} / {each / 1e9:.4g} GFLOP"
     table.add(name, steps.turns.seconds, settings.batch_size, "images/s", peak / each, formula)
-    if steps.memory:
-        table.add(f"{name}: peak memory", {"ours": [steps.memory["peak_memory_gib"]]}, unit="GiB")
+    memory = steps.memory or peak_memory(device)                  # {} on a CPU; the plain way may not have run
+    if memory:
+        table.add(f"{name}: peak memory", {"ours": [memory["peak_memory_gib"]]}, unit="GiB")
 
 
 def measure(device: torch.device, model: str, batch_size: int, compile: bool, resolution: int = 256,

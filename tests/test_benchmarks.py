@@ -1,7 +1,11 @@
 """Every benchmark runs at tiny sizes and prints rows; formulas and plain ways are checked. No time is asserted."""
 
 import importlib
+import inspect
 import json
+import math
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,11 +13,12 @@ import torch
 from torch import nn
 
 import train
-from benchmarks import data, encode, harness, plain, sampling, scoring, train_step
+from benchmarks import data, encode, harness, latency, parts, plain, sampling, scoring, train_step, vae
 from dataset import LatentDataset
 from evaluations.features import Extractor
 from evaluations.metrics import precision_recall
 from loss import alignment_loss
+from models.sit import SiT_models
 from preprocessing.convert import to_png
 from runtime.files import to_npy
 
@@ -24,6 +29,7 @@ CPU = torch.device("cpu")
 def quick(monkeypatch):
     """Peaks are not measured, which takes seconds."""
     monkeypatch.setattr(harness, "matmul_peak", lambda *_: (1e9, "1 GFLOP/s"))
+    monkeypatch.setattr(harness, "bandwidth", lambda *_: (1e9, "1 GB/s"))
     monkeypatch.setattr(harness, "has_fast_bf16", lambda *_: False)
 
 
@@ -55,6 +61,38 @@ def test_sampling(capsys):
     hours = rows["50000 images, 250 steps, extrapolated"]
     assert hours["ideal"] == pytest.approx(50_000 * (461 * each + decoder) / 1e9 / 3600)
     assert hours["ratio"] == pytest.approx(rows["2 SDE steps and decoder"]["ratio"])
+
+
+def test_sampling_without_a_decoder_needs_no_diffusers(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    table = sampling.measure(CPU, "SiT-T/8", resolution=64, batch_size=2, compile=False, num_steps=2, repeats=1,
+                             decoder=False)
+    each = sampling.network_flops("SiT-T/8", 8, 4)
+    assert rows_of(table, capsys)["2 SDE steps"]["ideal"] == pytest.approx(1e9 / (3 * each))
+
+
+def test_latency(capsys):
+    rows = rows_of(latency.measure(CPU, "SiT-T/8", (2, 1), compile=False, resolution=64, repeats=1), capsys)
+    reg, sit = (sampling.network_flops("SiT-T/8", 8, 4, slot) for slot in (768, None))
+    assert rows["REG / SiT, FLOPs"]["measured"] == reg / sit > 1
+    for row, number in (("forward, batch 2", 2), ("guided step, batch 2", 4), ("forward, batch 1", 1)):
+        assert rows[f"SiT, {row}"]["ideal"] == pytest.approx(number * sit / 1e9)
+        assert f"REG / SiT, {row}" in rows
+
+
+def test_vae(capsys, monkeypatch):
+    monkeypatch.setattr(encode, "WIDTHS", {"cpu": (8, 8, 8, 8)})
+    rows = rows_of(vae.measure(CPU, batch_size=2, compile=False, resolution=32, repeats=1), capsys)
+    assert rows["encode"]["ideal"] == pytest.approx(1e9 / encode.encoder_flops("cpu", 32))
+    assert rows["decode"]["ideal"] == pytest.approx(1e9 / sampling.decoder_flops("cpu", 4))
+
+
+def test_parts(capsys):
+    rows = rows_of(parts.measure(CPU, "SiT-T/8", batch_size=2, compile=False, resolution=64, repeats=1), capsys)
+    network = SiT_models["SiT-T/8"](input_size=8, in_channels=4)
+    assert rows["AdamW and EMA"]["ideal"] == 40 * sum(parameter.numel() for parameter in network.parameters()) / 1e9
+    assert rows["alignment loss"]["ideal"] == 20 * 2 * 2 * 768 / 1e9                         # 2 images, 2 tokens
+    assert all(row["ratio"] > 0 for row in rows.values())
 
 
 def test_data(capsys):
@@ -90,12 +128,11 @@ def test_scoring(capsys, monkeypatch):
     rows = rows_of(scoring.measure(CPU, images=12, rows=40, batch_size=4, resolution=16), capsys)
     assert rows["features"]["ideal"] == pytest.approx(1e9 / (2 * 12 * 10))
     assert rows["precision, recall"]["ideal"] == pytest.approx(2 * 6 * (40**2 + 8**2 + 40 * 8) / 1e9)
+    assert "all five metrics, 40 + 8 images, extrapolated" in rows
     assert rows["all five metrics, 12 + 12 images"]["unit"] == "s"
 
 
 def test_all_become_one_file_and_a_failed_one_is_left_out(tmp_path, capsys, monkeypatch):
-    every = importlib.import_module("benchmarks.__main__")
-
     def measured(device, **sizes):
         table = harness.Table("encode", sizes, device)
         table.add("a row", {"ours": [2.0], "plain": [4.0]}, 8, "images/s", 16.0, "by hand")
@@ -113,7 +150,91 @@ def test_all_become_one_file_and_a_failed_one_is_left_out(tmp_path, capsys, monk
     assert "| a row | 4 images/s | 16 images/s | 25 % | 0.50 | by hand |" in printed.out
 
 
+# ---- with a time limit
+
+every = importlib.import_module("benchmarks.__main__")
+
+
+def stub(monkeypatch, module, run):
+    """Let the benchmark `module` run `run(table)` with an empty table."""
+    monkeypatch.setattr(module, "measure", lambda device, **sizes: run(harness.Table(module.__name__, {}, device)))
+
+
+def test_every_row_is_in_the_file_when_it_is_made_and_stays_there(tmp_path, monkeypatch, capsys):
+    output, seen = tmp_path / "all.json", []
+
+    def rows_and_an_error(table):
+        for name in "ab":
+            table.add(name, {"ours": [1.0]})
+            seen.append([row["name"] for one in json.loads(output.read_text()) for row in one["rows"]])
+        raise RuntimeError("in the third row")
+
+    stub(monkeypatch, data, rows_and_an_error)
+    stub(monkeypatch, encode, lambda table: table.add("c", {"ours": [1.0]}))
+    with pytest.raises(SystemExit) as stopped:
+        every.main(["--only", "data,encode", "--minutes", "9", "--output", str(output)])
+    assert stopped.value.code == 1 and "in the third row" in capsys.readouterr().err
+    assert seen == [["a"], ["a", "b"]]
+    assert [[row["name"] for row in one["rows"]] for one in json.loads(output.read_text())] == [["a", "b"], ["c"]]
+
+
+def test_after_the_limit_no_benchmark_starts_and_each_may_take_half_of_the_time(tmp_path, monkeypatch, capsys):
+    shares, minutes = [], 0.01
+
+    def slow(table):
+        shares.append((harness.run.until - time.monotonic()) / (60 * minutes))
+        table.add("slow", {"ours": [1.0]})
+        time.sleep(60 * minutes)
+
+    stub(monkeypatch, data, slow)
+    stub(monkeypatch, encode, lambda table: table.add("late", {"ours": [1.0]}))
+    every.main(["--only", "data,encode", "--minutes", str(minutes), "--output", str(tmp_path / "all.json")])
+    printed = capsys.readouterr()
+    assert shares[0] <= 0.5 and harness.run.until == math.inf                                # again as before
+    assert "benchmarks.encode: not measured" in printed.err and "late" not in printed.out
+    assert [one["benchmark"] for one in json.loads((tmp_path / "all.json").read_text())] == ["benchmarks.data"]
+
+
+def test_late_timings_end_after_one_turn_and_none_begins(tmp_path, monkeypatch, capsys):
+    order = []
+
+    def late(table):
+        def ours():
+            order.append("ours")
+            harness.run.until = -math.inf                         # passes in the warm-up
+
+        for name in ("first", "second"):
+            table.add(name, harness.timed({"ours": ours, "plain": lambda: order.append("plain")}, CPU, repeats=5))
+
+    stub(monkeypatch, data, late)
+    every.main(["--only", "data", "--minutes", "9", "--output", str(tmp_path / "all.json")])
+    assert order == ["ours", "ours"] and "benchmarks.data: not measured to its end" in capsys.readouterr().err
+    assert [row["name"] for row in json.loads((tmp_path / "all.json").read_text())[0]["rows"]] == ["first"]
+
+
+def test_a_gpus_rows_are_in_the_order_of_their_worth_and_missing_packages_are_named(tmp_path, monkeypatch, capsys):
+    order = []
+    for name in every.ALL:
+        module = importlib.import_module(f"benchmarks.{name}")
+        wanted = inspect.signature(module.measure)
+
+        def measured(device, name=name, wanted=wanted, **sizes):
+            wanted.bind(device, **sizes)
+            order.append(f"{name} {sizes['model']}" if "model" in sizes else name)
+            return 1 / (name != "latency")
+
+        monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit):                               # latency has failed
+        every.main(["--gpu", "--minutes", "6", "--output", str(tmp_path / "all.json")])
+    assert order == ["train_step SiT-XL/2", "latency SiT-XL/2", "sampling SiT-XL/2", "train_step SiT-B/2",
+                     "train_step SiT-L/2", "scoring", "parts SiT-XL/2", "data"]
+    assert "benchmarks.vae: not measured, diffusers is not installed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("module", "flags", "word"), [
+    ("__main__", ["--gpu", "--output", "{}/all.json"], "--gpu"), ("__main__", ["--minutes", "0"], "--minutes"),
     ("__main__", ["--only", "nosuch"], "nosuch"), ("__main__", ["--output", "{}"], "cannot be written"),
     ("train_step", ["--model", "SiT-B"], "SiT-B"), ("train_step", ["--precision", "fp16"], "CUDA"),
     ("train_step", ["--repeats", "0"], "--repeats"), ("train_step", ["--enc-type", "none"], "none")])
@@ -140,12 +261,13 @@ def test_a_share_is_of_rates_or_of_times_and_a_ratio_is_of_pairs():
     assert table.record["rows"][1]["ratio"] == 0.5
 
 
-def test_flops_of_a_network_by_hand():
-    """SiT-T/8 on 2 tokens, one of them the class token: 2 FLOPs per weight and token, and attention."""
-    width, depth, tokens, patch = 128, 6, 2, 4 * 8 * 8
+@pytest.mark.parametrize(("slot", "tokens"), [(768, 2), (None, 1)])
+def test_flops_of_a_network_by_hand(slot, tokens):
+    """SiT-T/8 on one patch, and the class token: 2 FLOPs per weight and token, and attention."""
+    width, depth, patch, head = 128, 6, 4 * 8 * 8, slot or 0
     block = tokens * (4 + 8) * width**2 + 2 * tokens**2 * width + 6 * width**2    # products, attention, condition
-    once = patch * width + 768 * width + (256 + width) * width + 2 * width**2 + width * patch + width * 768
-    assert sampling.network_flops("SiT-T/8", 8, 4) == 2 * (depth * block + once)
+    once = patch * width + head * width + (256 + width) * width + 2 * width**2 + width * patch + width * head
+    assert sampling.network_flops("SiT-T/8", 8, 4, slot) == 2 * (depth * block + once)
 
 
 def test_flops_of_a_training_image_with_dinov2():
