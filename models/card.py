@@ -77,7 +77,7 @@ def model_card(architecture: dict, record: dict, name: str, diffusers: bool) -> 
     python = (f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r})({call}).images[0]"
               if diffusers else f"from models.{network.lower()} import {network}\n\n"
               f"model = {network}.from_pretrained({name!r})")
-    command = f"python generate.py --ckpt {name}" + ' --prompt "..."' * captions
+    command = f"python generate.py --ckpt {name} " + ('--prompt "..."' if captions else "--num-fid-samples 16")
     command += " --vae FOLDER" * (not diffusers and LOCAL in rows["latent space"])
     use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
            "```", ""]

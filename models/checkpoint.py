@@ -171,12 +171,13 @@ def build_for_sampling(state: dict, model_name: str | None = None, which: str = 
 # ----------------------------------------------------------------------------------------------------- weights to share
 
 def export(path: str | Path, out: str | Path, which: str = "ema", model_name: str | None = None,
-           licence: str | None = None, diffusers: bool = False) -> None:
+           licence: str | None = None, diffusers: bool = False, vae: str | None = None) -> None:
     """Write one set of a checkpoint's weights, without projectors, to a folder with a model card, or to a single file
     whose metadata hold what sampling needs.
 
-    `diffusers`: as the folder of a models.pipeline.REGPipeline, with the VAE. A folder with the same network is
-    completed, and its card written again. Raises UserError as `read` does, and if `out` is anything else that exists.
+    `diffusers`: as the folder of a models.pipeline.REGPipeline, with the VAE, or with another `vae`. A folder with the
+    same network is completed, and its card written again. Raises UserError as `read` does, and if `out` is anything
+    else that exists.
     """
     out, single = Path(out), Path(out).suffix == ".safetensors"
     if single and (out.exists() or diffusers) or out.suffix in (".pt", ".pth", ".bin", ".ckpt") or out.is_file():
@@ -188,32 +189,37 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     names = ("latent_space", "steps", "classes", "text", "args", "data_name", "licence", "scores")
     data = Path(str(state.get("args", {}).get("data_dir") or "")).name                    # without its place
     model.record = {name: state[name] for name in names if name in state} | {"weights": which}
-    model.record |= {"data_name": data} if data else {}
-    about, weights = shared(model)
-    if single:
-        data = serialised(weights, {"reg": json.dumps(about)})    # save_file's is readable for its owner
-        return write_whole(out, lambda partial: partial.write_bytes(data))
-    require_new(out, out / (TRANSFORMER if diffusers else "") / CONFIG, digest, which)
-    model.record |= {"checkpoint_sha256": digest} | ({"licence": licence} if licence else {})
     experiment = path.parent.parent if path.parent.name == CHECKPOINTS else Path()        # as generate.py's folders
     scores, known = read_scores(experiment / "samples", digest, which), state.get("scores", [])
-    model.record["scores"] = scores + [row for row in known if row not in scores]
+    scores += [row for row in known if row not in scores]
+    told = {"data_name": data, "scores": scores, "licence": licence}
+    model.record |= {name: value for name, value in told.items() if value}
+    if single:
+        about, weights = shared(model)
+        data = serialised(weights, {"reg": json.dumps(about)})    # save_file's is readable for its owner
+        return write_whole(out, lambda partial: partial.write_bytes(data))
+    before = require_new(out, out / (TRANSFORMER if diffusers else "") / CONFIG, digest, which)
+    model.record = {name: before[name] for name in ("licence",) if name in before} | model.record
+    model.record["checkpoint_sha256"] = digest
     if diffusers:
         from models.pipeline import REGPipeline  # diffusers is slow to import
 
-        model = REGPipeline.of(model, vae=decoder_of(path, space_of(model.record)))
+        model = REGPipeline.of(model, vae=vae or decoder_of(path, space_of(model.record)))
     model.save_pretrained(out)
 
 
-def require_new(out: Path, config: Path, digest: str, which: str) -> None:
-    """Raise UserError unless the folder is empty or absent, or its `config` is of the checkpoint with this SHA-256."""
+def require_new(out: Path, config: Path, digest: str, which: str) -> dict:
+    """The folder's `config`, or {}. Raises UserError if it is of another checkpoint than that with this SHA-256, or
+    if the folder holds other files."""
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
-        same = (found["checkpoint_sha256"], found["weights"]) == (digest, which)
+        if (found["checkpoint_sha256"], found["weights"]) == (digest, which):
+            return found
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        same = False
-    if out.is_dir() and any(out.iterdir()) and not same:
+        pass
+    if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: holds another model, or other files; name another folder")
+    return {}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -223,6 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("ckpt", metavar="CKPT", help="checkpoint file, or experiment folder (its newest)")
     one.add_argument("out", metavar="OUT", help="a folder, for the hub; or a single .safetensors file")
     one.add_argument("--diffusers", action="store_true", help="the folder of a diffusers pipeline, with the VAE")
+    one.add_argument("--vae", metavar="VAE", help="of the pipeline: hub id or folder; None: as trained")
     one.add_argument("--licence", metavar="NAME", help="of the weights, for the card, as the hub spells it; None: not "
                      "stated")
     one.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or last weights")
@@ -234,8 +241,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    export(args.ckpt, args.out, args.weights, args.model, args.licence, args.diffusers)
-    say(f"wrote {args.out}: python generate.py --ckpt {args.out}")
+    if args.vae is not None and not args.diffusers:
+        raise UserError(f"--vae {args.vae}: only a pipeline holds a VAE; add --diffusers, or leave it out")
+    export(args.ckpt, args.out, args.weights, args.model, args.licence, args.diffusers, args.vae)
+    say(f"wrote {args.out}" + f": {args.out}/README.md has the command that samples it" * Path(args.out).is_dir())
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ class HubNetwork(PyTorchModelHubMixin):
         network, whole and with weights of its sizes.
         """
         path = find(pretrained_model_name_or_path, **where)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: a checkpoint of training; export it first: python -m models.checkpoint export "
+                            f"{pretrained_model_name_or_path} FOLDER")
         state = read_shared(path)
         require_record(path, state, cls)
         which = next((which for which in ("ema", "model") if which in state), None)

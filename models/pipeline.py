@@ -43,17 +43,19 @@ class REGPipeline(DiffusionPipeline):
         self._text_encoder, self._captions = text_encoder, None
 
     @classmethod
-    def of(cls, transformer: HubNetwork, text_encoder: str | None = None, vae: str | None = None) -> "REGPipeline":
+    def of(cls, transformer: HubNetwork, text_encoder: str | None = None,
+           vae: str | Path | None = None) -> "REGPipeline":
         """A pipeline with `vae`, or that of the network's record. Raises UserError if it has another latent space."""
         space = space_of(transformer.record or {})
-        codec = load_codec(vae or space.decoder)
+        codec = load_codec(str(vae or space.decoder))
         codec.use_space(space, "the checkpoint")
         return cls(transformer, codec.vae, text_encoder)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, text_encoder: str | None = None, **where):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, text_encoder: str | None = None,
+                        vae: str | Path | None = None, **where) -> "REGPipeline":
         """The pipeline in a folder of `save_pretrained` or in a repository of the hub; of a network's folder, with the
-        VAE of the hub that it names.
+        VAE of the hub that it names. `vae`: another one, hub id or folder.
 
         diffusers' own loader is not used: it imports what a folder names. `where` and errors: as
         `HubNetwork.from_pretrained`.
@@ -62,8 +64,8 @@ class REGPipeline(DiffusionPipeline):
         config = path.with_name(CONFIG)
         captions = config.is_file() and '"context_dim"' in config.read_text(encoding="utf-8", errors="replace")
         transformer = (MMDiT if captions else SiT).from_pretrained(path)
-        if path.parent.name != TRANSFORMER:
-            return cls.of(transformer, text_encoder)
+        if path.parent.name != TRANSFORMER or vae is not None:
+            return cls.of(transformer, text_encoder, vae)
         return cls(transformer, load_codec(str(path.absolute().parent.parent / VAE)).vae, text_encoder)
 
     push_to_hub = HubNetwork.push_to_hub
@@ -75,6 +77,8 @@ class REGPipeline(DiffusionPipeline):
         save_folder(self.transformer, Path(save_directory, TRANSFORMER))
         self.vae.register_to_config(_name_or_path=public(self.vae.config.get("_name_or_path", "")))
         self.vae.save_pretrained(Path(save_directory, VAE))
+        saved = Path(save_directory, VAE, f"{WEIGHTS}.safetensors")               # readable for its owner alone
+        saved.chmod(saved.with_name(CONFIG).stat().st_mode)
         self.save_config(save_directory)
         write_card(self.transformer, Path(save_directory), diffusers=True, **(model_card_kwargs or {}))
 
@@ -100,7 +104,8 @@ class REGPipeline(DiffusionPipeline):
         dropped = trained.get("cfg_prob", self.transformer.config.get("class_dropout_prob"))
         if class_token_guidance_scale is not None and self.transformer.cls_token_dim is None:
             raise UserError("class_token_guidance_scale: the network has no class token; leave it out")
-        if scale < 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1 or num_inference_steps < 1:
+        if (not scale >= 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1
+                or type(num_inference_steps) is not int or num_inference_steps < 1):
             raise UserError(f"guidance_scale {scale}, guidance_interval {low, high}, num_inference_steps "
                             f"{num_inference_steps}: expected a scale of at least 1 (1 where no condition was dropped "
                             "in training), 0 <= low <= high <= 1 and at least one step")
@@ -135,19 +140,18 @@ class REGPipeline(DiffusionPipeline):
                                                self.transformer.context_dim, order="in-order")
             prompts = [wanted] if isinstance(wanted, str) else list(wanted)
             return replace(self._captions, prompts=prompts), len(prompts)
-        labels = tuple(int(label) for label in np.atleast_1d(wanted))
-        seen = tuple(record.get("classes") or ()) or None
-        bad = [label for label in labels if label not in (seen or range(self.transformer.num_classes))]
-        if bad or not labels:
-            raise UserError(f"class_labels {bad}: expected classes that had training images, of "
-                            f"{self.transformer.num_classes}")
+        given, seen = np.atleast_1d(wanted), tuple(record.get("classes") or ()) or None
+        labels = tuple(given.tolist()) if given.dtype.kind in "iu" and given.ndim == 1 else ()
+        if not labels or not set(labels) <= {*(seen or range(self.transformer.num_classes))}:
+            raise UserError(f"class_labels {wanted}: expected numbers from 0 to {self.transformer.num_classes - 1}"
+                            f"{', of classes that had training images' * bool(seen)}")
         return ClassLabels(self.transformer.num_classes, classes=labels, seen=seen, device=self.device), len(labels)
 
 
 def rngs_of(generator: Generator | Sequence[Generator] | None, count: int) -> list[np.random.Generator]:
     """A source of randomness for each image: NumPy's as they are, or seeded by a draw from PyTorch's."""
     given = list(generator) if isinstance(generator, list | tuple) else [generator] * count
-    if len(given) != count:
-        raise UserError(f"generator: {len(given)} of them for {count} images; give one for each, or a single one")
+    if len(given) != count or not all(isinstance(one, Generator | None) for one in given):
+        raise UserError(f"generator: {len(given)} for {count} images; give one torch.Generator, or one for each")
     return [one if isinstance(one, np.random.Generator) else np.random.default_rng(
         torch.randint(2**62, (2,), generator=one, device=one.device if one else None).tolist()) for one in given]

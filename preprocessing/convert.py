@@ -50,6 +50,10 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
         if labels is not None:
             classes_with_images(labels, int(labels.max()) + 1, where)
         return labels, metadata.get("classes"), "none" if labels is None else "as the source lists them"
+    inner = [name.partition(b"/")[2] for name in names.tolist()]
+    packed = os.path.isfile(store.path) and len({name.partition(b"/")[0] for name in names.tolist()}) == 1
+    if packed and all(b"/" in name for name in inner):            # one folder above the classes, as `tar cf` packs it
+        names = np.array(inner, dtype=bytes)
     folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
     loose = folders == b""
     if loose.all() or (captioned and (loose.any() or isinstance(store, TarStore))):
@@ -160,9 +164,10 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, c
     exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
         enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" * bool(exists.any() and kind == "pictures")
+        remedy = ("write the shards anew and choose another --dest" if isinstance(store, TableStore) else
+                  "replace or remove them and give the same command again")
         raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} {kind} cannot be converted "
-                        f"({few(names[sorted(bad)])}), named above; replace or remove them and give the same command "
-                        f"again{enough}")
+                        f"({few(names[sorted(bad)])}), named above; {remedy}{enough}")
     return exists
 
 
@@ -177,6 +182,9 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     else, or, after all others are done, more pictures cannot be read.
     """
     store = open_source(source, **columns)
+    for kind, column in getattr(store, "columns", {}).items():
+        if kind in ("label", "caption") and column is not None:
+            say(f"{shown(source)}: {kind}s are those of the column {shown(column)}")
     (present, others), metadata = split_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
     if not len(present):
         raise UserError(f"--source {shown(source)}: holds no pictures; "

@@ -93,8 +93,8 @@ def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[
             elif not member.isdir():
                 raise ValueError(f'{name}: a link, no file, cut off, or no relative name without ".."')
         file.seek(archive.offset)                                 # tarfile takes a damaged header for the end
-        if archive.offset < end and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise ValueError(f"damaged at byte {archive.offset}")
+        if file.read(min(tarfile.BLOCKSIZE, end - archive.offset)) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"damaged or cut off at byte {archive.offset}")
 
 
 def sample_key(member: bytes) -> bytes:
@@ -180,7 +180,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
         return candidates[0] if candidates else None
 
     for flag, name in named.items():
-        if name is not None and name not in fitting[flag]:
+        if name not in (None, "none", *fitting[flag]):
             raise UserError(f"--{flag}-column {shown(name)}: {'of another type' if name in kinds else 'no column'} in "
                             f"{where}; candidates are {', '.join(map(shown, fitting[flag])) or 'none'}")
     image, label, caption = named["image"] or only("image", fitting["image"]), named["label"], named["caption"]
@@ -192,6 +192,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
     if label is None and caption is None:
         label = only("label-column or --caption", fitting["label"])
         label, caption = (None, label) if kinds.get(label) == "words" else (label, None)
+    label, caption = (None if name == "none" and name not in kinds else name for name in (label, caption))
     return {"image": image, "label": label, "caption": caption, "found": label if named["label"] is None else None}
 
 
@@ -276,6 +277,11 @@ class TableStore(RowStore):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cursor": None}
+
+    def described(self) -> dict:
+        """Also what changes with the rows: a row's number is its name, so only the same rows may be continued."""
+        found = super().described()
+        return found | {"rows": [[*map(os.path.getsize, self._shards.values())], found.get("captions")]}
 
     def values(self, column: str | None) -> dict[str, Any]:
         found = {}
@@ -386,8 +392,10 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
     twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})
     if several := next((names for names in (forms, splits) if len(names) > 1), twice):
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        pattern = os.path.join(folder, f"{''.join(splits[:1])}*{forms[-1]}")
         raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
-                        f"--source '{splits[0] if splits else 'DIR/train'}*{forms[0]}'")
+                        f"--source '{shown(pattern)}'")
     if squeezed := [name for name in inside if re.search(r"\.(tar\.\w+|tgz)$", name) and not plain]:
         raise UserError(f"{shown(squeezed[0])}: tars must be uncompressed, to be read in place; decompress it")
     if forms and forms[0] != ".tar":

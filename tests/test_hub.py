@@ -293,6 +293,40 @@ def test_a_card_travels_with_the_weights(experiment, uploads, form, tmp_path):
     assert "# me/reg-xl" in pushed and "--ckpt me/reg-xl" in pushed and "('me/reg-xl')" in pushed and "12.25" in pushed
 
 
+def test_a_licence_stays_and_a_single_file_has_the_scores(experiment, tmp_path):
+    export(experiment, tmp_path / "out", "--licence", "mit")
+    export(experiment, tmp_path / "out")
+    export(experiment, tmp_path / "one.safetensors")
+    export(tmp_path / "one.safetensors", tmp_path / "two")
+    cards = [huggingface_hub.ModelCard.load(tmp_path / name / "README.md") for name in ("out", "two")]
+    assert cards[0].data.license == "mit" and all("| 12.25 |" in card.text for card in cards)
+
+
+def test_a_vae_that_has_moved_is_named(experiment, vae_folder, tmp_path, capsys):
+    """For the pipeline of a checkpoint, and of an exported network."""
+    state = checkpoint.read(experiment, mmap=False)
+    state["latent_space"]["vae"] = "vae-of-another-place"
+    torch.save(state, tmp_path / "x.pt")
+    for flags, word in (([], "another-place"), (["--vae", str(vae_folder)], "--diffusers")):
+        with pytest.raises(SystemExit):
+            export(tmp_path / "x.pt", tmp_path / "out", *(["--diffusers"] if not flags else []), *flags)
+        assert word in capsys.readouterr().err
+    export(tmp_path / "x.pt", tmp_path / "out", "--diffusers", "--vae", vae_folder)
+    export(tmp_path / "x.pt", tmp_path / "plain")
+    read = REGPipeline.from_pretrained
+    one, two = (pipe(0, num_inference_steps=2, generator=[image_rng(0, 0)], output_type="np").images
+                for pipe in (read(tmp_path / "out"), read(tmp_path / "plain", vae=vae_folder)))
+    assert (one == two).all()
+    saved = tmp_path / "out" / "vae"
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1        # all as readable as the first
+
+
+def test_a_checkpoint_of_training_is_exported_first(trained):
+    for read in (SiT.from_pretrained, REGPipeline.from_pretrained):
+        with pytest.raises(UserError, match="export"):
+            read(trained)
+
+
 def test_an_upload_is_never_silently_left_out(pipe, tmp_path):
     for one in (pipe, pipe.transformer):
         with pytest.raises(TypeError, match="push_to_hub"):
@@ -486,6 +520,10 @@ def test_output_types(pipe):
     ({}, "class_labels"), ({"prompt": "a"}, "class labels"), ({"class_labels": 0, "prompt": "a"}, "alone"),
     ({"class_labels": 3}, "class_labels"), ({"class_labels": [0, -1]}, "class_labels"), ({"class_labels": []}, "class"),
     ({"class_labels": 0, "guidance_scale": 0.5}, "guidance_scale"),
+    ({"class_labels": 0, "guidance_scale": float("nan")}, "guidance_scale"),
+    ({"class_labels": "a cat"}, "class_labels"), ({"class_labels": 1.7}, "class_labels"),
+    ({"class_labels": 0, "num_inference_steps": 2.5}, "num_inference_steps"),
+    ({"class_labels": 0, "generator": 42}, "generator"),
     ({"class_labels": 0, "guidance_interval": (0.9, 0.1)}, "guidance_interval"),
     ({"class_labels": 0, "num_inference_steps": 0}, "num_inference_steps"),
     ({"class_labels": 0, "output_type": "latent"}, "output_type"),

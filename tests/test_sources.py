@@ -284,11 +284,37 @@ def test_another_column_of_pictures_does_not_continue(command, vae_folder, tmp_p
     command(source, tmp_path / "dest", "--image-column=image", *flags)
     line = refused(command, source, tmp_path / "dest", "--image-column=mask", *flags)
     assert "image_column image, now image_column mask" in line
-    (one,) = shards(tmp_path / "one", pa.table({"image": files[:2], "label": [0, 1]})).iterdir()
-    if command is encode:                                         # the same column, found instead of named
-        one.rename(source / one.name)
-        command(source, tmp_path / "dest", *flags)
-        assert "finished already" in capsys.readouterr().out
+    one = shards(tmp_path / "one", pa.table({"image": files[:2], "label": [0, 1]}))
+    for column in (["--image-column=image"], []):                 # the same, named or found
+        command(one, tmp_path / "same", *column, *flags)
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_changed_rows_do_not_continue(pictures, tmp_path, refused, capsys):
+    """A row's number is its name: without a bad row, the later ones would get the captions of their neighbours."""
+    files = [*pictures[:2], b"junk", *pictures[3:]]
+    source = shards(tmp_path / "pq", pa.table({"image": files, "text": WORDS}), rows=100)
+    assert "--dest" in refused(convert, source, tmp_path / "images").splitlines()[-1]
+    next(source.iterdir()).unlink()
+    order = [0, 1, *range(3, COUNT)]
+    pq.write_table(pa.table({"image": [files[i] for i in order], "text": [WORDS[i] for i in order]}),
+                   source / "train-00000-of-00001.parquet")
+    assert "other pictures" in refused(convert, source, tmp_path / "images", "--skip-bad=1")
+
+
+def test_a_table_without_labels(pictures, tmp_path):
+    source = shards(tmp_path / "pq", pa.table({"image": pictures, "id": range(COUNT), "height": [3] * COUNT}))
+    convert(source, tmp_path / "images", "--label-column=none")
+    assert record(tmp_path / "images")["labels"] is None
+
+
+def test_a_folder_packed_as_a_tar_keeps_its_classes(folder, tmp_path):
+    """`tar cf` puts the folder's name before those of the classes."""
+    with tarfile.open(tmp_path / "packed.tar", "w") as archive:
+        archive.add(folder, "train")
+    convert(folder, tmp_path / "expected")
+    convert(tmp_path / "packed.tar", tmp_path / "images")
+    assert told(tmp_path / "images") == told(tmp_path / "expected")
 
 
 def test_shards_by_pattern_and_one_split_of_a_folder(pictures, tmp_path, refused):
@@ -336,6 +362,11 @@ def tarred(*members: tuple, name: str = "a.tar"):
         return path / name
 
     return write
+
+
+def cut_at(path: Path, size: int) -> Path:
+    os.truncate(path, size)
+    return path
 
 
 def overwritten(write):
@@ -439,6 +470,8 @@ REFUSED = {
     "a link": (tarred(("a.png", tarfile.SYMTYPE, b"")), [], ["a.tar", "a.png"]),
     "leads out, inside": (tarred(("c.tar", FILE, inner_tar("../a.png"))), [], ["../a.png"]),
     "a link inside": (tarred(("c.tar", FILE, inner_tar("a.png", tarfile.LNKTYPE))), [], ["a.png"]),
+    "cut between files": (lambda path: cut_at(tarred(("a.png", FILE, b"x"), ("b.png", FILE, b"y"))(path), 1024), [],
+                          ["a.tar", "cut off at byte 1024"]),
     "cut inside": (tarred(("c.tar", FILE, inner_tar("a.png", size=900)[:700]), ("d.tar", FILE, inner_tar("b.png"))), [],
                    ["a.tar", "a.png: a link, no file, cut off"]),
     "no tar inside": (tarred(("c.tar", FILE, b"junk" * 200)), [], ["a.tar", "uncompressed"]),
