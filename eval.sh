@@ -29,7 +29,10 @@ case "$EXP_DIR" in
 esac
 # generate.py's defaults are the published guided setting: SDE 250; class labels: scale 2.3 up to t = 0.85, 50,000 images;
 # captions: scale 2 at all t, 30,000 images. --cfg-scale 1 is unguided. The network computes in TF32 on a GPU, else in float32.
-"$PYTHON" -c 'from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("torch", "timm", "diffusers"))))' 2>/dev/null || {
-    echo "error: $PYTHON lacks torch, timm or diffusers: pip install -r requirements.txt, or set PYTHON" >&2; exit 2
+"$PYTHON" -c 'from importlib.util import find_spec as f; import sys
+sys.exit(not all(map(f, ("torch", "accelerate", "timm", "diffusers", "matplotlib"))))' 2>/dev/null || {
+    echo "error: $PYTHON lacks torch, accelerate, timm, diffusers or matplotlib:" \
+        "pip install -r requirements.txt, or set PYTHON" >&2
+    exit 2
 }
 exec "$PYTHON" -m evaluations.sweep "$EXP_DIR" "$@"
