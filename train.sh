@@ -66,7 +66,7 @@ case "$RECIPE" in
         --enc-type local-dir:toy/networks/encoder
         --proj-coeff 0.5 --cls 0.03
         --projector-dim 256
-        --batch-size 32 --max-train-steps 2300
+        --batch-size 32 --max-train-steps 2200
         --learning-rate 4e-3 --adam-weight-decay 0 --max-grad-norm 1.0 --ema-decay 0.995
         --path-type linear --weighting uniform --cfg-prob 0.1
         --logging-steps 100 --checkpointing-steps 500 --sampling-steps 500

@@ -23,7 +23,7 @@ from runtime.files import write_json
 from runtime.messages import UserError, notice, without_traceback
 
 ALL = ("train_step", "latency", "sampling", "data", "encode", "vae", "scoring", "parts")
-NEEDS = {"encode": "diffusers", "vae": "diffusers", "scoring": "torch_fidelity"}
+NEEDS = {"sampling": "diffusers", "encode": "diffusers", "vae": "diffusers", "scoring": "torch_fidelity"}
 # For --gpu, the most valuable first. The seconds are estimates for an H200 with an empty compiler cache.
 GPU = (
     ("train_step", {"model": "SiT-XL/2"}),               # 75: six graphs with their backward passes; 0.5 s a step
@@ -68,12 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.gpu and device.type == "cpu":
         raise UserError("--gpu: PyTorch finds no GPU here; leave it out to measure the CPU")
-    write_json(args.output, [])                                   # fails now if it cannot be written
     plan = [row for row in GPU if row[0] in names] if args.gpu else [(name, {}) for name in names]
+    if not plan:
+        raise UserError(f"--only {args.only}: --gpu measures {', '.join(dict(GPU))}")
+    write_json(args.output, [])                                   # fails now if it cannot be written
     harness.run = run = harness.Run(args.output, args.minutes < math.inf)
     for name, settings in plan:
         title, now = " ".join([f"benchmarks.{name}", settings.get("model", "")]).strip(), time.monotonic()
-        package = NEEDS.get(name)
+        package = NEEDS.get(name) if settings.get("decoder", True) else None
         if now > end or package and importlib.util.find_spec(package) is None:
             reason = f"{args.minutes:g} minutes have passed" if now > end else f"{package} is not installed"
             notice(f"{title}: not measured, {reason}")

@@ -31,7 +31,7 @@ from models.weights import build, is_state_dict, load_strictly, plain_weights, r
 from runtime.arguments import Parser
 from runtime.files import write_whole
 from runtime.messages import UserError, notice, say, without_traceback
-from runtime.run import CHECKPOINTS, read_file
+from runtime.run import CHECKPOINTS, Damaged, read_file
 from runtime.stores import shown
 
 Network = SiT | MMDiT
@@ -52,6 +52,8 @@ def read(path: str | Path, mmap: bool = True) -> dict:
     state = read_shared(path) if path.suffix == ".safetensors" else dict(read_file(path, mmap))
     names = state.get("architecture")
     require_record(path, state, _network_of(names if isinstance(names, dict) else {}))
+    if "architecture" in state and "context_dim" in state["architecture"] and "text" not in state:
+        raise Damaged(f"{path}: does not describe its text encoder; use another file")
     return state
 
 

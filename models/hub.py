@@ -159,7 +159,7 @@ def shift_of(where: str | Path, record: dict, asked: float | str | None = None) 
     if shift == "auto" and type(trained.get("resolution")) is int:
         return auto_shift(space.channels, trained["resolution"] // space.downsampling)
     if not isinstance(shift, int | float) or not 1e-3 <= shift <= 1e3:
-        raise UserError(f"{where}: does not tell its time shift ({shift!r}); give a number, --time-shift 1 for none")
+        raise UserError(f"{where}: its time shift is {shift!r}, expected 0.001 to 1000; generate.py takes --time-shift")
     return shift
 
 
@@ -171,9 +171,13 @@ def decoder_of(path: Path, space: LatentSpace) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a checkpoint's file; of a network's folder that of its two files."""
-    config, digest = path.with_name(CONFIG), sha256(path)
-    return hashlib.sha256(f"{digest} {sha256(config)}".encode()).hexdigest() if _place(path) else digest
+    """The SHA-256 of a checkpoint's file; of a network's folder that of its two files, but for scores and licence."""
+    digest = sha256(path)
+    if not _place(path):
+        return digest
+    about = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
+    about = {name: value for name, value in about.items() if name not in ("scores", "licence")}
+    return hashlib.sha256(f"{digest} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
 
 
 def name_of(path: Path) -> str:

@@ -18,6 +18,7 @@ from models.sit import SiT
 from models.text import DEFAULT
 from models.vae import WEIGHTS, Codec, load_codec
 from runtime.messages import UserError
+from runtime.stores import shown
 from samplers import Sampling, sample_images
 
 Generator = torch.Generator | np.random.Generator
@@ -105,7 +106,7 @@ class REGPipeline(DiffusionPipeline):
         if class_token_guidance_scale is not None and self.transformer.cls_token_dim is None:
             raise UserError("class_token_guidance_scale: the network has no class token; leave it out")
         if (not scale >= 1 or scale > 1 and dropped == 0 or not 0 <= low <= high <= 1
-                or type(num_inference_steps) is not int or num_inference_steps < 1):
+                or not isinstance(num_inference_steps, int | np.integer) or num_inference_steps < 1):
             raise UserError(f"guidance_scale {scale}, guidance_interval {low, high}, num_inference_steps "
                             f"{num_inference_steps}: expected a scale of at least 1 (1 where no condition was dropped "
                             "in training), 0 <= low <= high <= 1 and at least one step")
@@ -143,8 +144,8 @@ class REGPipeline(DiffusionPipeline):
         given, seen = np.atleast_1d(wanted), tuple(record.get("classes") or ()) or None
         labels = tuple(given.tolist()) if given.dtype.kind in "iu" and given.ndim == 1 else ()
         if not labels or not set(labels) <= {*(seen or range(self.transformer.num_classes))}:
-            raise UserError(f"class_labels {wanted}: expected numbers from 0 to {self.transformer.num_classes - 1}"
-                            f"{', of classes that had training images' * bool(seen)}")
+            raise UserError(f"class_labels {shown(str(wanted))[:60]}: expected numbers from 0 to "
+                            f"{self.transformer.num_classes - 1}{', of classes that had training images' * bool(seen)}")
         return ClassLabels(self.transformer.num_classes, classes=labels, seen=seen, device=self.device), len(labels)
 
 

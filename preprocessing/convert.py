@@ -54,6 +54,7 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
     packed = os.path.isfile(store.path) and len({name.partition(b"/")[0] for name in names.tolist()}) == 1
     if packed and all(b"/" in name for name in inner):            # one folder above the classes, as `tar cf` packs it
         names = np.array(inner, dtype=bytes)
+        notice(f"{where}: its only top-level folder is not a class; those below it are")
     folders = np.array([name.rpartition(b"/")[0].partition(b"/")[0] for name in names.tolist()], dtype=bytes)
     loose = folders == b""
     if loose.all() or (captioned and (loose.any() or isinstance(store, TarStore))):
@@ -183,7 +184,7 @@ def convert(source: str, dest: str, resolution: int, workers: int, transform: st
     """
     store = open_source(source, **columns)
     for kind, column in getattr(store, "columns", {}).items():
-        if kind in ("label", "caption") and column is not None:
+        if kind == "label" and column is not None or kind == "caption" and column is not None and not captions:
             say(f"{shown(source)}: {kind}s are those of the column {shown(column)}")
     (present, others), metadata = split_names(store, IMAGE_EXTENSIONS), stores.read_metadata(store)
     if not len(present):

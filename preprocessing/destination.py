@@ -149,10 +149,13 @@ class Destination:
         folder = os.fsencode(self.folder)
         return np.array([not _size(os.path.join(folder, name)) for name in self.names.tolist()], dtype=bool)
 
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do. Files of a finished folder may have been removed, as `check` asks for."""
+    def is_finished(self, first: bool = True) -> bool:
+        """Whether nothing is left to do; the `first` process then says so, and closes what an earlier run left open.
+
+        Files of a finished folder may have been removed, as `check` asks for.
+        """
         finished = self._written and (self.zipped or not self.is_missing().any())
-        if finished:
+        if finished and first:
             self.close()
             say(f"{shown(self.path)} is finished already ({len(self.names)} images): nothing to do")
         return finished

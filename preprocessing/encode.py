@@ -190,7 +190,7 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
     labels = described(outputs, None if values is None else values[chosen], classes,
                        texts and [texts[name] for name in names.tolist()]) if network.kind == "moments" else {}
     destination = Destination(dest, outputs, MOMENTS_EXTENSIONS, settings, source)
-    if destination.is_finished():
+    if destination.is_finished(state.is_main_process):
         return
     size = network.open(resolution, batch_size)
     free = destination.require_room(size)

@@ -93,7 +93,7 @@ def _members(file: IO, end: int, folder: str, nested: bool = False) -> Iterator[
             elif not member.isdir():
                 raise ValueError(f'{name}: a link, no file, cut off, or no relative name without ".."')
         file.seek(archive.offset)                                 # tarfile takes a damaged header for the end
-        if file.read(min(tarfile.BLOCKSIZE, end - archive.offset)) != bytes(tarfile.BLOCKSIZE):
+        if file.read(max(0, min(tarfile.BLOCKSIZE, end - archive.offset))) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(f"damaged or cut off at byte {archive.offset}")
 
 
@@ -180,7 +180,7 @@ def choose(kinds: dict[str, str], named: dict[str, str | None], where: str, clas
         return candidates[0] if candidates else None
 
     for flag, name in named.items():
-        if name not in (None, "none", *fitting[flag]):
+        if name not in (None, *fitting[flag]) and (name != "none" or flag == "image"):
             raise UserError(f"--{flag}-column {shown(name)}: {'of another type' if name in kinds else 'no column'} in "
                             f"{where}; candidates are {', '.join(map(shown, fitting[flag])) or 'none'}")
     image, label, caption = named["image"] or only("image", fitting["image"]), named["label"], named["caption"]
@@ -392,8 +392,9 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
     twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})
     if several := next((names for names in (forms, splits) if len(names) > 1), twice):
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        pattern = os.path.join(folder, f"{''.join(splits[:1])}*{forms[-1]}")
+        prefix = "".join(splits[:1])
+        one = Path(next(name for name in reversed(shards) if Path(name).stem.startswith(prefix)))
+        pattern = str(one.with_name(f"{prefix}*{one.suffix}"))
         raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
                         f"--source '{shown(pattern)}'")
     if squeezed := [name for name in inside if re.search(r"\.(tar\.\w+|tgz)$", name) and not plain]:
@@ -404,4 +405,4 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
         return ListStore(path, named)
     if any(named.values()):
         raise UserError(f"--image-column, --label-column, --caption-column: {shown(path)} has none; leave them out")
-    return TarStore(path, shards) if forms else open_store(path)
+    return TarStore(shards[0] if len(shards) == 1 else path, shards) if forms else open_store(path)

@@ -190,7 +190,7 @@ def test_after_the_limit_no_benchmark_starts_and_each_may_take_half_of_the_time(
     stub(monkeypatch, encode, lambda table: table.add("late", {"ours": [1.0]}))
     every.main(["--only", "data,encode", "--minutes", str(minutes), "--output", str(tmp_path / "all.json")])
     printed = capsys.readouterr()
-    assert shares[0] <= 0.5 and harness.run.until == math.inf                                # again as before
+    assert 0.3 < shares[0] <= 0.5 and harness.run.until == math.inf                                # again as before
     assert "benchmarks.encode: not measured" in printed.err and "late" not in printed.out
     assert [one["benchmark"] for one in json.loads((tmp_path / "all.json").read_text())] == ["benchmarks.data"]
 

@@ -20,6 +20,7 @@ import train
 from models import checkpoint
 from models.mmdit import MMDiT, MMDiT_models
 from models.text import TextEncoder
+from runtime.messages import UserError
 from runtime.run import find
 
 ROOT = Path(__file__).parents[1]
@@ -268,8 +269,16 @@ def test_sampling_with_an_altered_text_encoder_is_refused(run, altered, sample, 
     assert "other weights" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_captions_describes_its_text_encoder(run, tmp_path):
+    state = torch.load(find(run), weights_only=True)
+    del state["text"]
+    torch.save(state, tmp_path / "edited.pt")
+    with pytest.raises(UserError, match="describe its text encoder"):
+        checkpoint.read(tmp_path / "edited.pt")
+
+
 @pytest.mark.parametrize("edit", [
-    lambda state: state.pop("text"), lambda state: state["text"].update(width=64, null=torch.zeros(16, 64)),
+    lambda state: state["text"].update(width=64, null=torch.zeros(16, 64)),
     lambda state: state["text"].update(length="16"), lambda state: state["text"].update(encoder=None),
     lambda state: state["text"].update(null=torch.full((16, 32), torch.nan)),
     lambda state: state["architecture"].update(num_heads=3), lambda state: state["architecture"].update(num_heads=200),

@@ -79,16 +79,17 @@ def test_agreement_of_drawn_pictures_is_high_and_of_shuffled_captions_low(fresh,
     scenes, images = fresh
     rng = np.random.default_rng(0)
     captions = [write_caption(scene, PHRASINGS, rng) for scene in scenes]
-    found = []
+    files = []
     for folder, lines in (("right", captions), ("wrong", [captions[i] for i in rng.permutation(len(captions))])):
         (tmp_path / folder).mkdir()
         np.savez(tmp_path / folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
         (tmp_path / folder / "captions.jsonl").write_text(
             "".join(json.dumps({"index": i, "caption": line}) + "\n" for i, line in enumerate(lines)))
-        agreement.main([str(tmp_path / folder / "samples.npz")])
-        found.append({line[0].strip(): [float(n) for n in line[1:]] for line in re.findall(
-            r"(.+?) +([\d.]+) % of (\d+) prompts .*chance: ([\d.]+) %", capsys.readouterr().out)})
-    right, wrong = found
+        files.append(str(tmp_path / folder / "samples.npz"))
+    agreement.main(files)
+    parts = re.split(r"^.*samples\.npz$", capsys.readouterr().out, flags=re.MULTILINE)[1:]      # in the order given
+    right, wrong = ({line[0].strip(): [float(n) for n in line[1:]] for line in re.findall(
+        r"(.+?) +([\d.]+) % of (\d+) prompts .*chance: ([\d.]+) %", part)} for part in parts)
     assert set(right) == {"colour and shape", "size and place", "size", "place", "background"}
     for name, (share, count, chance) in right.items():
         assert share == 100 and 90 < count < 192

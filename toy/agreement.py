@@ -1,7 +1,7 @@
 """Agreement: how often a sample shows the class, or what the caption names, that it was conditioned on.
 
-    python -m toy.agreement SAMPLES.npz          # arr_0: uint8 images (N, R, R, 3), arr_1: labels (N,)
-    python -m toy.agreement SAMPLES.npz          # arr_0 alone, with captions.jsonl beside it
+    python -m toy.agreement SAMPLES.npz ...      # arr_0: uint8 images (N, R, R, 3), arr_1: labels (N,)
+    python -m toy.agreement SAMPLES.npz ...      # arr_0 alone, with captions.jsonl beside it
 
 The toy's feature network sees class, colour and shape; size, place and background are measured on the pixels.
 """
@@ -114,12 +114,23 @@ def compare(asked: list[Scene], seen: list[Scene]) -> Iterator[tuple[str, int, i
 @without_traceback
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("samples", type=Path, metavar="SAMPLES.npz", help="arr_0 uint8 images, arr_1 labels")
+    parser.add_argument("samples", type=Path, nargs="+", metavar="SAMPLES.npz", help="arr_0 uint8 images, arr_1 labels")
     parser.add_argument("--features", type=Path, default=FEATURES, metavar="FOLDER", help="timm model with class head")
     args = parser.parse_args(argv)
 
-    images, asked = read_samples(args.samples)
     network = TimmFeatures.load(args.features).eval()
+    for path in args.samples:
+        images, asked = read_samples(path)
+        if len(args.samples) > 1:
+            print(path)
+        report(path, images, asked, network)
+
+
+def report(path: Path, images: torch.Tensor, asked: torch.Tensor | list[str], network: TimmFeatures) -> None:
+    """Print the agreement of uint8 images (N, 3, R, R) with the labels (N,) or captions asked for.
+
+    Raises UserError for labels that the network does not know.
+    """
     if isinstance(asked, list):
         for name, right, count, chance in compare([parse(caption) for caption in asked], look(network, images)):
             print(f"{name:>16}  {100 * right / max(count, 1):6.2f} % of {count} prompts that name it "
@@ -127,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     classes = network.model.num_classes
     if not 0 <= asked.min() <= asked.max() < classes:
-        raise UserError(f"{args.samples}: labels {asked.min()} to {asked.max()}, but {args.features} has {classes} "
+        raise UserError(f"{path}: labels {asked.min()} to {asked.max()}, but the feature network has {classes} "
                         "classes; give --features of these classes")
     agreement = (predict(network, images) == asked).double().mean().item()
     print(f"class agreement {100 * agreement:.2f} % of {len(asked)} images (chance: {100 / classes:.2f} %)")

@@ -25,12 +25,16 @@ NUM_GPUS=$("$PYTHON" -c 'import os, torch; print(1 if torch.cuda.is_available() 
 bash train.sh toy-t2i
 
 # 3. Sample and score. The distance to the drawings of the same prompts is in the toy's own features: no FID.
+MADE=() NAMES=
 for KIND in reference phrasings combinations; do
     echo "== prompts: $KIND"
     SCORED=$(REF_BATCH=$DATA/$KIND.npz FEATURES=local-dir:toy/networks/features bash eval.sh "$EXP" \
         --prompts $DATA/$KIND.txt --num-fid-samples $IMAGES --mode ode --num-steps 25 --cfg-scale 4 --clip toy/networks/clip)
     echo "$SCORED"
     SAMPLES=$(dirname "$(sed -n 's/^metrics: //p' <<< "$SCORED")")
-    "$PYTHON" -m toy.agreement "$SAMPLES/samples.npz"
     echo "samples: $SAMPLES/grid.png"
+    MADE+=("$SAMPLES/samples.npz") NAMES+="s|^$SAMPLES/samples.npz$|== prompts: $KIND|;"
 done
+
+# 4. Do the samples show what the prompts name?
+"$PYTHON" -m toy.agreement "${MADE[@]}" | sed "$NAMES"
