@@ -36,6 +36,11 @@ def start(function: Callable, *args, **environment: str) -> Forked:
     return process
 
 
+def run_main(rank: int, main: Callable, argv: list) -> None:
+    """A rank of a program: for `two_ranks(run_main, train.main, argv)`."""
+    main([*map(str, argv)])
+
+
 def two_ranks(function: Callable, *args) -> None:
     """Run `function(rank, *args)` in two joined CPU processes. Raises AssertionError if one of them fails."""
     with socket.socket() as free:

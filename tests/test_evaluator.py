@@ -1,9 +1,6 @@
 """The evaluator as a program: score, stats, selftest, and two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from evaluations.scoring import ADM_METRICS, evaluate
 from preprocessing.crop import center_crop, to_rgb
 from runtime.files import sha256
 from runtime.messages import UserError
-from tests import scoring_networks
+from tests import forks, scoring_networks
 from tests.conftest import random_images
 from tests.scoring_networks import channels_first
 from tests.test_features import write_timm_folder
@@ -366,10 +363,6 @@ def test_two_processes_write_the_same_file(sets, encoder_folder):
              "--batch-size", "4",
              "--class-tokens", sets / "tokens.npz", "--enc-type", f"local-dir:{encoder_folder}"]
     run(*flags, "--output", sets / "1.json")
-    environment = {**os.environ, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "runtime.launch", "-m", "evaluations.evaluator", *map(str, flags), "--output",
-               str(sets / "2.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    forks.two_ranks(forks.run_main, main, [*flags, "--output", sets / "2.json"])
     one, two = ((sets / f"{n}.json").read_text() for n in (1, 2))
     assert one == two and json.loads(one)["fd_tiny"] > 0 and "class_token_accuracy" in json.loads(one)

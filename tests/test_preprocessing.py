@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import shutil
-import socket
 import struct
-import subprocess
 import sys
 import zipfile
 import zlib
@@ -27,6 +24,7 @@ from preprocessing.dataset_tools import main
 from runtime import files
 from runtime.catalogue import Catalogue
 from runtime.stores import IMAGE_EXTENSIONS, open_store
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, COUNT = 32, 10
@@ -369,16 +367,9 @@ def test_encode_takes_the_first_images_of_each_class(prepared, vae_folder, tmp_p
 
 
 def test_two_processes_write_what_one_writes(prepared, vae_folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "preprocessing/dataset_tools.py"), "encode", f"--model-url={vae_folder}",
-               f"--source={prepared / 'data/images'}", f"--dest={tmp_path / 'two.zip'}", "--batch-size=4",
-               "--workers=0"]
-    joined = {**os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [subprocess.Popen(command, cwd=tmp_path, env={**joined, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    forks.two_ranks(forks.run_main, main, [
+        "encode", f"--model-url={vae_folder}", f"--source={prepared / 'data/images'}", f"--dest={tmp_path / 'two.zip'}",
+        "--batch-size=4", "--workers=0"])
     assert data_files(tmp_path / "two.zip") == data_files(prepared / "data/vae-sd")
     assert record(tmp_path / "two.zip") == record(prepared / "data/vae-sd")
 

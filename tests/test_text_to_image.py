@@ -1,10 +1,7 @@
 """Captions from data to images: training, exact resume, sampling by any number of processes, refusals."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from models.mmdit import MMDiT, MMDiT_models
 from models.text import TextEncoder
 from runtime.messages import UserError
 from runtime.run import find
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--num-fid-samples", "8", "--per-proc-batch-size", "3", "--num-steps", "2"]        # blocks 0-2, 3-5, 6-7
@@ -105,13 +103,12 @@ def test_resuming_is_exact(processes, flags, tmp_path):
     """Which caption is shown and which are dropped follow from (seed, step), as all else does."""
     found = []
     for _ in range(2):                                            # straight; then again from step 2
-        command = ["train.py", *flags, "--cfg-prob", "0.5", "--output-dir", str(tmp_path), "--exp-name", "run",
+        command = [*flags, "--cfg-prob", "0.5", "--output-dir", str(tmp_path), "--exp-name", "run",
                    "--max-train-steps", "4", "--checkpointing-steps", "2"]
         if processes == 1:
-            train.main(command[1:])
+            train.main(command)
         else:
-            subprocess.run([sys.executable, "-m", "runtime.launch", *command], cwd=ROOT, check=True,
-                           env={**os.environ, "NUM_GPUS": "2"})
+            forks.two_ranks(forks.run_main, train.main, command)
         found.append(torch.load(find(tmp_path / "run"), weights_only=True))
         (tmp_path / "run" / "checkpoints" / "0000004.pt").unlink()
     straight, resumed = found
@@ -213,11 +210,8 @@ def test_any_number_of_processes_and_a_restart_give_the_same_images(run, sample,
     whole = sample("--captions", "random", "--save-cls-tokens", "--samples-per-prompt", "2")
     images, text = images_of(whole), (whole / "captions.jsonl").read_text()
     command = ["--ckpt", str(run), *FEW, "--captions", "random", "--save-cls-tokens", "--samples-per-prompt", "2"]
-    done = subprocess.run([sys.executable, "-m", "runtime.launch", "generate.py", *command, "--sample-dir",
-                           str(tmp_path / "two")], cwd=ROOT, env={**os.environ, "NUM_GPUS": "2"}, check=False,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    two = Path(done.stdout.strip().splitlines()[-1]).parent
+    forks.two_ranks(forks.run_main, generate.main, [*command, "--sample-dir", tmp_path / "two"])
+    two, = (tmp_path / "two").iterdir()
     assert (images_of(two) == images).all() and (two / "captions.jsonl").read_text() == text
     (whole / "samples.npz").unlink()
     assert sample("--captions", "random", "--save-cls-tokens", "--samples-per-prompt", "2") == whole
