@@ -323,7 +323,7 @@ def test_a_vae_that_has_moved_is_named(experiment, vae_folder, tmp_path, capsys)
 
 def test_a_checkpoint_of_training_is_exported_first(trained):
     for read in (SiT.from_pretrained, REGPipeline.from_pretrained):
-        with pytest.raises(UserError, match="export"):
+        with pytest.raises(UserError, match="export it first"):
             read(trained)
 
 
