@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             module.measure(device, **{**module.SIZES[device.type], **settings})
         except harness.OutOfTime:
             notice(f"{title}: not measured to its end, its time has passed")
-        except Exception as error:                            # one that fails must not take the others' rows
+        except Exception as error:                                # one that fails must not take the others' rows
             notice(f"{title} failed: {error!r}")
             failed = True
         clear()

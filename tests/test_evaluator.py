@@ -20,7 +20,6 @@ from tests.conftest import random_images
 from tests.scoring_networks import channels_first
 from tests.test_features import write_timm_folder
 
-ROOT = Path(__file__).parents[1]
 small, random_state, weights_file = (scoring_networks.small, scoring_networks.random_state,  # fixtures
                                      scoring_networks.weights_file)
 

@@ -5,7 +5,6 @@ import random
 import train
 from tests import forks
 from tests.stress.kills import assert_same_run, kill, log_written, program
-from tests.test_train import train_rank
 
 # 12 images in batches of 4: kills and checkpoints fall into the middle of epochs and around their ends.
 FLAGS = ["--gradient-accumulation-steps", "2", "--checkpointing-steps", "3", "--keep-last", "2", "--output-dir"]
@@ -27,5 +26,5 @@ def test_the_launcher_and_a_rank(train_flags, tmp_path):
     start = program("-m", "runtime.launch", "train.py", *flags, tmp_path / "killed", NUM_GPUS="2")
     kill(start, log_written(tmp_path / "killed" / "run"), victims=[0, 2], rng=random.Random(1), most=2)
     for name in ("killed", "undisturbed"):
-        forks.two_ranks(train_rank, [*flags, str(tmp_path / name)])
+        forks.two_ranks(forks.run_main, train.main, [*flags, str(tmp_path / name)])
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "undisturbed" / "run")

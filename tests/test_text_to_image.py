@@ -21,7 +21,6 @@ from runtime.messages import UserError
 from runtime.run import find
 from tests import forks
 
-ROOT = Path(__file__).parents[1]
 FEW = ["--num-fid-samples", "8", "--per-proc-batch-size", "3", "--num-steps", "2"]        # blocks 0-2, 3-5, 6-7
 
 

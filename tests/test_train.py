@@ -23,7 +23,7 @@ from models.conditioning import ClassLabels
 from models.vae import LatentSpace
 from runtime import run as disk
 from runtime.stopping import StopRequest
-from tests.forks import two_ranks
+from tests.forks import run_main, two_ranks
 from tests.stress.kills import log_of, same
 from tests.test_sit import inputs, randomised, small
 
@@ -190,10 +190,6 @@ def test_randomness_depends_on_every_part_of_its_key():
 
 # ---- resuming
 
-def train_rank(rank: int, flags: list[str]) -> None:
-    train.main(flags)
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_n_and_n_steps_are_two_n_to_the_bit(train_flags, tmp_path, ranks):
     """With accumulation, from the middle of an epoch of three steps across its end; a checkpoint closes a log line."""
@@ -201,7 +197,7 @@ def test_n_and_n_steps_are_two_n_to_the_bit(train_flags, tmp_path, ranks):
         flags = [*train_flags, "--gradient-accumulation-steps", "2", "--exp-name", name, "--logging-steps", "3",
                  "--checkpointing-steps", "2"]
         if ranks == 2:
-            two_ranks(train_rank, [*flags, "--max-train-steps", str(steps)])
+            two_ranks(run_main, train.main, [*flags, "--max-train-steps", str(steps)])
         else:
             run(flags, steps=steps)
     straight, resumed = (checkpoint.read(tmp_path / name) for name in ("straight", "run"))
