@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.cached_features import Features, source_of
-from runtime.catalogue import MAX_CLASSES, Captions, Catalogue, read_captions, read_labels
+from runtime.catalogue import Captions, Catalogue, read_captions, read_labels
 from runtime.messages import UserError, notice
 from runtime.stores import IMAGE_EXTENSIONS, METADATA, Store, decode_image, few, open_store, read_npy, shown
 
@@ -154,8 +154,6 @@ class LatentDataset(torch.utils.data.Dataset):
         top = int(self.labels.argmax())
         if given is None:
             return int(self.labels[top]) + 1
-        if given > MAX_CLASSES:
-            raise UserError(f"--num-classes {given}: every class has an embedding; give at most {MAX_CLASSES}")
         if self.labels[top] >= given:
             raise UserError(f"--num-classes {given}: {self.key(top)} has label {self.labels[top]}; give at least "
                             f"{self.labels[top] + 1}")

@@ -28,11 +28,11 @@ from models.text import DEFAULT
 from models.vae import SHORTHANDS, Codec, load_codec
 from runtime.arguments import Parser, Released, at_least, guidance, share, time_shift
 from runtime.catalogue import tidy
-from runtime.files import UNREADABLE
+from runtime.files import UNREADABLE, read_object
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.run import CHECKPOINTS
-from runtime.samples import SampleFolder, read_settings
+from runtime.samples import SETTINGS, SampleFolder
 from runtime.speed import allow_tf32, choose_same_kernels, compile_parts, require_same_everywhere
 from runtime.stores import parse_json
 from samplers import Sampling, image_rng, sample_images
@@ -293,7 +293,7 @@ def folder_of(sample_dir: str | None, settings: dict) -> Path:
 
 
 def is_same(found: dict, wanted: dict) -> bool:
-    """Whether two settings.json decide the same images; `found` may be any object. Unguided images have no interval."""
+    """Whether two settings.json decide the same images, `found` with any content. Unguided ones have no interval."""
     def deciding(settings: dict) -> dict:
         how = settings.get("sampling")
         if isinstance(how, dict):
@@ -367,7 +367,7 @@ def main(argv=None) -> None:
     parts["images"] = np.dtype((np.uint8, (side, side, 3)))
     folder = SampleFolder(folder_of(args.sample_dir, settings), settings["num_images"], args.per_proc_batch_size,
                           parts, png=not args.no_png)
-    missing = folder.missing(is_same(read_settings(folder.path), settings)) if first else None
+    missing = folder.missing(is_same(read_object(folder.path / SETTINGS), settings)) if first else None
 
     from accelerate.utils import broadcast_object_list  # slow to import
 

@@ -2,8 +2,7 @@
 
 The state is the pair, flattened to one float64 matrix S (B, C*H*W + E), so that every update is written once. A solver
 sees `field(state, t) -> velocity` and nothing else; guidance is settled before it (REG, arXiv 2507.01467, appendix;
-interval
-guidance: arXiv 2404.07724). Time runs from 1 (noise) to 0 (data).
+interval guidance: arXiv 2404.07724). Time runs from 1 (noise) to 0 (data).
 """
 
 from collections.abc import Callable, Iterable, Sequence

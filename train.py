@@ -30,35 +30,16 @@ from evaluations.images import ImageSet, open_images
 from evaluations.scoring import choose, evaluate, measure_reference
 from loss import ALIGNED_TOKENS, SILoss, Terms, weighted
 from models import checkpoint
-from models.cached_features import Features, features_folder, features_path
+from models.cached_features import Features
 from models.checkpoint import MODELS, Network
 from models.conditioning import Captions, ClassLabels, Conditions, open_captions
-from models.encoders import (
-    CachedEncoder,
-    Encoder,
-    encoder_ids,
-    load_encoders,
-    require_class_tokens,
-    require_made_by,
-    same_encoders,
-    with_weights,
-)
+from models.encoders import AnyEncoder, encoder_ids, load_cached, load_encoders, open_features, same_encoders
 from models.interpolant import PATHS, auto_shift
 from models.mmdit import MMDiT_models
 from models.text import DEFAULT, states_shape
 from models.vae import Codec, LatentSpace, load_codec, read_space
 from runtime import run as disk
-from runtime.arguments import (
-    Parser,
-    Released,
-    at_least,
-    below_one,
-    not_negative,
-    positive,
-    positive_share,
-    share,
-    time_shift,
-)
+from runtime.arguments import Parser, Released, at_least, below_one, epsilon, not_negative, positive, share, time_shift
 from runtime.catalogue import MAX_CLASSES
 from runtime.files import as_size, write_whole
 from runtime.launch import leave_processes, require_joined
@@ -110,7 +91,7 @@ def train(args: argparse.Namespace, run: disk.Run, batches: Iterator[tuple], spa
         run.after(step)
 
 
-def encode(encoders: Sequence[Encoder | CachedEncoder], seen: list,
+def encode(encoders: Sequence[AnyEncoder], seen: list,
            with_class_token: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The first encoder's class token (B, E), raw, or None, and each encoder's targets (B, T, E).
 
@@ -272,7 +253,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--learning-rate", type=share, default=1e-4, metavar="LR", help="constant")
     optim.add_argument("--adam-beta1", type=below_one, default=0.9, metavar="BETA1", help="AdamW")
     optim.add_argument("--adam-beta2", type=below_one, default=0.999, metavar="BETA2", help="AdamW")
-    optim.add_argument("--adam-epsilon", type=positive_share, default=1e-8, metavar="EPS", help="AdamW")
+    optim.add_argument("--adam-epsilon", type=epsilon, default=1e-8, metavar="EPS", help="AdamW")
     optim.add_argument("--adam-weight-decay", type=not_negative, default=0.0, metavar="WD", help="AdamW")
     optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM",
                        help="gradients are clipped to this norm")
@@ -294,9 +275,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def shift_of(args: argparse.Namespace, space: LatentSpace, resolution: int) -> float:
     """--time-shift as a number."""
-    if args.time_shift == "auto":
-        return auto_shift(space.channels, resolution // space.downsampling)
-    return args.time_shift
+    auto = auto_shift(space.channels, resolution // space.downsampling)
+    return auto if args.time_shift == "auto" else args.time_shift
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -422,32 +402,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_data(args: argparse.Namespace) -> tuple[LatentDataset, LatentSpace, int]:
     """The data set, its latent space, and the side R of its images."""
-    features = [] if args.cached_features == "off" else open_features(args)
+    features = [] if args.cached_features == "off" else open_features(
+        args.data_dir, args.enc_type, args.encoder_weights, required=args.cached_features == "require")
     data = LatentDataset(args.data_dir, args.resolution, args.num_classes, features=features,
                          with_images=needs_encoder(args) and not features, captions=args.model in MMDiT_models)
     space, resolution = read_space(data.vae_record, data.moments_shape, data.resolution, args.data_dir)
     for one in features:
         say(f"{one.record.enc_type} is not run: its features ({one.record.dtype}) are read from {one.store.path}")
     return data, space, resolution
-
-
-def open_features(args: argparse.Namespace) -> list[Features]:
-    """The stored features of every encoder; with `auto`, [] unless they are there for all.
-
-    Raises UserError if they are missing where required, or were made with other weights.
-    """
-    encoders = with_weights(args.enc_type, args.encoder_weights)
-    paths = [features_path(args.data_dir, name) for name, _ in encoders]
-    if args.cached_features == "auto" and not all(paths):
-        return []
-    for (name, _), path in zip(encoders, paths, strict=True):
-        if path is None:
-            raise UserError(f"--cached-features require: {args.data_dir} holds no {features_folder(name)}; make it "
-                            f"with `python -m preprocessing.dataset_tools encode --enc-type {name}`")
-    found = [Features(path) for path in paths]
-    for (name, weights), one in zip(encoders, found, strict=True):
-        require_made_by(one.record, Path(one.store.path), name, weights)
-    return found
 
 
 def open_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -502,21 +464,15 @@ def require_same_run(path: Path, state: dict, settings: dict, space: LatentSpace
 
 
 def open_encoders(args: argparse.Namespace, space: LatentSpace, resolution: int, device: torch.device | str,
-                  pretrained: bool = True, features: Sequence[Features] = ()) -> list[Encoder | CachedEncoder]:
+                  pretrained: bool = True, features: Sequence[Features] = ()) -> list[AnyEncoder]:
     """The frozen encoders that the method needs, or their stored `features`; REG's must all have a class token."""
     if not needs_encoder(args):
         return []
     grid = resolution // space.downsampling // MODELS[args.model].keywords["patch_size"]
     if features:
-        encoders = [CachedEncoder(one.record, grid) for one in features]
-    elif args.method == "reg":
-        with torch.device("meta"):                                # before any weight is fetched
-            encoders = load_encoders(args.enc_type, "meta", resolution, pretrained=False, grid=grid)
-    if args.method == "reg":
-        require_class_tokens(encoders)
-    if features:
-        return encoders
-    return load_encoders(args.enc_type, device, resolution, pretrained, grid, args.encoder_weights)
+        return load_cached(features, grid, class_tokens=args.method == "reg")
+    return load_encoders(args.enc_type, device, resolution, pretrained, grid, args.encoder_weights,
+                         class_tokens=args.method == "reg")
 
 
 def open_codec(args: argparse.Namespace, space: LatentSpace, accelerator: Accelerator) -> Codec | None:
@@ -552,7 +508,7 @@ def open_conditions(args: argparse.Namespace, data: LatentDataset, resumed: tupl
 
 
 def build_model(args: argparse.Namespace, space: LatentSpace, resolution: int, conditions: Conditions,
-                encoders: Sequence[Encoder | CachedEncoder]) -> Network:
+                encoders: Sequence[AnyEncoder]) -> Network:
     """SiT or MMDiT with the class-token slot and the projectors that the method needs."""
     own = (dict(context_dim=conditions.null_states.shape[-1]) if isinstance(conditions, Captions) else
            dict(num_classes=conditions.num_classes, class_dropout_prob=args.cfg_prob, fused_attn=args.fused_attn))
@@ -591,7 +547,7 @@ def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int,
     model = build_model(args, space, resolution, conditions, encoders).to(device)
     model.checkpointing = args.activation_checkpointing
     ema = deepcopy(model).eval().requires_grad_(False)
-    networks = [model, *(one for one in encoders if isinstance(one, Encoder))]
+    networks = [model, *(one for one in encoders if isinstance(one, torch.nn.Module))]
     compiled = args.compile and all([compile_parts(network) for network in networks])
     aligned = args.align if args.method == "reg" and args.align else "all"  # without a slot all tokens are patches
     objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned, compile=compiled,
@@ -687,7 +643,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 
     def score(step: int) -> None:
         scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored,
-                               conditions, step, accelerator)
+                               conditions)
         if scores:
             write_line(log, accelerator, {"step": step, **scores}, scores)
 
@@ -707,10 +663,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
 def draw_grid(path: Path, ema: Network, codec: Codec, how: Sampling, conditions: Conditions, step: int,
               accelerator: Accelerator) -> None:
     """Write a grid of EMA samples with fixed labels or captions and noise, as PNG and to the tracker."""
-    try:
-        images, shown, _ = sample_images(ema, codec, range(GRID_IMAGES), how, conditions)
-    except UserError as error:                                    # not finite: the run goes on
-        return notice(f"warning: no grid of step {step}: {error}")
+    images, shown, _ = sample_images(ema, codec, range(GRID_IMAGES), how, conditions)
     grid = grid_of(images, round(GRID_IMAGES**0.5), shown if isinstance(conditions, Captions) else None)
     try:
         write_whole(path, lambda partial: grid.save(partial, "png"))
@@ -723,28 +676,16 @@ def draw_grid(path: Path, ema: Network, codec: Codec, how: Sampling, conditions:
 
 
 def score_samples(ema: Network, codec: Codec, reference: ImageSet, extractor: Extractor, measured: Measured, count: int,
-                  resolution: int, how: Sampling, conditions: Conditions, step: int,
-                  accelerator: Accelerator) -> dict[str, float]:
-    """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others, and with a
-    notice if samples are not finite.
-    """
-    faults = []
+                  resolution: int, how: Sampling, conditions: Conditions) -> dict[str, float]:
+    """The Frechet distance of `count` EMA samples to the reference, on the first process; {} on others."""
 
     def blocks(ranges):
         for indices in ranges:
-            try:
-                images = sample_images(ema, codec, indices, how, conditions)[0]
-            except UserError as error:                            # on one rank: it stays in step with the others
-                faults.append(str(error))
-                images = torch.zeros(len(indices), 3, resolution, resolution, dtype=torch.uint8)
-            yield images.permute(0, 2, 3, 1).numpy()              # (n, R, R, 3)
+            yield sample_images(ema, codec, indices, how, conditions)[0].permute(0, 2, 3, 1).numpy()  # (n, R, R, 3)
 
     samples = ImageSet("EMA samples", count, (resolution, resolution), blocks)
     result = evaluate(reference, samples, extractor, [metric_of(extractor)], batch_size=SCORED_BLOCK,
                       measured_ref=measured)
-    if accelerator.reduce(torch.tensor(float(len(faults)), device=accelerator.device)) > 0:
-        notice(f"warning: no score of step {step}: {(*faults, 'samples of another process are not finite')[0]}")
-        return {}
     return {} if result is None else {score_name(extractor.key, count): result[extractor.key]}
 
 

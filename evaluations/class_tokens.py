@@ -10,7 +10,7 @@ from torch import nn
 from evaluations.extraction import measure, place
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
-from models.encoders import load_encoders, require_class_tokens, sha256_of_parameters
+from models.encoders import load_encoders, sha256_of_parameters
 from runtime.messages import UserError, notice
 from runtime.npz import load_npz
 from runtime.stores import shown
@@ -33,8 +33,7 @@ def load_class_token_extractor(enc_type: str, device: torch.device, resolution: 
 
     Raises UserError as `load_encoders` does, and for an encoder of another width.
     """
-    (encoder,) = encoders = load_encoders(enc_type, "cpu", resolution, weights=weights)
-    require_class_tokens(encoders)
+    encoder, = load_encoders(enc_type, "cpu", resolution, weights=weights, class_tokens=True)
     if encoder.embed_dim != width:
         raise UserError(f"--enc-type {enc_type}: has width {encoder.embed_dim}, the class tokens have {width} numbers; "
                         "name the encoder of the training")

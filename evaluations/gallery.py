@@ -47,14 +47,12 @@ body{max-width:1280px;margin:2rem auto;padding:0 1rem} .missing{border-left:3px 
 #grids{flex:2 1 320px} .at{stroke:orange;transform:translateX(calc(200px*var(--step)/var(--last)))}</style>"""
 
 SCRIPT = """<script>const slider = document.querySelector("input"), grids = [...document.querySelectorAll("#grids img")]
-const show = event => {
-  const linked = grids.findIndex(grid => "#step=" + grid.dataset.step == location.hash)
-  if (event.type != "input" && linked >= 0) slider.value = linked
+const show = () => {
   grids.forEach((grid, i) => grid.hidden = i != slider.value)
   document.querySelector("output").textContent = grids[slider.value].alt
   document.body.style.setProperty("--step", grids[slider.value].dataset.step)
 }
-if (slider) slider.oninput = onhashchange = onload = show</script>"""
+if (slider) slider.oninput = onload = show</script>"""
 
 
 # ------------------------------------------------------------------------------------------------------------- elements

@@ -100,8 +100,8 @@ def _open_folder(folder: Path, crop: int | None) -> ImageSet:
     def read(name: bytes) -> np.ndarray:
         image = _read_image(store, name, crop)
         if image.shape != first.shape:
-            raise UserError(f"{store.where(name)}: {_size(image)}, the first image has {_size(first)}; bring all "
-                            "to one size, for example with preprocessing.dataset_tools convert")
+            raise UserError(f"{store.where(name)}: {image.shape[:2]} pixels (H, W), the first image {first.shape[:2]}; "
+                            "bring all to one size, for example with preprocessing.dataset_tools convert")
         return image
 
     def blocks(ranges: Iterable[range]) -> Iterator[np.ndarray]:
@@ -123,10 +123,6 @@ def _read_image(store: Store, name: bytes, crop: int | None) -> np.ndarray:
         raise UserError(f"{where}: mode {image.mode}, expected RGB or grey (8 bits); convert it, "
                         "for example with preprocessing.dataset_tools convert")
     return np.array(image.convert("RGB"))
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]} pixels"
 
 
 def _folder_labels(store: Store, names: np.ndarray) -> np.ndarray | None:

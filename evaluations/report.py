@@ -1,12 +1,11 @@
 """The table of a folder of scored samples with the best marked, and the plot of distance over guidance scale."""
 
 import csv
-import json
 import math
 from pathlib import Path
 
 from evaluations.images import reference_label
-from runtime.files import write_json, write_whole
+from runtime.files import read_object, write_json, write_whole
 from runtime.messages import notice
 from runtime.run import CHECKPOINTS
 from runtime.samples import METRICS
@@ -20,11 +19,8 @@ SETTINGS = ("experiment", "step", "checkpoint", "weights", "mode", "heun", "num_
 
 def read_result(metrics: Path) -> dict | None:
     """What the evaluator wrote for samples of generate.py; None, with a notice, if the file is of another form."""
-    try:
-        result = json.loads(metrics.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        result = {}
-    if not isinstance(result, dict) or not {"asked", "settings", "weights_sha256"} <= result.keys():
+    result = read_object(metrics)
+    if not {"asked", "settings", "weights_sha256"} <= result.keys():
         notice(f"{metrics}: not scores of samples that generate.py made; left out")
         return None
     return result

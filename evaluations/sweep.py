@@ -22,11 +22,11 @@ from evaluations import evaluator
 from evaluations.report import GUIDANCE, read_result, references_of, write_report
 from models.checkpoint import has_captions
 from runtime.arguments import Parser
-from runtime.files import sha256
+from runtime.files import read_object, sha256
 from runtime.launch import is_first_node, launch
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.run import find, saved
-from runtime.samples import METRICS, read_settings
+from runtime.samples import METRICS, SETTINGS
 
 # Flags of generate.py that take several values here.
 SWEPT = ("weights", "mode", "num_steps", "cfg_scale", *GUIDANCE, "labels", "num_fid_samples", "global_seed")
@@ -121,7 +121,7 @@ def samples_of(args: argparse.Namespace, path: Path, state: dict, digest: str) -
         conditions = generate.conditions_of(args, state)
         settings = generate.settings_of(args, path, state, digest, compiled, conditions)
         folder = generate.folder_of(args.sample_dir, settings)
-        if generate.is_same(read_settings(folder), settings):
+        if generate.is_same(read_object(folder / SETTINGS), settings):
             return folder
     raise AssertionError(f"no samples of {path} with {args}")
 

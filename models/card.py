@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.vae import VAES, LatentSpace
+from runtime.files import read_object
 from runtime.messages import notice
 from runtime.samples import METRICS
 from runtime.stores import shown
@@ -29,6 +30,8 @@ def public(value: object) -> object:
         return {name: public(one) for name, one in value.items()}
     if not isinstance(value, str):
         return [public(one) for one in value] if isinstance(value, list | tuple) else value
+    if "," in value:                                              # several encoders
+        return ",".join(map(public, value.split(",")))
     kind, place = re.fullmatch(r"([\w-]+:)?(.*)", value, re.DOTALL).groups("")
     private = re.search(r"^[/~.]|\\|/.*/", place) or os.path.isdir(place)
     return kind + re.split(r"[/\\]", place.rstrip("/\\"))[-1] if private else value
@@ -37,8 +40,6 @@ def public(value: object) -> object:
 def public_record(record: dict) -> dict:
     """A network's `record` to share: of the settings those in KEPT, and everything `public`, as scores are already."""
     args = {name: value for name, value in record.get("args", {}).items() if name in KEPT}
-    if isinstance(args.get("enc_type"), str):                     # several, with commas between them
-        args["enc_type"] = ",".join(map(public, args["enc_type"].split(",")))
     kept = {name: value if name == "scores" else public(value) for name, value in record.items() if name != "args"}
     return kept | ({"args": public(args)} if args else {})
 
@@ -49,13 +50,13 @@ def read_scores(samples: Path, digest: str, which: str) -> list[list[str]]:
     found = []
     for path in sorted(samples.glob(f"*/{METRICS}")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_object(path)
             settings, how = result["settings"], result["settings"]["sampling"]
             if (settings["checkpoint_sha256"], settings["weights"]) == (digest, which):
                 setting = [f"{name} {public(how[name])}" for name in SETTINGS if how.get(name) not in (None, False)]
                 setting += [f"VAE {public(settings.get('vae'))}", f"block {settings.get('per_proc_batch_size')}"]
                 found += _scores(public(result), ", ".join(setting))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (LookupError, TypeError, AttributeError):
             notice(f"{path}: not scores of samples that generate.py made; left out")
     return found
 
@@ -67,18 +68,16 @@ def model_card(architecture: dict, record: dict, name: str, diffusers: bool) -> 
     """
     record, captions = public_record(record), "context_dim" in architecture
     args, licence = record.get("args", {}), record.get("licence")
-    network, call = ("MMDiT", 'prompt="..."') if captions else ("SiT", "class_labels=0")
     table = _table(HEAD, record["scores"]) if record.get("scores") else ["No scores recorded."]
     head = ["---", f"license: {json.dumps(licence)}" if licence else "", "library_name: reg",
             f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
             "tags: [model_hub_mixin, pytorch_model_hub_mixin]", "---", "", f"# {shown(name)}", ""]
     rows = {"method": METHODS.get(args.get("method"), "not recorded"), **_rows(architecture, record, args),
             "licence": f"{licence or 'of these weights: not stated'}; the code is under the MIT licence"}
-    python = (f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r})({call}).images[0]"
-              if diffusers else f"from models.{network.lower()} import {network}\n\n"
-              f"model = {network}.from_pretrained({name!r})")
-    command = f"python generate.py --ckpt {name} " + ('--prompt "..."' if captions else "--num-fid-samples 16")
-    command += " --vae FOLDER" * (not diffusers and LOCAL in rows["latent space"])
+    what, how = ('prompt="..."', '--prompt "..."') if captions else ("class_labels=0", "--num-fid-samples 16")
+    flag, vae = ("", "") if diffusers or LOCAL not in rows["latent space"] else (" --vae FOLDER", ', vae="FOLDER"')
+    command = f"python generate.py --ckpt {name} {how}{flag}"
+    python = f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r}{vae})({what}).images[0]"
     use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
            "```", ""]
     return "\n".join([*head, *_table(["", ""], rows.items()), "", "## Scores", "", *table, *use])
@@ -89,8 +88,8 @@ def _rows(architecture: dict, record: dict, args: dict) -> dict[str, str]:
                      ("depth", "hidden_size", "num_heads", "patch_size", "cls_token_dim"))
     rows = {"network": f"{args.get('model', 'not named')}: {size}", "data": record.get("data_name", "not recorded")}
     if "num_classes" in architecture:
-        rows["classes"] = f"{architecture['num_classes']}"
-        rows["classes"] += f", of which {len(record['classes'])} had images" if "classes" in record else ""
+        some = f", of which {len(record['classes'])} had images" if "classes" in record else ""
+        rows["classes"] = f"{architecture['num_classes']}{some}"
     if "text" in record:
         rows["text encoder"] = "{encoder}, {length} states of width {width}".format(**record["text"])
     rows["latent space"] = "not recorded; counts as Stable Diffusion's"

@@ -29,7 +29,7 @@ from models.mmdit import MMDiT, MMDiT_models, rename_released
 from models.sit import SiT, SiT_models
 from models.weights import build, is_state_dict, load_strictly, plain_weights, require_record, sizes_in
 from runtime.arguments import Parser
-from runtime.files import write_whole
+from runtime.files import read_object, write_whole
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.run import CHECKPOINTS, Damaged, read_file
 from runtime.stores import shown
@@ -213,12 +213,9 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
 def require_new(out: Path, config: Path, digest: str, which: str) -> dict:
     """The folder's `config`, or {}. Raises UserError if it is of another checkpoint than that with this SHA-256, or
     if the folder holds other files."""
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-        if (found["checkpoint_sha256"], found["weights"]) == (digest, which):
-            return found
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
+    found = read_object(config)
+    if (found.get("checkpoint_sha256"), found.get("weights")) == (digest, which):
+        return found
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: holds another model, or other files; name another folder")
     return {}

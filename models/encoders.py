@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from models.cached_features import FeaturesRecord, unpack
+from models.cached_features import Features, FeaturesRecord, features_folder, features_path, unpack
 from models.weights import plain_weights
 from runtime.files import sha256
 from runtime.messages import UserError
@@ -140,6 +140,9 @@ class CachedEncoder:
         """As `Encoder.features`, from the stored features of B images."""
         class_token, patches = unpack(stored)
         return _with_target(class_token, to_grid(patches, self.grid), with_class_token)
+
+
+AnyEncoder = Encoder | CachedEncoder
 
 
 def _with_target(class_token: torch.Tensor | None, patches: torch.Tensor, with_class_token: bool) -> tuple:
@@ -350,7 +353,8 @@ def cannot_build(folder: Path, error: Exception) -> UserError:
 
 
 def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 256, pretrained: bool = True,
-                  grid: int | None = None, weights: str | list[str | Path] | None = None) -> list[Encoder]:
+                  grid: int | None = None, weights: str | list[str | Path] | None = None,
+                  class_tokens: bool = False) -> list[Encoder]:
     """Build the frozen encoders of a comma-separated list.
 
     Args:
@@ -358,9 +362,13 @@ def load_encoders(enc_type: str, device: torch.device | str, resolution: int = 2
         resolution: side of the images in pixels
         pretrained: load weights, from `weights` (one file per encoder), else the hub, its cache or the local folder
         grid: side of SiT's token grid; default resolution // 16
+        class_tokens: each must have one
 
-    Raises UserError for an unknown name, missing or unfit weights, or a list of another length.
+    Raises UserError for an unknown name, missing or unfit weights, a list of another length, or no class token.
     """
+    if class_tokens:                                              # before any weight is fetched
+        with torch.device("meta"):
+            require_class_tokens(load_encoders(enc_type, "meta", resolution, pretrained=False, grid=grid))
     return [load_encoder(name, device, resolution, pretrained, grid, file)
             for name, file in with_weights(enc_type, weights)]
 
@@ -374,7 +382,32 @@ def with_weights(enc_type: str, weights: str | list[str | Path] | None) -> list[
     return [(name, file or None) for name, file in zip(names, files, strict=True)]
 
 
-def require_class_tokens(encoders: list[Encoder | CachedEncoder]) -> None:
+def load_cached(features: Sequence[Features], grid: int, class_tokens: bool) -> list[CachedEncoder]:
+    """What gives stored features to the loss, by encoder; arguments and errors are those of `load_encoders`."""
+    encoders = [CachedEncoder(one.record, grid) for one in features]
+    if class_tokens:
+        require_class_tokens(encoders)
+    return encoders
+
+
+def open_features(data_dir: str, enc_type: str, weights: str | None, required: bool) -> list[Features]:
+    """The stored features of every encoder of a comma-separated list; [] if some are missing and not `required`.
+
+    Raises UserError if they are missing where required, or were made with other weights.
+    """
+    encoders = with_weights(enc_type, weights)
+    paths = [features_path(data_dir, name) for name, _ in encoders]
+    for name, _ in encoders if required else ():
+        if features_path(data_dir, name) is None:
+            raise UserError(f"--cached-features require: {data_dir} holds no {features_folder(name)}; make it "
+                            f"with `python -m preprocessing.dataset_tools encode --enc-type {name}`")
+    found = [Features(path) for path in paths if all(paths)]
+    for (name, file), one in zip(encoders, found, strict=False):
+        require_made_by(one.record, Path(one.store.path), name, file)
+    return found
+
+
+def require_class_tokens(encoders: Sequence[AnyEncoder]) -> None:
     """Raise UserError if an encoder has no class token: REG aligns token 0 with each."""
     for encoder in encoders:
         if not encoder.has_class_token:

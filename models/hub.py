@@ -20,7 +20,7 @@ from models.interpolant import auto_shift
 from models.vae import LatentSpace
 from models.weights import build, plain_weights, require_record
 from runtime import run
-from runtime.files import sha256, write_json, write_whole
+from runtime.files import read_object, sha256, write_json, write_whole
 from runtime.messages import UserError
 from runtime.run import Damaged
 
@@ -50,9 +50,6 @@ class HubNetwork(PyTorchModelHubMixin):
         network, whole and with weights of its sizes.
         """
         path = find(pretrained_model_name_or_path, **where)
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path}: a checkpoint of training; export it first: python -m models.checkpoint export "
-                            f"{pretrained_model_name_or_path} FOLDER")
         state = read_shared(path)
         require_record(path, state, cls)
         which = next((which for which in ("ema", "model") if which in state), None)
@@ -119,8 +116,8 @@ def read_shared(path: Path) -> dict:
     except (OSError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Damaged(f"{path}: cannot be read ({type(error).__name__}); expected a file of `python -m "
-                      "models.checkpoint export`") from error
+        raise Damaged(f"{path}: cannot be read ({type(error).__name__}), expected a file of `python -m "
+                      "models.checkpoint export`; a checkpoint of training: export it first") from error
 
 
 def find(name: str | Path, **where) -> Path:
@@ -172,22 +169,16 @@ def decoder_of(path: Path, space: LatentSpace) -> str:
 
 def digest_of(path: Path) -> str:
     """The SHA-256 of a checkpoint's file; of a network's folder that of its two files, but for scores and licence."""
-    digest = sha256(path)
-    if not _place(path):
-        return digest
-    about = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
-    about = {name: value for name, value in about.items() if name not in ("scores", "licence")}
-    return hashlib.sha256(f"{digest} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
+    digest, about = sha256(path), read_object(path.with_name(CONFIG)) if path.name == WEIGHTS else {}
+    about = {name: about[name] for name in about if name not in ("scores", "licence")}
+    return hashlib.sha256(f"{digest} {json.dumps(about, sort_keys=True)}".encode()).hexdigest() if about else digest
 
 
 def name_of(path: Path) -> str:
     """What people call a checkpoint's file: its stem; of a network's folder the folder's name, or the hub's."""
-    place = _place(path) or path
-    cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
-    return path.stem if place == path else place.parent.parent.name[8:] if cached else place.name
-
-
-def _place(path: Path) -> Path | None:
-    """The network's or pipeline's folder of a checkpoint's file; None if it is not in one."""
-    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
-        return path.parent.parent if path.parent.name == TRANSFORMER else path.parent
+    if path.name != WEIGHTS:
+        return path.stem
+    place = path.absolute().parent
+    place = place.parent if place.name == TRANSFORMER else place
+    hub = place.parent.parent.name                                # models--USER--NAME/snapshots/REVISION
+    return hub.removeprefix("models--") if hub.startswith("models--") else place.name

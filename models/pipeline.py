@@ -17,6 +17,7 @@ from models.mmdit import MMDiT
 from models.sit import SiT
 from models.text import DEFAULT
 from models.vae import WEIGHTS, Codec, load_codec
+from runtime.files import read_object
 from runtime.messages import UserError
 from runtime.stores import shown
 from samplers import Sampling, sample_images
@@ -62,8 +63,7 @@ class REGPipeline(DiffusionPipeline):
         `HubNetwork.from_pretrained`.
         """
         path = find(pretrained_model_name_or_path, **where)
-        config = path.with_name(CONFIG)
-        captions = config.is_file() and '"context_dim"' in config.read_text(encoding="utf-8", errors="replace")
+        captions = "context_dim" in str(read_object(path.with_name(CONFIG)).get("architecture"))
         transformer = (MMDiT if captions else SiT).from_pretrained(path)
         if path.parent.name != TRANSFORMER or vae is not None:
             return cls.of(transformer, text_encoder, vae)

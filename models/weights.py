@@ -204,9 +204,5 @@ CAUSES = {
 
 def _likely_cause(name: str) -> str:
     """The most common mistake when this parameter does not fit."""
-    for prefixes, cause in CAUSES.items():
-        if name.startswith(prefixes):
-            return cause
-    if "_norm" in name:
-        return "only one of them has --qk-norm"
-    return "the model's size differs; choose the same --model"
+    usual = "only one of them has --qk-norm" if "_norm" in name else "the model's size differs; choose the same --model"
+    return next((cause for prefixes, cause in CAUSES.items() if name.startswith(prefixes)), usual)

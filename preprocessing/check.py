@@ -85,11 +85,8 @@ def side_by_side(entries: LatentDataset, space: LatentSpace, codec: Codec) -> tu
     decoded = codec.decode(space.latents(moments, no_noise)).cpu()                # (B, 3, R, R)
     error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))     # (B,)
     psnr = 10 * torch.log10(255**2 / error.clamp(min=1e-3)).mean().item()
-    if entries.captions is not None:
-        captions = [entries.captions[i].partition("\n")[0] for i in chosen]
-        return grid_of(torch.cat([images, decoded], dim=2), len(chosen), captions), psnr
-    rows = torch.cat([torch.cat(list(row), dim=2) for row in (images, decoded)], dim=1)       # (3, 2R, B*R)
-    return Image.fromarray(rows.permute(1, 2, 0).numpy()), psnr
+    captions = entries.captions and [entries.captions[i].partition("\n")[0] for i in chosen]
+    return grid_of(torch.cat([images, decoded], dim=2), len(chosen), captions), psnr
 
 
 def _refuse(faults: dict[bytes, str], count: int, source: str) -> None:

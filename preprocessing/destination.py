@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from runtime import stores
 from runtime.catalogue import sample_digests, write_catalogue
-from runtime.files import lock, remove_partials, require_room, require_same_settings, write_whole
+from runtime.files import lock, read_object, remove_partials, require_room, require_same_settings, write_whole
 from runtime.loading import batches_of
 from runtime.messages import UserError, say
 from runtime.stores import METADATA, UNFINISHED, FolderStore, few, shown
@@ -50,22 +50,13 @@ def working_folder(path: str) -> Path:
     return Path(f"{Path(path)}.partial" if Path(path).suffix == ".zip" else path)
 
 
-def begun_with(folder: Path) -> Any:
-    """What `begin` recorded in an unfinished folder, or None. Raises UserError if it is damaged."""
-    store = FolderStore(folder)
-    try:
-        return json.loads(store.read(UNFINISHED)) if UNFINISHED in store else None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{store.where(UNFINISHED)}: damaged; remove {shown(folder)} to begin again") from error
-
-
 def names_when_begun(path: str, names: np.ndarray) -> np.ndarray:
     """The source's names (n,) when a destination was begun: images keep their numbers if pictures are removed since.
 
     `names` (m,) are those of today. Raises UserError if some of them are new.
     """
-    record, folder = begun_with(working_folder(path)), os.path.isdir(path)
-    if not isinstance(record, dict) or "source_names" not in record:
+    record, folder = read_object(working_folder(path) / UNFINISHED), os.path.isdir(path)
+    if "source_names" not in record:
         finished = METADATA in FolderStore(path) if folder else path.endswith(".zip") and os.path.isfile(path)
         removed = stores.read_metadata(stores.open_store(path)).get("removed") if finished else None
         return np.union1d(names, [os.fsencode(name) for name in removed]) if removed else names
@@ -118,7 +109,7 @@ class Destination:
         if self.path.exists() and (self.zipped or METADATA in FolderStore(self.path)):
             self._require_same(stores.read_metadata(stores.open_store(self.path)).get("made_with"))
             return True
-        if (record := begun_with(self.folder)) is not None:
+        if record := read_object(self.folder / UNFINISHED):
             self._require_same(record)
         elif self.folder.exists() and len(FolderStore(self.folder).names()):
             raise UserError(f"--dest {shown(self.folder)}: holds other files; choose another --dest or empty it")

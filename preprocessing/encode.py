@@ -32,16 +32,13 @@ from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, s
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def moments_name(key: bytes) -> bytes:
-    """The name of a key's moments, as REPA has it: `00000/00000007` -> `00000/img-mean-std-00000007.npy`."""
+def name_of(prefix: bytes, key: bytes) -> bytes:
+    """The name of a key's file, as REPA has it: `00000/00000007` -> `00000/img-mean-std-00000007.npy`."""
     folder, slash, stem = key.rpartition(b"/")
-    return folder + slash + b"img-mean-std-" + stem + b".npy"
+    return folder + slash + prefix + stem + b".npy"
 
 
-def features_name(key: bytes) -> bytes:
-    """The name of a key's features: `00000/00000007` -> `00000/img00000007.npy`."""
-    folder, slash, stem = key.rpartition(b"/")
-    return folder + slash + b"img" + stem + b".npy"
+moments_name, features_name = partial(name_of, b"img-mean-std-"), partial(name_of, b"img")
 
 
 class Moments:
@@ -130,12 +127,6 @@ class Features:
         return pack(*tokens, self.dtype)                          # (B,)
 
 
-def is_finite(array: np.ndarray) -> bool:
-    """Whether all numbers of an array, or of the parts of a structured one, are finite."""
-    parts = [array[name] for name in array.dtype.names] if array.dtype.names else [array]
-    return all(np.isfinite(part).all() for part in parts)
-
-
 def read_block(store: Store, names: np.ndarray, resolution: int, block: range) -> tuple[int, np.ndarray]:
     """The first index of a block and its images uint8 (B, 3, R, R).
 
@@ -201,7 +192,8 @@ def encode(source: str, dest: str, network: Moments | Features, batch_size: int,
 
     def write(start: int, computed: Any) -> None:
         for i, array in enumerate(network.arrays(computed), start):
-            if not is_finite(array):
+            parts = [array[name] for name in array.dtype.names or ()] or [array]
+            if not all(np.isfinite(part).all() for part in parts):
                 raise UserError(f"{store.where(names[i])}: its {network.kind} are not finite in {network.dtype}; "
                                 f"{network.remedy}")
             destination.write(outputs[i], to_npy(array))

@@ -74,7 +74,7 @@ def time_shift(text: str) -> float | str:
     return text if text == "auto" else _number(text, wanted, lambda value: 1e-3 <= value <= 1e3)
 
 
-def positive_share(text: str) -> float:
+def epsilon(text: str) -> float:
     """A type for numbers above 0, up to 1."""
     return _number(text, "a number above 0, up to 1", lambda value: 0 < value <= 1)
 

@@ -11,7 +11,6 @@ counts, which copies the memory that fork shares), so names, labels and captions
 bytes.
 """
 
-import contextlib
 import functools
 import gc
 import hashlib
@@ -20,13 +19,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from runtime.files import UNREADABLE, write_whole
+from runtime.files import UNREADABLE
 from runtime.messages import UserError, notice
+from runtime.npz import write_npz
 from runtime.stores import METADATA, Store, ZipStore, few, list_names, max_inflated, open_store, read_metadata, shown
 
 MAX_CLASSES = 10**7     # an embedding of XL's width for each takes 46 GB
@@ -177,18 +177,6 @@ def sample_digests(store: Store, names: np.ndarray) -> dict[str, str]:
 
 # ---- the catalogue ---------------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Disable the garbage collector while a million objects are built; it doubles the load time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
 # keys (n,), names (n,), labels (n,) or None, captions or None, metadata
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, Captions | None, dict]
 
@@ -207,9 +195,12 @@ class Catalogue:
         if found is not None:
             self.keys, self.names, self.labels, self.captions, self.metadata = found
             return
-        with _without_collector():
+        gc.disable()                                              # it doubles the time of a million objects
+        try:
             self.keys, self.names = list_keyed(store, extensions)
             self.metadata = read_metadata(store)
+        finally:
+            gc.enable()
 
     def keep(self, keys: np.ndarray) -> None:
         """Forget all entries but those of `keys`."""
@@ -244,25 +235,18 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> Catalogu
     files = store.names() if isinstance(store, ZipStore) else np.sort(names)
     if not len(keys) or not _are_plain(files):
         return found
-    arrays = {"extensions": np.array(extensions), "files": files, "keys": keys,
+    arrays = {"extensions": np.array(extensions), "files": files, "keys": keys, "labels": labels,
               "order": np.searchsorted(files, names.astype(files.dtype)),         # (n,): names are files[order]
-              "metadata": np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8)}
+              "metadata": np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8),
+              "captions": captions and captions.text, "caption_ends": captions and captions.ends}
     start = 0
-    if labels is not None:
-        arrays["labels"] = labels
-    if captions is not None:
-        arrays["captions"], arrays["caption_ends"] = captions.text, captions.ends
     if isinstance(store, ZipStore):
         arrays["table"] = store.directory[1][np.isin(store.directory[0], files)]
         start = int((arrays["table"][:, 0] + arrays["table"][:, 1]).max())        # behind this are only lists
     arrays["stamp"] = np.array(_stamp(store.path, start))
 
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as stream:
-            np.savez(stream, **arrays)
-
     try:
-        write_whole(catalogue_file(path), write)
+        write_npz(catalogue_file(path), (), 0, (0, 0), **arrays)
     except UserError as error:
         _notice_once(f"{error} (without this file a large data set takes half a minute to open)")
     return found

@@ -73,6 +73,15 @@ def write_json(path: Path, content: object) -> None:
     write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; {} if the file is missing, cannot be read, or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
 def to_npy(array: np.ndarray) -> bytes:
     """The bytes of an npy file. (np.save into a file does not report a full disk.)"""
     data = io.BytesIO()

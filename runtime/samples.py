@@ -25,26 +25,17 @@ from filelock import AcquireReturnProxy
 from PIL import Image
 from tqdm import tqdm
 
-from runtime.files import lock, make_folder, remove_partials, require_room, to_npy, write_json, write_whole
+from runtime.files import lock, make_folder, read_object, remove_partials, require_room, to_npy, write_json, write_whole
 from runtime.launch import blocks
 from runtime.messages import UserError
 from runtime.npz import read_npz_rows, read_npz_shape, write_npz
 from runtime.pictures import grid_of
 
-METRICS = "metrics*.json"
+SETTINGS, METRICS = "settings.json", "metrics*.json"
 CAPTIONS, GENEVAL = "captions.jsonl", "geneval"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 PNG_EXTRA = 4096                          # bytes by which a PNG file may exceed its pixels, rounded up by the disk
 PNG_THREADS, PNG_AT_ONCE = 8, 256
-
-
-def read_settings(folder: Path) -> dict:
-    """The content of a folder's settings.json, or {} if it is missing or not an object."""
-    try:
-        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @dataclass
@@ -119,7 +110,7 @@ class SampleFolder:
         has just finished it.
         """
         self._take()
-        same = keep or read_settings(self.path) == json.loads(json.dumps(settings))
+        same = keep or read_object(self.path / SETTINGS) == json.loads(json.dumps(settings))
         if same and all(self._is_finished(part) for part in self.parts):
             raise UserError(f"{self.path}: another process has just written it; give the same command again")
         for stale in (file for name in (METRICS, "*.npz", CAPTIONS, "grid.png") for file in self.path.glob(name)):
@@ -130,7 +121,7 @@ class SampleFolder:
         for folder in {self.path / "images", self.path / GENEVAL, *old} - kept:
             shutil.rmtree(folder, ignore_errors=True)
         if not keep:                      # last: the old settings stay until nothing made with them is left
-            write_json(self.path / "settings.json", settings)
+            write_json(self.path / SETTINGS, settings)
 
     def _take(self) -> None:
         self._lock = lock(self.path, "give another --sample-dir")

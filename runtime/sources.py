@@ -110,7 +110,7 @@ class TarStore(ZipStore):
 
     def __init__(self, path: str | Path, tars: list[str]):
         super().__init__(path)
-        self._tars, self.told = tars, []                          # `told`: members that gave labels
+        self._tars, self.told = tars, []                          # `told`: files beside pictures that gave labels
 
     @functools.cached_property
     def directory(self) -> tuple[np.ndarray, np.ndarray]:
@@ -124,15 +124,11 @@ class TarStore(ZipStore):
                     table.append((i, offset, size))
         return self._sorted(names, table, 3)
 
-    def listing(self) -> tuple[np.ndarray, np.ndarray]:
-        """As ZipStore.listing, without the labels of `described`."""
-        names, hidden = super().listing()
-        return names[~np.char.endswith(names, b".cls")], hidden
-
     def _label(self, picture: bytes) -> int | str | None:
         """What `.cls` or the field "label" of `.json` beside a picture says, None without one."""
         for stem in (os.path.splitext(picture)[0], sample_key(picture)):
             if stem + b".cls" in self:
+                self.told.append(stem + b".cls")
                 return os.fsdecode(self.read(stem + b".cls")).strip()
             file = stem + b".json"
             content = parse_json(self.read(file), self.where(file)) if file in self else None
@@ -331,9 +327,9 @@ def _records(path: str) -> list[dict]:
     else:
         with naming(shown(path)):
             read = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")
-            rows = [row for row in read if row]
-        headless = bool(rows) and len(rows[0]) <= 2 and _is_picture(rows[0][0])
-        head = ["path", "label"][:len(rows[0])] if headless else rows.pop(0) if rows else []
+            rows = [row for row in read if row] or [[]]
+        headless = 0 < len(rows[0]) <= 2 and _is_picture(rows[0][0])
+        head = ["path", "label"][:len(rows[0])] if headless else rows.pop(0)
         lines = [dict(zip(head, row, strict=True)) if len(row) == len(head) else None for row in rows]
     for i, line in enumerate(lines, 1):
         if not isinstance(line, dict) or line.keys() != lines[0].keys():
@@ -392,9 +388,7 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
     twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})
     if several := next((names for names in (forms, splits) if len(names) > 1), twice):
-        prefix = "".join(splits[:1])
-        one = Path(next(name for name in reversed(shards) if Path(name).stem.startswith(prefix)))
-        pattern = str(one.with_name(f"{prefix}*{one.suffix}"))
+        pattern = Path(shards[0]).with_name(f"{''.join(splits[:1])}*{Path(shards[0]).suffix}")
         raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
                         f"--source '{shown(pattern)}'")
     if squeezed := [name for name in inside if re.search(r"\.(tar\.\w+|tgz)$", name) and not plain]:

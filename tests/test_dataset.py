@@ -299,7 +299,6 @@ ODD_NAMES = [store(f"images/{name}", png(1)) for name in ("a\nb.png", "\udcff.pn
     ([label_images(2, 0, 1, 2, 1, 1)], {}, "00000/00000004: label 1"),
     ([label_images(2, 0, 1, 2)], {}, "no label for 2 of 6 files"),
     ([], {"num_classes": 2}, "give at least 3"),
-    ([], {"num_classes": 10**8}, "at most 10000000"),
     ([], {"resolution": 32}, "16 px"),
     ([lambda data: put(data / "vae-sd", {}, {"vae": 7})], {}, '"vae"'),
     ([store(IMAGES[0], png(7, (8, 16)))], {}, "img00000000.png"),

@@ -24,9 +24,9 @@ from models.encoders import load_encoders
 from models.text import TextEncoder
 from models.vae import load_codec, read_ldm, read_statistics
 from runtime.catalogue import Catalogue
+from runtime.files import read_object
 from runtime.messages import UserError
 from runtime.npz import load_npz
-from runtime.samples import read_settings
 from runtime.stores import decode_image, open_store, read_metadata, read_npy
 
 FIRED = []
@@ -259,7 +259,7 @@ def test_nested_metadata_of_safetensors(tmp_path, depth):
 
 def test_nested_settings_are_no_settings(tmp_path):
     (tmp_path / "settings.json").write_text("[" * 100_000)
-    assert read_settings(tmp_path) == {}
+    assert read_object(tmp_path / "settings.json") == {}
 
 
 # ---- one place that reads --------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_a_card_travels_with_the_weights(experiment, uploads, form, tmp_path):
         assert card.data.license == "cc-by-4.0" and card.text == first.replace("# out", f"# {name}").replace(
             "ckpt out", f"ckpt {name}").replace("'out'", f"'{name}'")
     pushed = uploads["README.md"].decode()
-    assert "# me/reg-xl" in pushed and "--ckpt me/reg-xl" in pushed and "('me/reg-xl')" in pushed and "12.25" in pushed
+    assert "# me/reg-xl" in pushed and "--ckpt me/reg-xl" in pushed and "('me/reg-xl'" in pushed and "12.25" in pushed
 
 
 def test_a_licence_stays_and_a_single_file_has_the_scores(experiment, tmp_path):

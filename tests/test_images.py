@@ -255,7 +255,7 @@ def eps(path):
 
 @pytest.mark.parametrize("spoil, word", [
     (lambda path: Image.new("RGBA", (16, 16)).save(path), "mode RGBA"),
-    (lambda path: Image.new("RGB", (16, 17)).save(path), "16 x 17 pixels"),
+    (lambda path: Image.new("RGB", (16, 17)).save(path), r"\(17, 16\) pixels"),
     (lambda path: path.write_bytes(path.read_bytes()[:400]), "not a readable image"),
     (lambda path: path.write_bytes(b""), "not a readable image"),
     (eps, "not a readable image"),

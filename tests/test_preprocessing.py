@@ -23,6 +23,7 @@ from preprocessing.crop import center_crop, to_rgb
 from preprocessing.dataset_tools import main
 from runtime import files
 from runtime.catalogue import Catalogue
+from runtime.pictures import GAP
 from runtime.stores import IMAGE_EXTENSIONS, open_store
 from tests import forks
 
@@ -544,13 +545,13 @@ def test_a_source_that_changed_is_refused(mine, vae_folder, tmp_path, refused, c
     assert "other pictures or labels" in line and "source_contents" not in line
 
 
-@pytest.mark.parametrize("name, text", [(".unfinished.json", ""), (".unfinished.json", "[" * 100_000),
-                                        (".unfinished.json", "[]"), ("dataset.json", '{"made_with": [1]}'),
-                                        ("dataset.json", '{"labels": null}'), ("other.txt", "")])
+@pytest.mark.parametrize("name, text", [(".unfinished.json", "[" * 100_000), (".unfinished.json", '{"command": 1}'),
+                                        ("dataset.json", '{"made_with": [1]}'), ("dataset.json", '{"labels": null}'),
+                                        ("more.txt", "")])
 def test_a_folder_of_others_is_not_overwritten(prepared, tmp_path, refused, name, text):
-    fill(tmp_path / "x", {name: text.encode()})
+    fill(tmp_path / "x", found := {name: text.encode(), "other.txt": b""})
     assert str(tmp_path / "x") in refused(convert, prepared / "photos", tmp_path / "x")
-    assert contents(tmp_path / "x") == {name: text.encode()}
+    assert contents(tmp_path / "x") == found
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -707,7 +708,8 @@ def test_check_draws_images_above_decoded_latents_and_leaves_catalogues(mine, va
     main(["check", f"--source={data}", f"--output={look}", "--workers=1"])
     assert "PSNR" in capsys.readouterr().out
     drawn = np.array(Image.open(look)).astype(int)
-    assert drawn.shape == (2 * SIDE, 8 * SIDE, 3)
+    assert drawn.shape == (GAP + 2 * SIDE + GAP, GAP + 8 * (SIDE + GAP), 3)
+    drawn = drawn[GAP:-GAP, GAP:]
     assert (drawn[:SIDE, :SIDE] == np.array(Image.open(data / "images/00000/img00000000.png"))).all()
     codec, moments = load_codec(str(vae_folder)), LatentDataset(data)[0][1]
     decoded = codec.decode(codec.space.latents(moments[None], torch.zeros(1, 4, 8, 8)))[0].permute(1, 2, 0).numpy()

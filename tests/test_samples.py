@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from runtime import files
-from runtime.files import lock
+from runtime.files import lock, read_object
 from runtime.messages import UserError
-from runtime.samples import PNG_EXTRA, SampleFolder, read_settings
+from runtime.samples import PNG_EXTRA, SampleFolder
 from tests import forks
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def fill(folder, settings=SETTINGS, until=4, images=IMAGES) -> list[range] | None:
     """Make what is missing, as generate.py does, but end before block number `until`; returns what was missing."""
-    missing = folder.missing(read_settings(folder.path) == settings)
+    missing = folder.missing(read_object(folder.path / "settings.json") == settings)
     if missing is not None:
         folder.begin(settings, keep=len(missing) < len(folder.blocks))
         for block in [block for block in missing if block in folder.blocks[:until]]:
@@ -61,7 +61,7 @@ def test_a_finished_folder(folder):
     assert (tokens["tokens"] == TOKENS).all() and (tokens["labels"] == LABELS).all()
     for index in range(7):
         assert (np.asarray(Image.open(folder.path / "images" / f"{index:06d}.png")) == IMAGES[index]).all()
-    assert read_settings(folder.path) == SETTINGS
+    assert read_object(folder.path / "settings.json") == SETTINGS
 
 
 def test_the_grid_shows_the_first_64_images(tmp_path):

@@ -452,20 +452,20 @@ def test_a_grid_that_cannot_be_written_does_not_end_the_run(train_flags, tmp_pat
     assert capsys.readouterr().err.count("0000001.png") == 1 and list(disk.saved(tmp_path / "run")) == [2]
 
 
-def test_samples_that_are_not_finite_do_not_end_the_run(train_flags, trained, data_dir, encoder_folder, tmp_path,
-                                                        capsys):
-    """With weights that are finite: the grid or the score is left out, and the run goes on and saves."""
+@pytest.mark.parametrize("due", [["--sampling-steps", "3"], ["--eval-steps", "3", "--eval-samples", "4"]])
+def test_samples_that_are_not_finite_end_the_run_with_its_steps_saved(train_flags, trained, data_dir, encoder_folder,
+                                                                      due, tmp_path, capsys):
+    """With weights that are finite; a grid or a score."""
     folder = shutil.copytree(trained, tmp_path / "run")
     state = checkpoint.read(folder, mmap=False)
     state["ema"]["final_layer.linear.bias"][0] = 3e38
     disk.save(folder, state)
     AcceleratorState._reset_state(reset_partial_state=True)
-    train.main([*train_flags, "--max-train-steps", "4", "--sampling-steps", "4", "--eval-steps", "3", "--eval-samples",
-                "4", "--ref-batch", str(data_dir / "images"), "--features", f"local-dir:{encoder_folder}"])
-    said = capsys.readouterr().err
-    assert said.count("warning: no grid of step 4: the samples are not finite") == 1
-    assert said.count("warning: no score of step 3: the samples are not finite") == 1
-    assert list(disk.saved(folder)) == [2, 4] and not any("fd_encoder_4" in line for line in log(tmp_path))
+    scored = ["--ref-batch", str(data_dir / "images"), "--features", f"local-dir:{encoder_folder}"]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*train_flags, "--max-train-steps", "9", *due, *(scored if "--eval-steps" in due else [])])
+    assert ended.value.code == 2 and "not finite" in capsys.readouterr().err
+    assert list(disk.saved(folder)) == [2, 3]
 
 
 def test_a_score_that_fails_ends_the_run_with_its_steps_saved(train_flags, data_dir, encoder_folder, tmp_path, capsys):
