@@ -655,8 +655,8 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
     run.rescue = lambda step: save(step) if step > done["saved"] else None
     run.every((args.logging_steps, args.checkpointing_steps), write_log)  # a checkpoint holds no half log line
     run.every((args.checkpointing_steps,), save)
-    run.every((args.sampling_steps,), draw, optional=True)
-    run.every((args.eval_steps,), score, optional=True)
+    run.every((args.sampling_steps,), draw, optional="--sampling-steps")
+    run.every((args.eval_steps,), score, optional="--eval-steps")
     return close
 
 

@@ -22,7 +22,7 @@ from runtime.arguments import Parser, positive
 from runtime.files import write_json
 from runtime.messages import UserError, notice, without_traceback
 
-ALL = ("train_step", "latency", "sampling", "data", "encode", "vae", "scoring", "parts")
+ALL = ("train_step", "latency", "sampling", "data", "encode", "vae", "scoring", "parts", "forms")
 NEEDS = {"sampling": "diffusers", "encode": "diffusers", "vae": "diffusers", "scoring": "torch_fidelity"}
 # For --gpu, the most valuable first. The seconds are estimates for an H200 with an empty compiler cache.
 GPU = (
@@ -34,6 +34,7 @@ GPU = (
     ("vae", {}),                                         # 75: encoder and decoder are one graph each
     ("scoring", {}),                                     # 40: 2,048 images, the later stages in full
     ("parts", {}),                                       # 10
+    ("forms", {}),                                       # 60: eight small graphs, and the network as one
     ("data", {"all_cores": True, "images": 1024, "entries": 2000, "repeats": 2}),         # 20
 )
 

@@ -37,7 +37,7 @@ from evaluations.networks import FDR6, OTHERS
 from evaluations.scoring import ADM_METRICS, INCEPTION_METRICS, OTHER_METRICS, choose, evaluate, warn_of_few
 from models.text import DEFAULT
 from runtime.arguments import Parser, at_least
-from runtime.files import sha256, write_json
+from runtime.files import read_object, sha256, write_json
 from runtime.launch import join_processes, leave_processes
 from runtime.messages import UserError, notice, say, without_traceback
 from runtime.npz import write_npz
@@ -385,15 +385,10 @@ def open_class_tokens(file: Path, sample: ImageSet, training: dict, enc_type: st
 def read_settings(sample: Path) -> dict | None:
     """The settings.json that generate.py leaves beside the npz (for a folder: in it), or None."""
     path = (sample if sample.is_dir() else sample.parent) / "settings.json"
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); sample again, or move the file away") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("training") or {}, dict):
+    settings = read_object(path)
+    if path.is_file() and not (settings and isinstance(settings.get("training") or {}, dict)):
         raise UserError(f"{path}: not an object of generate.py; sample again, or move the file away")
-    return settings
+    return settings or None
 
 
 def _output(path: Path | None, *inputs: Path | None) -> Path | None:

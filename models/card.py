@@ -30,8 +30,6 @@ def public(value: object) -> object:
         return {name: public(one) for name, one in value.items()}
     if not isinstance(value, str):
         return [public(one) for one in value] if isinstance(value, list | tuple) else value
-    if "," in value:                                              # several encoders
-        return ",".join(map(public, value.split(",")))
     kind, place = re.fullmatch(r"([\w-]+:)?(.*)", value, re.DOTALL).groups("")
     private = re.search(r"^[/~.]|\\|/.*/", place) or os.path.isdir(place)
     return kind + re.split(r"[/\\]", place.rstrip("/\\"))[-1] if private else value
@@ -40,6 +38,8 @@ def public(value: object) -> object:
 def public_record(record: dict) -> dict:
     """A network's `record` to share: of the settings those in KEPT, and everything `public`, as scores are already."""
     args = {name: value for name, value in record.get("args", {}).items() if name in KEPT}
+    if isinstance(args.get("enc_type"), str):                     # several, with commas between them
+        args["enc_type"] = ",".join(map(public, args["enc_type"].split(",")))
     kept = {name: value if name == "scores" else public(value) for name, value in record.items() if name != "args"}
     return kept | ({"args": public(args)} if args else {})
 
@@ -56,7 +56,7 @@ def read_scores(samples: Path, digest: str, which: str) -> list[list[str]]:
                 setting = [f"{name} {public(how[name])}" for name in SETTINGS if how.get(name) not in (None, False)]
                 setting += [f"VAE {public(settings.get('vae'))}", f"block {settings.get('per_proc_batch_size')}"]
                 found += _scores(public(result), ", ".join(setting))
-        except (LookupError, TypeError, AttributeError):
+        except (LookupError, TypeError, AttributeError, RecursionError):
             notice(f"{path}: not scores of samples that generate.py made; left out")
     return found
 

@@ -117,7 +117,7 @@ def read_shared(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read now ({error!r}); give the same command again later") from error
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({type(error).__name__}), expected a file of `python -m "
-                      "models.checkpoint export`; a checkpoint of training: export it first") from error
+                      "models.checkpoint export`; if it is a checkpoint of training, export it first") from error
 
 
 def find(name: str | Path, **where) -> Path:
@@ -175,7 +175,7 @@ def digest_of(path: Path) -> str:
 
 
 def name_of(path: Path) -> str:
-    """What people call a checkpoint's file: its stem; of a network's folder the folder's name, or the hub's."""
+    """What people call a checkpoint's file: its stem; of a file WEIGHTS its folder's name, or the hub's."""
     if path.name != WEIGHTS:
         return path.stem
     place = path.absolute().parent

@@ -112,7 +112,8 @@ class Destination:
         if record := read_object(self.folder / UNFINISHED):
             self._require_same(record)
         elif self.folder.exists() and len(FolderStore(self.folder).names()):
-            raise UserError(f"--dest {shown(self.folder)}: holds other files; choose another --dest or empty it")
+            raise UserError(f"--dest {shown(self.folder)}: holds other files, or a damaged {UNFINISHED}; choose "
+                            "another --dest or empty it")
         return False
 
     def _require_same(self, found: object) -> None:

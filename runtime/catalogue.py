@@ -244,7 +244,6 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> Catalogu
         arrays["table"] = store.directory[1][np.isin(store.directory[0], files)]
         start = int((arrays["table"][:, 0] + arrays["table"][:, 1]).max())        # behind this are only lists
     arrays["stamp"] = np.array(_stamp(store.path, start))
-
     try:
         write_npz(catalogue_file(path), (), 0, (0, 0), **arrays)
     except UserError as error:

@@ -74,10 +74,11 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_object(path: Path) -> dict:
-    """The object in a JSON file; {} if the file is missing, cannot be read, or holds something else."""
+    """The object in a JSON file; {} if there is none, or something else in it. Raises UserError as read_patiently."""
+    data = read_patiently(path.read_bytes, str(path)) if path.is_file() else b"{}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(data)
+    except (ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
 

@@ -1,4 +1,4 @@
-"""npz files in ADM's form, read in blocks and written atomically: `arr_0` uint8 (N, H, W, 3) and smaller arrays."""
+"""npz files, read in blocks and written atomically; in ADM's form `arr_0` uint8 (N, H, W, 3) and smaller arrays."""
 
 import contextlib
 import math

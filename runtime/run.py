@@ -48,14 +48,14 @@ class Run:
     def __init__(self, start: int, last: int, stop: StopRequest):
         self.step, self.last, self.stop = start, last, stop
         self.meter = Meter()
-        self.due: list[tuple[tuple[int, ...], Callable[[int], None], bool]] = []
+        self.due: list[tuple[tuple[int, ...], Callable[[int], None], str]] = []
         self.fetch: Callable[[], None] = lambda: None
         self.rescue: Callable[[int], None] = lambda step: None
 
-    def every(self, periods: tuple[int, ...], action: Callable[[int], None], optional: bool = False) -> None:
+    def every(self, periods: tuple[int, ...], action: Callable[[int], None], optional: str = "") -> None:
         """Call `action(step)` after each step that a number in `periods` divides (0: never), and after the last one.
 
-        An `optional` action is left out when a signal has come, so that the run can save.
+        `optional`: the flag that leaves the action out; so does a signal, so that the run can save.
         """
         periods = tuple(period for period in periods if period)
         if periods:
@@ -89,8 +89,10 @@ class Run:
             if due and not (optional and step < self.last and self.stop.agreed()):
                 try:
                     self.meter.pause(action, step)
-                except Exception:                                 # whatever it is: the state is whole
+                except Exception as error:                        # whatever it is: the state is whole
                     self.rescue(step)
+                    if optional and isinstance(error, UserError):
+                        raise type(error)(f"step {step}: {error}; or give {optional} 0") from error
                     raise
 
     @property

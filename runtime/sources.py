@@ -388,7 +388,7 @@ def open_source(path: str | Path, image_column: str | None = None, label_column:
     splits = sorted({found[1] or found[2] for stem in stems if (found := SPLIT.match(stem))})
     twice = sorted({f"{one} (twice)" for one, next_one in itertools.pairwise(stems) if one == next_one})
     if several := next((names for names in (forms, splits) if len(names) > 1), twice):
-        pattern = Path(shards[0]).with_name(f"{''.join(splits[:1])}*{Path(shards[0]).suffix}")
+        pattern = Path(shards[0]).with_name(f"{splits[0] if several is splits else ''}*{Path(shards[0]).suffix}")
         raise UserError(f"{shown(path)}: holds shards of {shown(', '.join(several[:9]))}; give those of one, as in "
                         f"--source '{shown(pattern)}'")
     if squeezed := [name for name in inside if re.search(r"\.(tar\.\w+|tgz)$", name) and not plain]:

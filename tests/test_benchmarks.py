@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import train
-from benchmarks import data, encode, harness, latency, parts, plain, sampling, scoring, train_step, vae
+from benchmarks import data, encode, forms, harness, latency, parts, plain, sampling, scoring, train_step, vae
 from dataset import LatentDataset
 from evaluations.features import Extractor
 from evaluations.metrics import precision_recall
@@ -93,6 +93,32 @@ def test_parts(capsys):
     assert rows["AdamW and EMA"]["ideal"] == 40 * sum(parameter.numel() for parameter in network.parameters()) / 1e9
     assert rows["alignment loss"]["ideal"] == 20 * 2 * 2 * 768 / 1e9                         # 2 images, 2 tokens
     assert all(row["ratio"] > 0 for row in rows.values())
+
+
+def test_forms(capsys):
+    rows = rows_of(forms.measure(CPU, "SiT-T/2", batch_size=1, compile=False, resolution=32, repeats=1), capsys)
+    assert rows["attention and gradients, queries apart"]["formula"].endswith("of the form in use")
+    assert rows["norm and gradients, in use"]["formula"].startswith("1.000 ")
+    assert {"attention by flex_attention, keys apart", "GELU, in the product", "network, one CUDA graph"} <= rows.keys()
+
+
+def test_other_forms_of_attention_are_exact():
+    """To float32's rounding; the gradients too, where a CPU has them. Keys that dominate and keys that vanish."""
+    torch.manual_seed(0)
+    for size in (1.0, 8.0):
+        inputs = [(size * torch.randn(2, 3, 17, 8)).requires_grad_() for _ in range(3)]
+        wanted = nn.functional.scaled_dot_product_attention(*inputs)
+        gradients = torch.autograd.grad(wanted.square().sum(), inputs)
+        for form in (forms.queries_apart, forms.keys_apart):
+            assert (form(*(one.detach() for one in inputs)) - wanted).abs().max() < 1e-6 * size
+        found = torch.autograd.grad(forms.queries_apart(*inputs).square().sum(), inputs)
+        for one, other in zip(found, gradients, strict=True):
+            assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+def test_gelu_in_the_product():
+    x, weight, bias = torch.randn(2, 5, 8), torch.randn(16, 8), torch.randn(16)
+    assert (forms.gelu_in_product(x, weight, bias) - forms.gelu(x, weight, bias)).abs().max() < 5e-4
 
 
 def test_data(capsys):
@@ -229,7 +255,7 @@ def test_a_gpus_rows_are_in_the_order_of_their_worth_and_missing_packages_are_na
     with pytest.raises(SystemExit):                               # latency has failed
         every.main(["--gpu", "--minutes", "6", "--output", str(tmp_path / "all.json")])
     assert order == ["train_step SiT-XL/2", "latency SiT-XL/2", "sampling SiT-XL/2", "train_step SiT-B/2",
-                     "train_step SiT-L/2", "scoring", "parts SiT-XL/2", "data"]
+                     "train_step SiT-L/2", "scoring", "parts SiT-XL/2", "forms SiT-XL/2", "data"]
     assert "benchmarks.vae: not measured, diffusers is not installed" in capsys.readouterr().err
 
 

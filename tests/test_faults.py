@@ -262,7 +262,6 @@ DATA = [
     (None, "encode", "--dest data", "other files", ()),
     (None, "encode", "--dest data/vae-sd", "data/vae-sd", ()),
     (write("out.zip", "mine"), "encode", "--dest out.zip", "out.zip", ()),
-    (write("out/.unfinished.json", "{"), "encode", "", "out", ()),
 
     (cut("photos/cat/a.png"), "convert", "", "photos/cat/a.png", BEGUN),
     (bomb("photos/dog/d.png"), "convert", "", "photos/dog/d.png", BEGUN),

@@ -464,7 +464,8 @@ def test_samples_that_are_not_finite_end_the_run_with_its_steps_saved(train_flag
     scored = ["--ref-batch", str(data_dir / "images"), "--features", f"local-dir:{encoder_folder}"]
     with pytest.raises(SystemExit) as ended:
         train.main([*train_flags, "--max-train-steps", "9", *due, *(scored if "--eval-steps" in due else [])])
-    assert ended.value.code == 2 and "not finite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "step 3: the samples are not finite" in said and f"{due[0]} 0" in said
     assert list(disk.saved(folder)) == [2, 3]
 
 
