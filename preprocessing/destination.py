@@ -169,7 +169,8 @@ class Destination:
         if self._look() != self._written:
             raise UserError(f"{self.where}: another process has just written it; give the same command again")
         names = {} if source_names is None else {"source_names": [*map(os.fsdecode, source_names.tolist())]}
-        self._write_record(UNFINISHED, {**self.settings, **names})
+        record = json.dumps({**self.settings, **names})
+        write_whole(self.folder / UNFINISHED, lambda partial: partial.write_text(record))
 
     def _take(self) -> None:
         """Lock the folder, and remove what killed processes left beside its files."""
@@ -189,9 +190,6 @@ class Destination:
             raise UserError(f"{shown(path)}: cannot be written ({error.strerror}); make room, or choose another --dest"
                             ) from error
 
-    def _write_record(self, name: str, content: dict) -> None:
-        write_whole(self.folder / name, lambda partial: partial.write_bytes(json.dumps(content).encode()))
-
     def leave_out(self, names: np.ndarray) -> None:
         """Go on without these of the names; their files are removed."""
         for name in names.tolist():
@@ -205,7 +203,8 @@ class Destination:
             raise UserError(f"{shown(self.folder)}: lacks {missing.sum()} of {len(missing)} files "
                             f"({few(self.names[missing])}); give the same command again")
         sample = sample_digests(FolderStore(self.folder), self.names)
-        self._write_record(METADATA, {**metadata, "made_with": self.settings, "sample": sample})
+        record = json.dumps({**metadata, "made_with": self.settings, "sample": sample})
+        write_whole(self.folder / METADATA, lambda partial: partial.write_text(record))
         if self.zipped:
             names = [*map(os.fsdecode, np.sort(self.names)), METADATA]
             files = ((name, (self.folder / name).read_bytes()) for name in tqdm(names, "zip", unit="file"))

@@ -109,7 +109,7 @@ class SampleFolder:
         Unless blocks are kept, write the settings. Raises UserError if another process writes the folder, or
         has just finished it.
         """
-        self._take()
+        self._lock = lock(self.path, "give another --sample-dir")
         same = keep or read_object(self.path / SETTINGS) == json.loads(json.dumps(settings))
         if same and all(self._is_finished(part) for part in self.parts):
             raise UserError(f"{self.path}: another process has just written it; give the same command again")
@@ -122,9 +122,6 @@ class SampleFolder:
             shutil.rmtree(folder, ignore_errors=True)
         if not keep:                      # last: the old settings stay until nothing made with them is left
             write_json(self.path / SETTINGS, settings)
-
-    def _take(self) -> None:
-        self._lock = lock(self.path, "give another --sample-dir")
 
     def write_block(self, block: range, **arrays: np.ndarray) -> None:
         """Any process: write each part's rows of a block (B, ...)."""
@@ -159,7 +156,7 @@ class SampleFolder:
             shutil.rmtree(self.block_folder(part), ignore_errors=True)
         missing = set(self._missing_png())
         if missing or geneval is not None:
-            self._take()
+            self._lock = lock(self.path, "give another --sample-dir")
         if missing:
             self._export(missing)
         if geneval is not None:

@@ -353,7 +353,10 @@ def _kind(values: list) -> str:
 
 
 class ListStore(RowStore):
-    """The pictures that a list (CSV, TSV, JSON lines) names, by paths from its own folder."""
+    """The pictures that a list (CSV, TSV, JSON lines) names, by paths from its own folder.
+
+    One in several lines has the captions of all.
+    """
 
     def __init__(self, path: str, named: dict[str, str | None]):
         """Raises UserError for an unreadable list, and for columns as `choose` does."""
@@ -362,12 +365,15 @@ class ListStore(RowStore):
         kinds = {name: _kind([record[name] for record in records]) for name in (records or [{}])[0]}
         self.columns = choose(kinds, named, shown(path))
         pictures = [record[self.columns["image"]] for record in records]
-        if not all(map(_is_picture, pictures)) or len({*pictures}) < len(pictures):
+        if not all(map(_is_picture, pictures)) or len({*pictures}) < len(pictures) and not self.columns["caption"]:
             raise UserError(f"{shown(path)}: names a picture twice, or something else than a picture; correct it")
-        self._records = dict(zip(pictures, records, strict=True))
+        self._records = {name: [] for name in pictures}
+        for name, record in zip(pictures, records, strict=True):
+            self._records[name].append(record)
 
     def values(self, column: str | None) -> dict[str, Any]:
-        return {name: record.get(column) for name, record in self._records.items()}
+        found = {name: [record.get(column) for record in records] for name, records in self._records.items()}
+        return {name: values if len({*map(str, values)}) > 1 else values[0] for name, values in found.items()}
 
 
 def open_source(path: str | Path, image_column: str | None = None, label_column: str | None = None,

@@ -260,7 +260,8 @@ def test_a_gpus_rows_are_in_the_order_of_their_worth_and_missing_packages_are_na
 
 
 @pytest.mark.parametrize(("module", "flags", "word"), [
-    ("__main__", ["--gpu", "--output", "{}/all.json"], "--gpu"), ("__main__", ["--minutes", "0"], "--minutes"),
+    ("__main__", ["--gpu", "--minutes", "1e-9", "--output", "{}/all.json"], "--gpu"),
+    ("__main__", ["--minutes", "0"], "--minutes"),
     ("__main__", ["--only", "nosuch"], "nosuch"), ("__main__", ["--output", "{}"], "cannot be written"),
     ("train_step", ["--model", "SiT-B"], "SiT-B"), ("train_step", ["--precision", "fp16"], "CUDA"),
     ("train_step", ["--repeats", "0"], "--repeats"), ("train_step", ["--enc-type", "none"], "none")])

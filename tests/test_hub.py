@@ -392,9 +392,11 @@ def test_sampling_a_folder_and_an_id(trained, exported, vae_folder, tmp_path):
 
 
 def test_samples_of_an_edited_description_are_made_again(exported, tmp_path):
+    """But for scores, which an export after scoring adds."""
     copy = Path(shutil.copytree(exported / "pipe", tmp_path / "copy"))
     folder = sample(copy, tmp_path / "samples")
     before = (folder / "samples.npz").stat().st_mtime_ns
+    config(scores=[["fid", "1", "50", "inception", "ref.npz", "mode sde"]])(copy / "transformer")
     assert sample(copy, tmp_path / "samples") == folder and (folder / "samples.npz").stat().st_mtime_ns == before
     config(steps=3)(copy / "transformer")
     assert sample(copy, tmp_path / "samples") == folder and (folder / "samples.npz").stat().st_mtime_ns > before

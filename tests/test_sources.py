@@ -327,6 +327,21 @@ def test_shards_by_pattern_and_one_split_of_a_folder(pictures, tmp_path, refused
     assert told(tmp_path / "images") == told(tmp_path / "one")
 
 
+def test_a_picture_in_several_lines_of_a_list_has_their_captions(folder, tmp_path, refused):
+    """As Flickr30k's captions.txt; a label may be repeated, too, but not another one."""
+    names = [f"photos/{NAMES[LABELS[i]]}/p{i}.{FORMS[i]}" for i in range(COUNT)]
+    text = "image,label,caption\n" + "".join(
+        f"{name},{LABELS[i]},{word} {i}\n" for word in ("a", "b") for i, name in enumerate(names))
+    (tmp_path / "photos").symlink_to(folder)
+    (tmp_path / "list.csv").write_text(text)
+    (tmp_path / "other.csv").write_text(text.replace(",0,b", ",1,b"))
+    columns = "--label-column=label", "--caption-column=caption"
+    convert(tmp_path / "list.csv", tmp_path / "images", *columns)
+    assert {words for _, _, words in told(tmp_path / "images")[0]} == {(f"a {i}", f"b {i}") for i in range(COUNT)}
+    assert sorted(label for _, label in record(tmp_path / "images")["labels"]) == sorted(LABELS)
+    assert "label ['0', '1']" in refused(convert, tmp_path / "other.csv", tmp_path / "more", *columns)
+
+
 def test_what_datasets_caches_beside_its_shards_is_no_data(pictures, tmp_path):
     datasets = pytest.importorskip("datasets")
     source = hugging_face(tmp_path / "hf", pictures, "arrow")
