@@ -185,11 +185,6 @@ def require_seen(classes: tuple[int, ...] | None, seen: list | None, num_classes
 
 # ------------------------------------------------------------------------------------------- which images, which folder
 
-def read_checkpoint(path: Path) -> tuple[dict, str]:
-    """The content of a checkpoint and its `digest_of`."""
-    return checkpoint.read(path), digest_of(path)
-
-
 def read_prompts(path: str) -> tuple[list[str], list[str]]:
     """The prompts of a file with one on each line (of JSONL the field `prompt`), and the lines, without empty ones.
 
@@ -345,7 +340,7 @@ def make_blocks(folder: SampleFolder, blocks: list[range], model: Network, codec
 def main(argv=None) -> None:
     args = parse_args(argv)
     path = find(args.ckpt)
-    state, digest = read_checkpoint(path)
+    state, digest = checkpoint.read(path), digest_of(path)
     model, space = checkpoint.build_for_sampling(state, args.model, args.weights), space_of(state)
     require_suitable(args, state, model)
 

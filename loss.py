@@ -27,8 +27,7 @@ class Terms(NamedTuple):
 def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
     """Minus the mean cosine of projected tokens and targets, (B, T, E) per encoder, over tokens, batch and encoders.
 
-    REPA (arXiv 2410.06940), eq. 6. Three sums over E per token, which a compiler fuses into one pass over the memory.
-    Raises ValueError if numbers of encoders or shapes differ.
+    REPA (arXiv 2410.06940), eq. 6. Raises ValueError if numbers of encoders or shapes differ.
     """
     if [p.shape for p in projected] != [z.shape for z in targets]:
         raise ValueError(f"projected tokens {[tuple(p.shape) for p in projected]} do not match the targets "
@@ -38,6 +37,7 @@ def alignment_loss(projected: list[torch.Tensor], targets: list[torch.Tensor]) -
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Cosine along the last axis, (..., E) -> (...); 0 where a vector is 0."""
+    # Three sums over E, which a compiler fuses into one pass over the memory.
     lengths = [torch.linalg.vector_norm(vector, dim=-1).clamp(min=1e-8) for vector in (a, b)]
     return (a * b).sum(dim=-1) / (lengths[0] * lengths[1])
 
@@ -85,23 +85,21 @@ class SILoss:
             model_kwargs: dict(y=labels (B,)).   zs: targets (B, T, E) per projector; None or empty: no alignment.
             time_input (B,), noises (like images), cls_noises (like cls_token): drawn if None.
         """
-        images = images.float()
+        images, path = images.float(), self.path
         if time_input is None:
             time_input = draw_t(self.weighting, self.path_type, len(images), images.device)
             time_input = time_input if self.time_shift == 1 else shift_time(time_input, self.time_shift)
         t = time_input.float()                                                            # (B,)
-        pair = [(images, torch.randn_like(images) if noises is None else noises.float())]
-        if cls_token is not None:
-            cls_token = cls_token.float()
-            pair.append((cls_token, torch.randn_like(cls_token) if cls_noises is None else cls_noises.float()))
-
-        # The class token is noised with the same t as the latents, and its own noise.
-        corrupted = [self.path.corrupt(x, eps, t) for x, eps in pair]                     # (B, C, H, W) and (B, E)
-        noised, noised_cls = [*corrupted, None][:2]
+        eps = torch.randn_like(images) if noises is None else noises.float()              # (B, C, H, W)
+        noised, target = path.corrupt(images, eps, t), path.velocity(images, eps, t)      # (B, C, H, W) each
+        noised_cls = None
+        if cls_token is not None:                                 # the same t as the latents, and its own noise
+            cls_token = cls_token.float()                                                 # (B, E)
+            cls_eps = torch.randn_like(cls_token) if cls_noises is None else cls_noises.float()           # (B, E)
+            noised_cls, cls_target = path.corrupt(cls_token, cls_eps, t), path.velocity(cls_token, cls_eps, t)
         velocity, projected, cls_velocity = model(noised, t, **model_kwargs, cls_token=noised_cls)
-        errors = [(v.float() - self.path.velocity(x, eps, t)) ** 2
-                  for v, (x, eps) in zip((velocity, cls_velocity), pair, strict=False)]
-        denoising, cls = [*(error.flatten(1).mean(dim=1) for error in errors), None][:2]  # (B,) each
+        denoising = ((velocity.float() - target) ** 2).flatten(1).mean(dim=1)             # (B,)
+        cls = None if cls_token is None else ((cls_velocity.float() - cls_target) ** 2).mean(dim=1)       # (B,)
 
         aligned = [p[:, self.tokens] for p in projected], [z[:, self.tokens] for z in zs or ()]
         proj = self.alignment_loss(*aligned) if zs else None

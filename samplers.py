@@ -1,7 +1,7 @@
 """Sampling: guided velocity field, ODE and SDE solvers on the pair (latents, class token), one seed per image.
 
 The state is the pair, flattened to one float64 matrix S (B, C*H*W + E), so that every update is written once. A solver
-sees `field(state, t) -> velocity` and nothing else; guidance is settled before it (REG, arXiv 2507.01467, appendix;
+sees `field(state, t) -> velocity` and nothing else; the field has guidance in it (REG, arXiv 2507.01467, appendix;
 interval guidance: arXiv 2404.07724). Time runs from 1 (noise) to 0 (data).
 """
 
@@ -57,8 +57,9 @@ def guided_field(model, condition: torch.Tensor, null: torch.Tensor | None, shap
         latents, cls_token = unpack(state.repeat(2, 1), shape, dtype)
         both = velocity(latents, cls_token, t, torch.cat([condition, unconditional]))
         (c, u), (cls_c, cls_u) = (member.double().chunk(2) if member is not None else (None, None) for member in both)
+        v = u + scale * (c - u)
         cls_v = cls_c if cls_c is None or cls_scale <= 0 else cls_u + cls_scale * (cls_c - cls_u)
-        return pack((u + scale * (c - u), cls_v))
+        return pack((v, cls_v))
 
     return lambda t_start: guided if scale > 1 and low <= t_start <= high else conditional
 
@@ -89,7 +90,7 @@ def euler_maruyama_step(field, x, t, t_next, path, noise):
 def time_grid(last: float, count: int, shift: float) -> list[float]:
     """`count` times from 1 to `last`, equally spaced, then moved by `shift_time`; both ends stay.
 
-    A shift below 1 moves times beyond `last`; these are left out.
+    A shift below 1 moves some times below `last`. They are left out, so fewer remain.
     """
     times = shift_time(torch.linspace(1, last, count, dtype=torch.float64), shift).tolist()
     return [*(t for t in times[:-1] if t > last), last]
@@ -124,10 +125,10 @@ def euler_sampler(model, latents, condition, null=None, num_steps=250, heun=Fals
     Args:
         model: (latents, t, condition, cls_token=) -> (velocity, _, class-token velocity | None).
         latents: noise (B, C, H, W).      cls_latents: noise (B, E); required by a model with a class-token slot.
-        condition: (B, ...), as the model takes it.    null: its counterpart without condition, (B, ...) or one for all;
-        None: `model.num_classes`.
-        path_type: checked only, the ODE of a velocity is the same on every path.
-        cfg_scale: guidance of the latents for guidance_low <= t <= guidance_high; 1: none.
+        condition: (B, ...), as the model takes it.
+        null: the unconditional input, one for each image or one for all; None: `model.num_classes`.
+        path_type: only checked; the ODE needs the velocity, not the path.
+        cfg_scale: guidance of the latents for guidance_low <= t <= guidance_high; 1 or less: none, of either member.
         cls_cfg_scale: guidance of the class token; None: cfg_scale; <= 0: conditional only.
         time_shift: s of `shift_time`, which moves the times between the first and the last; 1: equal steps.
     Returns:
@@ -161,7 +162,7 @@ def euler_maruyama_sampler(model, latents, condition, null=None, num_steps=250, 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Everything but the weights that decides what image i is; the defaults are the published guided setting."""
+    """How to sample: with the weights, the conditions and the decoder it decides image i. Defaults: as published."""
 
     mode: str = "sde"                             # sde: Euler-Maruyama · ode: Euler, or Heun
     num_steps: int = 250
@@ -173,7 +174,7 @@ class Sampling:
     seed: int = 0
     path_type: str = "linear"
     time_shift: float = 1.0                       # of the steps' times, as in training
-    precision: str = "fp32"                       # of the network: fp32 · tf32 · bf16
+    precision: str = "fp32"                       # bf16: autocast · fp32, tf32: the caller sets TF32
 
 
 def image_rng(seed: int, index: int) -> np.random.Generator:

@@ -70,8 +70,8 @@ def train(args: argparse.Namespace, run: disk.Run, batches: Iterator[tuple], spa
     network, micros = accelerator.prepare(model.train()), args.gradient_accumulation_steps
     for step in run.steps():                                      # start + 1 .. --max-train-steps, or until a signal
         for micro in range(micros):
-            seen, moments, shown = next(batches)                  # images or features by encoder, (B, 2C, H, W), B
-            reseed(args.seed, step - 1, micro, accelerator.process_index)
+            seen, moments, shown = next(batches)                  # one for each encoder, (B, 2C, H, W), B
+            reseed(args.seed, step - 1, micro, accelerator.process_index)                 # batches count from 0
             latents = space.sample(moments)                       # (B, C, H, W)
             with torch.no_grad(), accelerator.autocast():
                 cls_token, targets = encode(encoders, seen, args.method == "reg")         # (B, E), [(B, T, E), ...]
@@ -95,7 +95,7 @@ def encode(encoders: Sequence[AnyEncoder], seen: list,
            with_class_token: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The first encoder's class token (B, E), raw, or None, and each encoder's targets (B, T, E).
 
-    `seen`: uint8 images (B, 3, R, R) or stored features, by encoder. With the class token, which comes first, T = 1+N.
+    `seen`: uint8 images (B, 3, R, R) or stored features, by encoder. T is 1+N with the class token in front, else N.
     """
     encoded = [encoder.features(each, with_class_token) for encoder, each in zip(encoders, seen, strict=True)]
     return encoded[0][0] if with_class_token else None, [target for _, target in encoded]
@@ -107,11 +107,11 @@ def reseed(*key: int) -> None:
 
 
 def step_if(finite: torch.Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler | None) -> None:
-    """Take an AdamW step if `finite` (), else change nothing. The device decides; the host does not wait.
+    """Take an AdamW step if `finite`, a bool (), else change nothing. The device decides; the host does not wait.
 
     The fp16 scaler halves its scale after a skipped step.
     """
-    optimizer.found_inf = (~finite).float()                       # where fused AdamW looks; GradScaler uses it, too
+    optimizer.found_inf = (~finite).float()                       # 1: fused AdamW skips; GradScaler sets it, too
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if scaler is not None:
@@ -145,7 +145,7 @@ def meter_terms(meter, terms: Terms, total: torch.Tensor) -> None:
 # Flags of the released training programs that have no meaning here, and what to use instead.
 RELEASED_FLAGS = {
     "epochs": "training is counted in steps; give --max-train-steps (an epoch of ImageNet is 5,005 of 256 images)",
-    "legacy": "labels are dropped once, in the network; leave it out, or give --cfg-prob 0.19 for both drops of 0.1",
+    "legacy": "labels are dropped once, in the network; leave it out; --cfg-prob 0.19 equals two drops of 0.1",
     "logging-dir": "logs are in the experiment's folder, OUTPUT_DIR/EXP_NAME; leave it out",
     "no-legacy": "labels are always dropped once; leave it out",
     "ops-head": "--model decides the number of heads; leave it out",
@@ -196,7 +196,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scoring = parser.add_argument_group("scoring while training")
     scoring.add_argument("--eval-steps", type=at_least(0), default=0, metavar="STEPS",
                          help=f"steps between scores of EMA samples ({SCORED.mode}, {SCORED.num_steps} steps, "
-                              f"unguided, random labels or captions), logged as fid_10k or alike; 0: none")
+                              f"unguided, random labels or captions), logged as e.g. fid_10k; 0: none")
     scoring.add_argument("--eval-samples", type=at_least(2, 10**7), default=10_000, metavar="N",
                          help="samples per score; FID compares at equal numbers only")
     scoring.add_argument("--ref-batch", metavar="REF", help="reference: npz, image folder or statistics file")
@@ -258,7 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--max-grad-norm", type=positive, default=1.0, metavar="NORM",
                        help="gradients are clipped to this norm")
     optim.add_argument("--ema-decay", type=below_one, default=0.9999, metavar="DECAY",
-                       help="of the averaged weights, per step")
+                       help="of the average of the weights, per step")
     optim.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"),
                        help="autocast; None: bf16 where CUDA has it, else no")
     optim.add_argument("--compile", action=flag, help="torch.compile for networks and alignment; None: on CUDA")
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
         return dry_run(args)
     require_short_tmpdir(args.num_workers)
     with StopRequest(PATIENCE) as stop:
-        # The door: what is wrong with data, launcher, checkpoint or weights shows before the first step.
+        # Check data, launcher, checkpoint and weights before the first step.
         data, space, resolution = open_data(args)
         accelerator = open_accelerator(args)
         indices = GlobalBatchSampler(len(data), args.batch_size, seed=args.seed,
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
                 close(run.step)
                 if stop.failure is None:
                     notice(f"stopped by {stop.asked.name} after step {run.step}: give the same command again to go on")
-            accelerator.wait_for_everyone()                       # a rank that ended now would end the one that saves
+            accelerator.wait_for_everyone()                       # else the launcher may end the rank that still saves
             track(accelerator, accelerator.end_training)
             leave_processes()
         if run.interrupted:
@@ -493,7 +493,7 @@ def open_scoring(args: argparse.Namespace, device: torch.device) -> tuple[ImageS
         return None
     reference = open_images(args.ref_batch, "--ref-batch")
     extractor = load_extractor(args.features, device, args.inception_weights)
-    choose([metric_of(extractor)], reference, reference, extractor)
+    choose([metric_of(extractor)], reference, reference, extractor)   # in place of samples, which do not exist yet
     return reference, extractor
 
 
@@ -549,7 +549,7 @@ def open_networks(args: argparse.Namespace, space: LatentSpace, resolution: int,
     ema = deepcopy(model).eval().requires_grad_(False)
     networks = [model, *(one for one in encoders if isinstance(one, torch.nn.Module))]
     compiled = args.compile and all([compile_parts(network) for network in networks])
-    aligned = args.align if args.method == "reg" and args.align else "all"  # without a slot all tokens are patches
+    aligned = args.align if args.method == "reg" and args.align else "all"  # without a slot there are only patches
     objective = SILoss(path_type=args.path_type, weighting=args.weighting, align=aligned, compile=compiled,
                        time_shift=shift_of(args, space, resolution))
     # Fused: one kernel for all parameters, which can skip an update without asking the host (`step_if`).
@@ -619,7 +619,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
             line["not_finite"] = bad
         write_line(log, accelerator, line, SHOWN)
         if means["skipped_updates"]:
-            notice(f"{means['skipped_updates']} update(s) skipped up to step {step}, not finite: {', '.join(bad)}")
+            notice(f"{means['skipped_updates']} update(s) skipped up to step {step}; not finite: {', '.join(bad)}")
         if in_a_row >= args.max_skipped_updates:
             save(step)
             raise UserError(f"--max-skipped-updates {args.max_skipped_updates}: {in_a_row} updates in a row skipped up "

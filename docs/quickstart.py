@@ -23,8 +23,6 @@ os.chdir(next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder 
 # the averaged ones (EMA).
 
 # %%
-from dataclasses import replace
-
 import torch
 
 from dataset import LatentDataset
@@ -51,8 +49,8 @@ print(trained["method"], trained["model"], "step", state["steps"], model.config)
 
 # %%
 conditions = ClassLabels(model.num_classes, labels="balanced")
-how = Sampling(mode="ode", num_steps=25)
-images, labels, tokens = sample_images(model, codec, range(16), how, conditions)      # (16, 3, R, R), 16, (16, E)
+how = dict(mode="ode", num_steps=25)
+images, labels, tokens = sample_images(model, codec, range(16), Sampling(**how), conditions)  # (B, 3, R, R), B, (B, E)
 grid_of(images, 8, [f"class {label}" for label in labels])
 
 # %% [markdown]
@@ -76,7 +74,7 @@ grid_of(torch.cat([images[:8], known[nearest]]), 8, ["generated"] * 8 + [f"cosin
 # token alike. Rows: scale 1 (none), 2.3 (the published one) and 5. The noise of a column is the same.
 
 # %%
-guided = {scale: sample_images(model, codec, range(256), replace(how, cfg_scale=scale), conditions)[0]
+guided = {scale: sample_images(model, codec, range(256), Sampling(**how, cfg_scale=scale), conditions)[0]
           for scale in (1.0, 2.3, 5.0)}
 grid_of(torch.cat([made[:8] for made in guided.values()]), 8, [f"scale {one}" for one in guided for _ in range(8)])
 

@@ -115,7 +115,7 @@ def curves(path: Path, lines: list[dict], last: int) -> list[Html]:
     """A panel for each number in the lines of metrics.jsonl: scores of samples first, then what training logs."""
     require(lines, f"{path}: no lines; train.py writes one every --logging-steps")
     lines = sorted(lines, key=lambda line: ("loss" in line, line["step"]))
-    note = f"Steps 0 to {last:,}. Orange: the grid's." + " No scores: --eval-steps logs them." * ("loss" in lines[0])
+    note = f"Steps 0 to {last:,}; orange: the grid's." + " No scores: --eval-steps logs them." * ("loss" in lines[0])
     numbers, panels = {}, []
     for step, name, value in ((line["step"], *pair) for line in lines for pair in line.items()):
         if name != "step" and isinstance(value, int | float) and abs(value) < LARGEST:    # a nan is not
@@ -180,7 +180,8 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
     Raises UserError naming what is missing and the command that makes it.
     """
     npz = best_of(folder, rows)[0] / "samples.npz"
-    require(npz.with_name("class_tokens.npz").exists(), f"{npz.parent}: no class tokens; REG's need --save-cls-tokens")
+    require(npz.with_name("class_tokens.npz").exists(), f"{npz.parent}: no class tokens (of REG, by --save-cls-tokens)")
+    require("data_dir" in settings, f"{folder.parent}: no args.json, which names the data set")
     data_dir, name = str(settings.get("data_dir")), str(settings.get("enc_type")).split(",")[0].strip()
     require(path := features_path(data_dir, name),
             f"{data_dir}: no stored class tokens of its images; python -m preprocessing.dataset_tools encode "
@@ -189,7 +190,7 @@ def neighbours(folder: Path, rows: list[dict], settings: dict) -> list[Html]:
     tokens, _ = read_class_tokens(npz.with_name("class_tokens.npz"), read_npz_shape(npz)[0][0])             # (N, E)
     chosen = spaced(range(len(data)), CANDIDATES)
     known = torch.stack([data[i][3]["class_token"] for i in chosen])                                        # (K, E)
-    inside = [tag("p", f"Nearest among {len(known):,} of {len(data):,} images: cosine of class tokens; class or text")]
+    inside = [tag("p", f"Nearest of {len(known):,} of {len(data):,} images: cosine of class tokens, class or caption")]
     for what, one in pick_samples(npz, TOKENS, 1).items():
         (index, image), = one.items()
         cosines, nearest = torch.cosine_similarity(tokens[index], known).topk(min(NEAREST, len(known)))

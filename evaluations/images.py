@@ -109,7 +109,11 @@ def _open_folder(folder: Path, crop: int | None) -> ImageSet:
             for r in ranges:
                 yield np.stack(list(pool.map(read, names[r.start:r.stop])))
 
-    labels = _folder_labels(store, names)
+    try:
+        labels = read_labels(store, names, key=bytes)             # (N,)
+    except UserError as error:                                    # no distance depends on them
+        notice(f"{error} (read without labels)")
+        labels = None
     return ImageSet(str(folder), len(names), first.shape[:2], lambda ranges: _ahead(blocks(ranges)), labels=labels)
 
 
@@ -123,15 +127,6 @@ def _read_image(store: Store, name: bytes, crop: int | None) -> np.ndarray:
         raise UserError(f"{where}: mode {image.mode}, expected RGB or grey (8 bits); convert it, "
                         "for example with preprocessing.dataset_tools convert")
     return np.array(image.convert("RGB"))
-
-
-def _folder_labels(store: Store, names: np.ndarray) -> np.ndarray | None:
-    """Labels (N,) from dataset.json; None, with a notice, if they do not fit: no distance depends on them."""
-    try:
-        return read_labels(store, names, key=bytes)
-    except UserError as error:
-        notice(f"{error} (read without labels)")
-        return None
 
 
 # ---- an npz file -----------------------------------------------------------------------------------------------------

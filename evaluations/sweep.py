@@ -20,7 +20,7 @@ import torch
 import generate
 from evaluations import evaluator
 from evaluations.report import GUIDANCE, read_result, references_of, write_report
-from models.checkpoint import has_captions
+from models import checkpoint
 from runtime.arguments import Parser
 from runtime.files import read_object, sha256
 from runtime.launch import is_first_node, launch
@@ -185,13 +185,13 @@ def main(argv: list[str] | None = None) -> None:
     work = [(path, setting, ["--ckpt", str(path), "--precision", precision, *flags(setting), *passed_on])
             for path, setting in itertools.product(checkpoints(args.experiment, args.steps), settings)]
     parsed = [generate.parse_args(command) for *_, command in work]                       # ends here if one is wrong
-    scoring, read = None, functools.cache(generate.read_checkpoint)
+    scoring, read = None, functools.cache(lambda path: (checkpoint.read(path), checkpoint.digest_of(path)))
     if args.ref_batch is None:
         notice("REF_BATCH is not set: samples are made and not scored")
     else:
         scoring = Scoring(**{name: getattr(args, name) for name in Scoring.__dataclass_fields__})
         for path, *_ in work if scoring.clip or "clip_score" in (scoring.metrics or "") else ():
-            if not has_captions(read(path)[0], parsed[0].model):
+            if not checkpoint.has_captions(read(path)[0], parsed[0].model):
                 raise UserError(f"{path}: trained on class labels, without captions; leave --clip and clip_score out")
         evaluator.main([*flags(vars(scoring)), "--device", "cpu", "--dry-run"])           # likewise, before sampling
 

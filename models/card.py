@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def model_card(architecture: dict, record: dict, name: str, diffusers: bool) -> 
             "licence": f"{licence or 'of these weights: not stated'}; the code is under the MIT licence"}
     what, how = ('prompt="..."', '--prompt "..."') if captions else ("class_labels=0", "--num-fid-samples 16")
     flag, vae = ("", "") if diffusers or LOCAL not in rows["latent space"] else (" --vae FOLDER", ', vae="FOLDER"')
-    command = f"python generate.py --ckpt {name} {how}{flag}"
+    command = f"python generate.py --ckpt {shlex.quote(name)} {how}{flag}"
     python = f"from models.pipeline import REGPipeline\n\nREGPipeline.from_pretrained({name!r}{vae})({what}).images[0]"
     use = ["", "## Sampling", "", "In a clone of the program:", "", "```bash", command, "```", "", "```python", python,
            "```", ""]

@@ -177,14 +177,13 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     """Write one set of a checkpoint's weights, without projectors, to a folder with a model card, or to a single file
     whose metadata hold what sampling needs.
 
-    `diffusers`: as the folder of a models.pipeline.REGPipeline, with the VAE, or with another `vae`. A folder with the
-    same network is completed, and its card written again. Raises UserError as `read` does, and if `out` is anything
+    `diffusers`: as the folder of a models.pipeline.REGPipeline, with `vae`, by default that of training. A folder with
+    the same network is completed, and its card written again. Raises UserError as `read` does, and if `out` is anything
     else that exists.
     """
     out, single = Path(out), Path(out).suffix == ".safetensors"
     if single and (out.exists() or diffusers) or out.suffix in (".pt", ".pth", ".bin", ".ckpt") or out.is_file():
-        raise UserError(f"{out}: {'exists already' if out.exists() else 'wrong ending'}; name a folder or a new "
-                        ".safetensors file")
+        raise UserError(f"{out}: {'exists' if out.exists() else 'wrong ending'}; name a folder or .safetensors file")
     path = find(path)
     state, digest = read(path), digest_of(path)
     model = build_for_sampling(state, model_name, which)

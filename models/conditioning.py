@@ -3,9 +3,9 @@
     draw(index, rng)     what image `index` shows, from its own generator: a label or a caption
     embed(shown)         what the network sees of a batch (B, ...); `argument` is its name in the network's forward
     null(n)              its unconditional counterpart (n, ...), for guidance
-    drop(embedded, p)    training: a share p replaced by the null condition
+    drop(embedded, p)    training: a share p replaced by the null condition; of labels the network does that itself
 
-Trainer, samplers, guidance, grids, checkpoints and scores know only this.
+What trains, samples, guides and scores uses this interface; only the programs that open a condition tell the two apart.
 """
 
 import hashlib

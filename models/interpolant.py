@@ -1,6 +1,6 @@
 """Interpolants between data and noise, x_t = alpha(t) x + sigma(t) eps (SiT, arXiv 2401.08740, section 2).
 
-t = 0 is data, t = 1 is noise. t is always (B,); only `widen` gives it the rank of its partner.
+t = 0 is data, t = 1 is noise. t is always (B,); only `widen` reshapes it, to broadcast against (B, ...).
 """
 
 import math
@@ -79,9 +79,12 @@ def auto_shift(channels: int, side: int) -> float:
     return math.sqrt(channels * side * side / 4096)
 
 
-def draw_t(uniform_or_lognormal: str, path_type: str, batch: int, device: torch.device) -> Tensor:
-    """Draw t (B,) in [0, 1]: uniform, or lognormal, sigma / alpha = exp(N(0, 1)) (EDM, arXiv 2206.00364)."""
-    if uniform_or_lognormal == "uniform":
+def draw_t(law: str, path_type: str, batch: int, device: torch.device) -> Tensor:
+    """Draw t (B,) in [0, 1]: `uniform`, or `lognormal`: sigma / alpha = exp(N(0, 1)).
+
+    EDM (arXiv 2206.00364) draws noise levels so, with another mean and deviation.
+    """
+    if law == "uniform":
         return torch.rand(batch, device=device)
     return lognormal_t(torch.randn(batch, device=device), path_type)
 

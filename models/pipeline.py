@@ -65,9 +65,10 @@ class REGPipeline(DiffusionPipeline):
         path = find(pretrained_model_name_or_path, **where)
         captions = "context_dim" in str(read_object(path.with_name(CONFIG)).get("architecture"))
         transformer = (MMDiT if captions else SiT).from_pretrained(path)
-        if path.parent.name != TRANSFORMER or vae is not None:
+        own = path.absolute().parent.parent / VAE
+        if vae is not None or path.parent.name != TRANSFORMER or not own.is_dir():
             return cls.of(transformer, text_encoder, vae)
-        return cls(transformer, load_codec(str(path.absolute().parent.parent / VAE)).vae, text_encoder)
+        return cls(transformer, load_codec(str(own)).vae, text_encoder)
 
     push_to_hub = HubNetwork.push_to_hub
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.hub import HubNetwork
 from runtime.messages import UserError
 
-FREQUENCIES = 256            # width of the timestep sinusoid: 128 cosines, then 128 sines
+SINUSOID_WIDTH = 256         # of a time: 128 cosines, then 128 sines
 MAX_PERIOD = 10_000
 
 
@@ -53,10 +53,10 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(SINUSOID_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        half = FREQUENCIES // 2
+        half = SINUSOID_WIDTH // 2
         omega = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angle = t.float()[:, None] * omega                                                # (B, 128)
         sinusoid = torch.cat([angle.cos(), angle.sin()], dim=1)                           # (B, 256)
@@ -64,7 +64,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) -> (B, D). The last row is the null label, which replaces a label with `dropout_prob` in training."""
+    """Labels (B,) -> (B, D). In training each becomes the null label, the last row, with probability `dropout_prob`."""
 
     def __init__(self, num_classes: int, width: int, dropout_prob: float):
         super().__init__()

@@ -40,8 +40,8 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
 
     They are read from the source's dataset.json, whose content is `metadata`, and matched by `key`; without labels
     there, a label is the rank of the picture's top-level folder in sorted order. Notices tell of classes without
-    pictures and of folders that are not classes. Raises UserError if only some pictures have a label; `captioned` ones
-    then have none, nor do those in tars.
+    pictures and of folders that are not classes. Raises UserError if only some pictures have a label. If `captioned`,
+    all are then without labels, as are pictures in tars.
     """
     where = shown(store.path)
     if "labels" in metadata:
@@ -72,7 +72,7 @@ def source_labels(store: Store, names: np.ndarray, metadata: dict, key: Callable
     if len(empty):
         notice(f"{where}: folders without pictures: {len(empty)} ({few(empty)}); they do not count as classes, so the "
                "labels of the folders behind them are smaller")
-    return labels.astype(np.int64), [*map(os.fsdecode, classes)], f"from {len(classes)} sorted folders ({few(classes)})"
+    return labels.astype(np.int64), [*map(os.fsdecode, classes)], f"from {len(classes)} sorted names ({few(classes)})"
 
 
 def spread(labels: np.ndarray | None, count: int, most: int | None) -> np.ndarray:
@@ -165,7 +165,7 @@ def convert_missing(store: Store, names: np.ndarray, destination: Destination, c
     exists = ~np.isin(np.arange(len(names)), bad)
     if len(bad) > skip_bad or not exists.any():
         enough = f", or give --skip-bad {len(bad)} instead of {skip_bad}" * bool(exists.any() and kind == "pictures")
-        remedy = ("write the shards anew and choose another --dest" if isinstance(store, TableStore) else
+        remedy = ("correct the source and choose another --dest" if hasattr(store, "described") else
                   "replace or remove them and give the same command again")
         raise UserError(f"{shown(store.path)}: {len(bad)} of {len(names)} {kind} cannot be converted "
                         f"({few(names[sorted(bad)])}), named above; {remedy}{enough}")

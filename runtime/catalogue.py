@@ -177,10 +177,6 @@ def sample_digests(store: Store, names: np.ndarray) -> dict[str, str]:
 
 # ---- the catalogue ---------------------------------------------------------------------------------------------------
 
-# keys (n,), names (n,), labels (n,) or None, captions or None, metadata
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None, Captions | None, dict]
-
-
 class Catalogue:
     """The entries of a store, from its catalogue file or listed.
 
@@ -254,8 +250,11 @@ def write_catalogue(path: str | Path, extensions: tuple[bytes, ...]) -> Catalogu
 _notice_once = functools.cache(notice)
 
 
-def _recall(store: Store, extensions: tuple[bytes, ...]) -> Entries | None:
-    """Read the store's catalogue file, which also gives a zip its directory; None without one that fits."""
+def _recall(store: Store, extensions: tuple[bytes, ...]) -> tuple | None:
+    """Keys (n,), names (n,), labels (n,) or None, captions or None, and metadata of the store's catalogue file.
+
+    It also gives a zip its directory. None without one that fits.
+    """
     file = catalogue_file(store.path)
     try:
         with np.load(file, allow_pickle=False) as archive:

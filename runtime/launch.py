@@ -221,7 +221,7 @@ def join_processes(cpu: bool = False):
 
 
 def leave_processes() -> None:
-    """Destroy the process group, if there is one; the last line of a program that ends in order, after `main`.
+    """Destroy the process group, if there is one; a program that ends in order calls it last.
 
     gloo's threads must end before the interpreter: one that holds a tensor then asks for the GIL, and the process
     aborts.

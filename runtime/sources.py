@@ -41,7 +41,7 @@ def naming(where: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{where}: {shown(str(error))}; `pip install {error.name or 'LIBRARY'}`, or again") from None
+        raise UserError(f"{where}: {shown(str(error))}; (re)install it: pip install {error.name or ''}") from None
     except Exception as error:                                    # of any kind
         kind = MayPass if getattr(error, "errno", None) in PASSING else UserError
         raise kind(f"{where}: cannot be read ({shown(str(error))[:200]}); download or write it again") from error
@@ -60,7 +60,7 @@ def as_labels(values: dict[str, Any], where: Callable[[str], str], classes: list
     kind = str if any(isinstance(value, str) for value in values.values()) else int
     for name, value in values.items():
         if type(value) is not kind or (value < 0 if kind is int else not value.strip()):
-            raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected a name or a number >= 0")
+            raise UserError(f"{where(name)}: label {shown(str(value))[:60]}, expected name or number >= 0; correct it")
     several = sorted(set(values.values()))
     if found and 2 * len(several) > len(values) >= 32 and (kind is str or not classes and found not in LABELS):
         raise UserError(f"{where('')}: {len(several)} of {len(values)} values of {shown(found)} differ, as captions or "
@@ -319,17 +319,20 @@ class TableStore(RowStore):
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 def _records(path: str) -> list[dict]:
-    """The lines of a list: CSV or TSV with a header, or without one as path and label; JSON lines with equal names."""
+    """The lines of a list: CSV, or TSV without quotes, with a header, or without one as path and label; JSON lines with
+    equal names."""
     text = FolderStore("").read(path).decode("utf-8-sig", "surrogateescape")
     if path.endswith(".jsonl"):
         lines = [parse_json(line.encode("utf-8", "surrogateescape"), f"{shown(path)}: line {i}")
                  for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {"strict": True}
         with naming(shown(path)):
-            read = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")
-            rows = [row for row in read if row] or [[]]
-        headless = 0 < len(rows[0]) <= 2 and _is_picture(rows[0][0])
-        head = ["path", "label"][:len(rows[0])] if headless else rows.pop(0)
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), **form) if row] or [[]]
+        first = [*map(_is_picture, rows[0])]
+        if any(first) and first not in ([True], [True, False]):
+            raise UserError(f"{shown(path)}: has no header, nor path and label; name the columns in its first line")
+        head = ["path", "label"][:len(first)] if any(first) else rows.pop(0)
         lines = [dict(zip(head, row, strict=True)) if len(row) == len(head) else None for row in rows]
     for i, line in enumerate(lines, 1):
         if not isinstance(line, dict) or line.keys() != lines[0].keys():
@@ -361,7 +364,7 @@ class ListStore(RowStore):
     def __init__(self, path: str, named: dict[str, str | None]):
         """Raises UserError for an unreadable list, and for columns as `choose` does."""
         super().__init__(Path(path).parent)
-        records = _records(path)
+        self._file, records = path, _records(path)
         kinds = {name: _kind([record[name] for record in records]) for name in (records or [{}])[0]}
         self.columns = choose(kinds, named, shown(path))
         pictures = [record[self.columns["image"]] for record in records]
@@ -374,6 +377,9 @@ class ListStore(RowStore):
     def values(self, column: str | None) -> dict[str, Any]:
         found = {name: [record.get(column) for record in records] for name, records in self._records.items()}
         return {name: values if len({*map(str, values)}) > 1 else values[0] for name, values in found.items()}
+
+    def where(self, name: bytes | str) -> str:
+        return super().where(name) if os.fsdecode(name) in self._records else shown(self._file)
 
 
 def open_source(path: str | Path, image_column: str | None = None, label_column: str | None = None,

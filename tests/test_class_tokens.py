@@ -193,7 +193,7 @@ def test_encoder_and_weights_can_be_named(score, name, encoder_folder, extractor
     assert score("--enc-type", name)["class_token_encoder_sha256"] == extractor.weights_sha256
 
 
-@pytest.mark.parametrize("settings", [None, {}, {"training": None}, {"training": {"enc_type": None}}])
+@pytest.mark.parametrize("settings", [None, {"training": None}, {"training": {"enc_type": None}}])
 def test_an_encoder_that_is_not_recorded_is_asked_for(score, tmp_path, capsys, settings):
     (tmp_path / "settings.json").unlink()
     if settings is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -588,3 +590,14 @@ def test_the_pipelines_vae_is_that_of_the_latent_space(exported, pipe, vae_folde
     with pytest.raises(UserError, match="downsampling"):
         pipe(0)
     assert hub.find(exported / "pipe").parent.name == "transformer"
+
+
+def test_the_lines_of_the_readme(exported, tmp_path, monkeypatch):
+    """As they are, but for fewer steps and the classes that a small network has."""
+    readme = Path(__file__).parents[1] / "README.md"
+    lines = re.search("```python\n(.*?REGPipeline.*?)```", readme.read_text(), re.DOTALL)[1]
+    shutil.copytree(exported / "pipe", tmp_path / "reg-toy")
+    monkeypatch.chdir(tmp_path)
+    fewer = lines.replace("num_inference_steps=100", "num_inference_steps=1").replace("[0, 5, 10, 15]", "[0, 1, 0, 1]")
+    exec(fewer, {})
+    assert Image.open("sample.png").mode == "RGB"

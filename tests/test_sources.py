@@ -342,6 +342,13 @@ def test_a_picture_in_several_lines_of_a_list_has_their_captions(folder, tmp_pat
     assert "label ['0', '1']" in refused(convert, tmp_path / "other.csv", tmp_path / "more", *columns)
 
 
+def test_quotes_are_letters_in_tsv(pictures, tmp_path):
+    words = b'image\ttext\n0.png\t"a\n1.png\tb"\n2.png\tc\n'
+    fill(tmp_path, {f"{i}.png": pictures[i] for i in range(3)} | {"l.tsv": words})
+    convert(tmp_path / "l.tsv", tmp_path / "images")
+    assert [*record(tmp_path / "images")["captions"].values()] == [['"a'], ['b"'], ["c"]]
+
+
 def test_what_datasets_caches_beside_its_shards_is_no_data(pictures, tmp_path):
     datasets = pytest.importorskip("datasets")
     source = hugging_face(tmp_path / "hf", pictures, "arrow")
@@ -473,6 +480,10 @@ REFUSED = {
     "another column": (listed("l.jsonl", '{"path": "a.png", "label": 1}\n{"path": "b.png"}'), [], ["entry 2"]),
     "no JSON": (listed("l.jsonl", '{"path": "a.png"}\n{'), [], ["line 2"]),
     "ragged": (listed("l.csv", "path,label\na.png,1\nb.png\n"), [], ["entry 2"]),
+    "an open quote": (listed("l.csv", 'path,text\na.png,"hi\nb.png,x\n'), [], ["l.csv", "cannot be read"]),
+    "label before path": (listed("l.csv", "0,a.png\n1,b.png\n"), [], ["l.csv", "no header"]),
+    "a label beyond all": (listed("big.csv", "a.png,20000000\nb.png,1\n"), [], ["big.csv: label 20000000"]),
+    "no words": (listed("words.csv", "path,text\na.png,x\nb.png,\n"), [], ["words.csv: b.png: captions"]),
     "named twice": (listed("l.csv", "a.png,1\na.png,2\n"), [], ["twice"]),
     "a list as name": (listed("l.jsonl", '{"p": "a.png"}\n{"p": ["x"]}'), [], ["something else"]),
     "half a character": (listed("l.jsonl", '{"p": "a.png"}\n{"p": "\\ud800.png"}'), [], ["something else"]),

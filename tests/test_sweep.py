@@ -12,6 +12,7 @@ from PIL import Image
 
 import generate
 from evaluations import evaluator, report, sweep
+from models import checkpoint
 from runtime.files import sha256
 from runtime.messages import UserError
 from tests import test_text_to_image
@@ -230,7 +231,7 @@ def test_the_samples_are_found_though_the_compiler_does_not_work(experiment, lau
     folder, = (experiment / "samples").iterdir()
     path = experiment / "checkpoints" / "0000002.pt"
     args = generate.parse_args([*flags, "--compile"])
-    assert sweep.samples_of(args, path, *generate.read_checkpoint(path)) == folder
+    assert sweep.samples_of(args, path, checkpoint.read(path), checkpoint.digest_of(path)) == folder
 
 
 @pytest.mark.parametrize(("flags", "word"), [
