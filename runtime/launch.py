@@ -143,7 +143,7 @@ def _free_port() -> int:
 
 def _watch(agent: LocalElasticAgent, stop: StopRequest, plan: Plan) -> int:
     """Run the agent and forward the first signal, once, to each rank; returns the exit status."""
-    outcome, told, remind = ThreadPool(1).apply_async(agent.run), set(), time.monotonic() + 10
+    outcome, told, remind = ThreadPool(1).apply_async(agent.run), set(), time.monotonic() + 5
     while not outcome.ready():
         ranks = {worker.id for worker in agent.get_worker_group().workers if worker.id}   # process ids
         if not ranks and time.monotonic() > remind:
