@@ -5,7 +5,7 @@
 #
 # REG denoises a pair: the image's latents, and the *class token* of a frozen image encoder. This notebook loads a
 # checkpoint, samples pairs, looks at them, guides them and scores them, in a few minutes on two CPU cores.
-# `make toy` (12 minutes) makes the files that it reads. For another run change the three names below.
+# `make toy` (12 to 24 minutes) makes the files that it reads. For another run change the three names below.
 
 # %%
 import os
