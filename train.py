@@ -642,8 +642,7 @@ def schedule(run: disk.Run, args: argparse.Namespace, folder: Path, log: Log | N
         return measure_reference(*scoring, [metric_of(scoring[1])], SCORED_BLOCK)
 
     def score(step: int) -> None:
-        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored,
-                               conditions)
+        scores = score_samples(ema, codec, *scoring, measured(), args.eval_samples, resolution, scored, conditions)
         if scores:
             write_line(log, accelerator, {"step": step, **scores}, scores)
 

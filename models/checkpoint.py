@@ -183,7 +183,7 @@ def export(path: str | Path, out: str | Path, which: str = "ema", model_name: st
     """
     out, single = Path(out), Path(out).suffix == ".safetensors"
     if single and (out.exists() or diffusers) or out.suffix in (".pt", ".pth", ".bin", ".ckpt") or out.is_file():
-        raise UserError(f"{out}: {'exists' if out.exists() else 'wrong ending'}; name a folder or .safetensors file")
+        raise UserError(f"{out}: {'exists' if out.exists() else 'wrong ending'}; name a folder or new .safetensors")
     path = find(path)
     state, digest = read(path), digest_of(path)
     model = build_for_sampling(state, model_name, which)

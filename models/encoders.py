@@ -397,12 +397,12 @@ def open_features(data_dir: str, enc_type: str, weights: str | None, required: b
     """
     encoders = with_weights(enc_type, weights)
     paths = [features_path(data_dir, name) for name, _ in encoders]
-    for name, _ in encoders if required else ():
-        if features_path(data_dir, name) is None:
+    for (name, _), path in zip(encoders, paths, strict=True):
+        if required and path is None:
             raise UserError(f"--cached-features require: {data_dir} holds no {features_folder(name)}; make it "
                             f"with `python -m preprocessing.dataset_tools encode --enc-type {name}`")
-    found = [Features(path) for path in paths if all(paths)]
-    for (name, file), one in zip(encoders, found, strict=False):
+    found = [Features(path) for path in paths] if all(paths) else []
+    for (name, file), one in zip(encoders, found, strict=False):                          # none if some are missing
         require_made_by(one.record, Path(one.store.path), name, file)
     return found
 

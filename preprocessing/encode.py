@@ -32,13 +32,13 @@ from runtime.stores import IMAGE_EXTENSIONS, Store, open_store, read_metadata, s
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def name_of(prefix: bytes, key: bytes) -> bytes:
+def npy_name(prefix: bytes, key: bytes) -> bytes:
     """The name of a key's file, as REPA has it: `00000/00000007` -> `00000/img-mean-std-00000007.npy`."""
     folder, slash, stem = key.rpartition(b"/")
     return folder + slash + prefix + stem + b".npy"
 
 
-moments_name, features_name = partial(name_of, b"img-mean-std-"), partial(name_of, b"img")
+moments_name, features_name = partial(npy_name, b"img-mean-std-"), partial(npy_name, b"img")
 
 
 class Moments:
